@@ -1,0 +1,179 @@
+"""Gated positional self-attention (GPSA) and plain self-attention.
+
+GPSA, head h (ConViT, Eq. 6-8): A = (1 - s) softmax(q k / sqrt(d)) + s softmax(v_h . r),
+s = sigmoid(gating_param), r = (dx, dy, dx^2 + dy^2) from query to key, in patches.
+The positional score is a sum of a function of dx and one of dy, so its softmax over a
+rows x columns grid is exactly A_y (x) A_x, two one-dimensional softmaxes that no image
+changes. GPSA therefore costs what plain attention costs: a fused kernel for the content
+and two small matrix products along the axes of the grid, never an N x N positional tensor.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+TRUNC_NORMAL = nnx.initializers.normal(0.02)  # the original cuts at +-2, which is 100 sigma
+
+
+def linear(dim_in, dim_out, *, use_bias=True, dtype, rngs):
+    """Dense layer with the init of the original: N(0, 0.02), zero bias."""
+    return nnx.Linear(dim_in, dim_out, use_bias=use_bias, kernel_init=TRUNC_NORMAL, dtype=dtype, rngs=rngs)
+
+
+def dropout(x, rate, key):
+    """Inverted dropout; no key (evaluation) or rate 0 returns x itself."""
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def split_key(key, count):
+    """`count` keys from one, or as many None."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def content_probabilities(q, k):
+    """softmax(q k / sqrt(d)) in float32: [B, N, H, d] twice -> [B, H, N, N]."""
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1)
+
+
+def local_positional_weights(num_heads, locality_strength):
+    """v_h of the convolutional init (ConViT, Eq. 7), float32 [3, k*k], k = int(sqrt(heads)).
+
+    Head h1 + k*h2 looks at the pixel (h2 - c, h1 - c) from its query, c the centre of the k x k filter.
+    Equals `local_init` of the original's convit.py, transposed.
+    """
+    k = math.isqrt(num_heads)
+    centre = (k - 1) / 2 if k % 2 == 0 else k // 2
+    offsets = jnp.arange(k, dtype=jnp.float32) - centre
+    dx, dy = jnp.repeat(offsets, k), jnp.tile(offsets, k)
+    return locality_strength * jnp.stack([2 * dx, 2 * dy, -jnp.ones(k * k)])
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention of a plain ViT: [B, N, D] -> [B, N, D]."""
+
+    def __init__(
+        self, dim, num_heads, *, qkv_bias=False, attn_drop=0.0, proj_drop=0.0, dtype=jnp.float32, rngs
+    ):
+        self.num_heads, self.attn_drop, self.proj_drop = num_heads, attn_drop, proj_drop
+        self.qkv = linear(dim, 3 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
+
+    def _qkv(self, x):
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, H, d] each
+
+    def attention_maps(self, x):
+        """Attention probabilities, float32 [B, H, N, N], of tokens x [B, N, D]."""
+        q, k, _ = self._qkv(x)
+        return content_probabilities(q, k)
+
+    def __call__(self, x, *, key=None):
+        """Attend. key: PRNG key for dropout in training, None in evaluation."""
+        attn_key, proj_key = split_key(key, 2)
+        q, k, v = self._qkv(x)
+        if attn_key is not None and self.attn_drop > 0:
+            maps = dropout(content_probabilities(q, k), self.attn_drop, attn_key)
+            out = jnp.einsum("bhnm,bmhd->bnhd", maps.astype(v.dtype), v)
+        else:
+            out = jax.nn.dot_product_attention(q, k, v)
+        return dropout(self.proj(out.reshape(x.shape)), self.proj_drop, proj_key)
+
+
+class GatedPositionalSelfAttention(nnx.Module):
+    """GPSA over the patches of a grid (rows, columns): [B, N, D] -> [B, N, D], N = rows * columns.
+
+    conv_init: start as a convolution (local positional weights, identity values), else as any
+    other layer. locality_strength: the paper's alpha. gate_init: gating_param of every head.
+    """
+
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        grid,
+        *,
+        qkv_bias=False,
+        conv_init=True,
+        locality_strength=1.0,
+        gate_init=1.0,
+        attn_drop=0.0,
+        proj_drop=0.0,
+        dtype=jnp.float32,
+        rngs,
+    ):
+        self.num_heads, self.grid, self.attn_drop, self.proj_drop = num_heads, grid, attn_drop, proj_drop
+        self.qk = linear(dim, 2 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.v = linear(dim, dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.pos_proj = linear(3, num_heads, dtype=jnp.float32, rngs=rngs)
+        self.gating_param = nnx.Param(jnp.full(num_heads, gate_init, jnp.float32))
+        if conv_init:
+            local = local_positional_weights(num_heads, locality_strength)
+            kernel = self.pos_proj.kernel[...].at[:, : local.shape[1]].set(local)
+            self.pos_proj.kernel = nnx.Param(kernel)  # heads beyond k*k keep their random init
+            self.v.kernel = nnx.Param(jnp.eye(dim))
+
+    def _qkv(self, x):
+        batch, tokens, dim = x.shape
+        heads = (self.num_heads, dim // self.num_heads)
+        qk = self.qk(x).reshape(batch, tokens, 2, *heads)
+        return qk[:, :, 0], qk[:, :, 1], self.v(x).reshape(batch, tokens, *heads)  # [B, N, H, d] each
+
+    def gates(self):
+        """sigma(lambda) of each head, the weight of position against content, float32 [H]."""
+        return jax.nn.sigmoid(self.gating_param[...].astype(jnp.float32))
+
+    def positional_factors(self):
+        """(A_y [H, rows, rows], A_x [H, columns, columns]), float32, with A_pos = A_y (x) A_x."""
+        weights = self.pos_proj.kernel[...].astype(jnp.float32)  # [3, H]
+
+        def axis_softmax(slope, size):
+            delta = jnp.arange(size)[None, :] - jnp.arange(size)[:, None]  # key - query
+            return jax.nn.softmax(
+                slope[:, None, None] * delta + weights[2][:, None, None] * delta**2, axis=-1
+            )
+
+        return axis_softmax(weights[1], self.grid[0]), axis_softmax(weights[0], self.grid[1])
+
+    def positional_probabilities(self):
+        """softmax_j(v_h . r_ij) by its definition, over the whole grid: float32 [H, N, N]."""
+        rows, columns = self.grid
+        y, x = jnp.divmod(jnp.arange(rows * columns), columns)
+        dy, dx = y[None, :] - y[:, None], x[None, :] - x[:, None]
+        relative = jnp.stack([dx, dy, dx**2 + dy**2], axis=-1).astype(jnp.float32)
+        return jax.nn.softmax(self.pos_proj(relative).transpose(2, 0, 1), axis=-1)
+
+    def attention_maps(self, x):
+        """A of the paper's Eq. 8 in its explicit form, float32 [B, H, N, N], of patches x [B, N, D]."""
+        q, k, _ = self._qkv(x)
+        gate = self.gates()[:, None, None]
+        return (1.0 - gate) * content_probabilities(q, k) + gate * self.positional_probabilities()
+
+    def __call__(self, x, *, key=None):
+        """Attend. key: PRNG key for dropout in training, None in evaluation."""
+        attn_key, proj_key = split_key(key, 2)
+        if attn_key is not None and self.attn_drop > 0:
+            maps = dropout(self.attention_maps(x), self.attn_drop, attn_key)
+            v = self._qkv(x)[2]
+            out = jnp.einsum("bhnm,bmhd->bnhd", maps.astype(v.dtype), v)
+        else:
+            out = self._separable(*self._qkv(x))
+        return dropout(self.proj(out.reshape(x.shape)), self.proj_drop, proj_key)
+
+    def _separable(self, q, k, v):
+        """(1 - s) attention(q, k) v + s (A_y (x) A_x) v, [B, N, H, d]."""
+        gate = self.gates()
+        a_y, a_x = self.positional_factors()
+        gated_a_y = (gate[:, None, None] * a_y).astype(v.dtype)
+        on_grid = v.reshape(v.shape[0], *self.grid, *v.shape[2:])  # [B, rows, columns, H, d]
+        position = jnp.einsum("hxu,bvuhd->bvxhd", a_x.astype(v.dtype), on_grid)
+        position = jnp.einsum("hyv,bvxhd->byxhd", gated_a_y, position)
+        content = jax.nn.dot_product_attention(q, k, v)
+        mixed = (1.0 - gate)[:, None] * content.astype(jnp.float32) + position.reshape(v.shape)
+        return mixed.astype(v.dtype)

@@ -1,0 +1,263 @@
+"""One vision transformer for ConViT and DeiT.
+
+The first `local_up_to_layer` blocks are GPSA and see the patches only; then the class
+token joins, and plain self-attention follows (ConViT, Fig. 4). With 0 GPSA blocks, query,
+key and value biases and a position embedding for the class token it is DeiT.
+Equal blocks hold their parameters stacked along a leading axis [L, ...] and run under
+`jax.lax.scan`; `model.blocks[i]` gives one of them by its number in the original.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from convit_jax.models.attention import (
+    TRUNC_NORMAL,
+    GatedPositionalSelfAttention,
+    SelfAttention,
+    dropout,
+    linear,
+    split_key,
+)
+
+
+def layer_norm(dim, *, dtype, rngs):
+    """LayerNorm, eps 1e-6, statistics in float32 whatever dtype it returns."""
+    return nnx.LayerNorm(dim, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def drop_path(x, rate, key):
+    """Stochastic depth (Huang et al. 2016): zero the branch x [B, N, D] of an example, rate its probability."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1))
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+class PatchEmbed(nnx.Module):
+    """Images [B, H, W, C] -> patches [B, rows * columns, D], a convolution whose stride is its size."""
+
+    def __init__(self, patch_size, in_chans, embed_dim, *, dtype, rngs):
+        bound = (patch_size * patch_size * in_chans) ** -0.5  # PyTorch's default for convolutions
+
+        def uniform(key, shape, dtype=jnp.float32):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        size = (patch_size, patch_size)
+        self.proj = nnx.Conv(
+            in_chans,
+            embed_dim,
+            size,
+            strides=size,
+            padding="VALID",
+            kernel_init=uniform,
+            bias_init=uniform,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, images):
+        patches = self.proj(images)
+        return patches.reshape(images.shape[0], -1, patches.shape[-1])
+
+
+class Mlp(nnx.Module):
+    """fc2(gelu(fc1(x))), GELU in its exact form, as the original's."""
+
+    def __init__(self, dim, hidden_dim, *, drop=0.0, dtype, rngs):
+        self.drop = drop
+        self.fc1 = linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, *, key=None):
+        keys = split_key(key, 2)
+        x = dropout(jax.nn.gelu(self.fc1(x), approximate=False), self.drop, keys[0])
+        return dropout(self.fc2(x), self.drop, keys[1])
+
+
+class Block(nnx.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x)): [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, dim, attn, mlp_ratio, *, drop=0.0, dtype, rngs):
+        self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.attn = attn(rngs=rngs)
+        self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, *, drop_path_rate=0.0, key=None):
+        attn_key, path1_key, mlp_key, path2_key = split_key(key, 4)
+        x = x + drop_path(self.attn(self.norm1(x), key=attn_key), drop_path_rate, path1_key)
+        return x + drop_path(self.mlp(self.norm2(x), key=mlp_key), drop_path_rate, path2_key)
+
+
+class VisionTransformer(nnx.Module):
+    """ConViT or DeiT: images float32 [B, H, W, C], normalised -> logits float32 [B, num_classes].
+
+    Args:
+      image_size: (H, W) in pixels. patch_size: side of a patch, divides both.
+      in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
+      qkv_bias: biases of query, key, value (DeiT).
+      local_up_to_layer: number of GPSA blocks before the class token joins, 0 to depth - 1.
+      pos_embed_class_token: the position embedding has an entry for the class token (DeiT).
+      conv_init, locality_strength, gate_init: see GatedPositionalSelfAttention.
+      drop_rate, attn_drop_rate: dropout. drop_path_rate: of the last block, rising linearly from 0.
+      dtype: "float32" or "bfloat16", of the arithmetic; parameters, softmax, gates, norms and
+        logits are float32.
+      remat: recompute the blocks in the backward pass, for memory.
+      scan_unroll: how many blocks the scan lays out in a row; depth unrolls it.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size,
+        patch_size,
+        in_chans,
+        num_classes,
+        embed_dim,
+        depth,
+        num_heads,
+        mlp_ratio,
+        qkv_bias,
+        local_up_to_layer,
+        pos_embed_class_token,
+        conv_init,
+        locality_strength,
+        gate_init,
+        drop_rate,
+        attn_drop_rate,
+        drop_path_rate,
+        dtype,
+        remat,
+        scan_unroll,
+        rngs,
+    ):
+        dtype = jnp.dtype(dtype)
+        self.image_size, self.patch_size, self.in_chans = image_size, patch_size, in_chans
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.depth, self.local_up_to_layer, self.dtype = depth, local_up_to_layer, dtype
+        self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
+        self.remat, self.scan_unroll = remat, scan_unroll
+
+        def gpsa(rngs):
+            return GatedPositionalSelfAttention(
+                embed_dim,
+                num_heads,
+                self.grid,
+                qkv_bias=qkv_bias,
+                conv_init=conv_init,
+                locality_strength=locality_strength,
+                gate_init=gate_init,
+                attn_drop=attn_drop_rate,
+                proj_drop=drop_rate,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        def plain(rngs):
+            return SelfAttention(
+                embed_dim,
+                num_heads,
+                qkv_bias=qkv_bias,
+                attn_drop=attn_drop_rate,
+                proj_drop=drop_rate,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        block_key = rngs.params()
+
+        def stack(attn, numbers):
+            """Blocks with these numbers as one Block whose parameters lead with an axis [L]."""
+            if not numbers:
+                return None
+            keys = jnp.stack([jax.random.fold_in(block_key, number) for number in numbers])
+            return nnx.vmap(
+                lambda key: Block(
+                    embed_dim, attn, mlp_ratio, drop=drop_rate, dtype=dtype, rngs=nnx.Rngs(params=key)
+                )
+            )(keys)
+
+        positions = self.grid[0] * self.grid[1] + int(pos_embed_class_token)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, dtype=dtype, rngs=rngs)
+        self.pos_embed = nnx.Param(TRUNC_NORMAL(rngs.params(), (1, positions, embed_dim)))
+        self.cls_token = nnx.Param(TRUNC_NORMAL(rngs.params(), (1, 1, embed_dim)))
+        self.gpsa_blocks = stack(gpsa, range(local_up_to_layer))
+        self.sa_blocks = stack(plain, range(local_up_to_layer, depth))
+        self.norm = layer_norm(embed_dim, dtype=jnp.float32, rngs=rngs)
+        self.head = linear(embed_dim, num_classes, dtype=jnp.float32, rngs=rngs)
+
+    @property
+    def blocks(self):
+        """The blocks one by one, as the original numbers them (copies of slices of the stacks)."""
+        return [self._block(number) for number in range(self.depth)]
+
+    def _block(self, number):
+        local = number < self.local_up_to_layer
+        stack, index = (
+            (self.gpsa_blocks, number) if local else (self.sa_blocks, number - self.local_up_to_layer)
+        )
+        graphdef, params = nnx.split(stack)
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], params))
+
+    def _embed(self, images, key):
+        """Patches [B, N, D] and class token [B, 1, D], with their position embedding."""
+        if images.ndim != 4 or images.shape[1:] != (*self.image_size, self.in_chans):
+            expected = (*self.image_size, self.in_chans)
+            raise ValueError(
+                f"images are {list(images.shape)}, this model takes [B, {', '.join(map(str, expected))}]: "
+                "resize them, or create the model with another image_size"
+            )
+        patches_key, class_key = split_key(key, 2)
+        patches = self.patch_embed(images.astype(self.dtype))
+        patches = patches + self.pos_embed[:, -patches.shape[1] :].astype(self.dtype)
+        class_token = self.cls_token[...]
+        if self.pos_embed.shape[1] > patches.shape[1]:
+            class_token = class_token + self.pos_embed[:, :1]
+        class_token = jnp.broadcast_to(class_token, (images.shape[0], 1, class_token.shape[-1]))
+        return (
+            dropout(patches, self.drop_rate, patches_key),
+            dropout(class_token.astype(self.dtype), self.drop_rate, class_key),
+        )
+
+    def _run(self, stack, first, x, key):
+        """Scan x [B, N, D] through a stack whose first block has the number `first`."""
+        if stack is None:
+            return x
+        graphdef, params = nnx.split(stack)
+        count = jax.tree.leaves(params)[0].shape[0]
+        numbers = jnp.arange(first, first + count)
+        rates = self.drop_path_rate * numbers / max(self.depth - 1, 1)
+
+        def body(x, layer):
+            params, number, rate = layer
+            block_key = None if key is None else jax.random.fold_in(key, number)
+            return nnx.merge(graphdef, params)(x, drop_path_rate=rate, key=block_key), None
+
+        if self.remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        return jax.lax.scan(body, x, (params, numbers, rates), unroll=min(self.scan_unroll, count))[0]
+
+    def features(self, images, *, key=None):
+        """Class token after the last norm, float32 [B, D]. Arguments as for a call."""
+        embed_key, block_key = split_key(key, 2)
+        x, class_token = self._embed(images, embed_key)
+        x = self._run(self.gpsa_blocks, 0, x, block_key)
+        x = jnp.concatenate([class_token, x], axis=1)
+        x = self._run(self.sa_blocks, self.local_up_to_layer, x, block_key)
+        return self.norm(x[:, 0])
+
+    def __call__(self, images, *, key=None):
+        """Logits, float32 [B, num_classes]. key: of dropout and stochastic depth, None in evaluation."""
+        return self.head(self.features(images, key=key))
+
+    def attention_maps(self, images):
+        """List over blocks of attention, float32 [B, H, N, N]; once it joined, the class token is token 0."""
+        x, class_token = self._embed(images, None)
+        maps = []
+        for number, block in enumerate(self.blocks):
+            if number == self.local_up_to_layer:
+                x = jnp.concatenate([class_token, x], axis=1)
+            maps.append(block.attn.attention_maps(block.norm1(x)))
+            x = block(x)
+        return maps
