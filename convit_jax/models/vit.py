@@ -27,7 +27,7 @@ def layer_norm(dim, *, dtype, rngs):
 
 
 def drop_path(x, rate, key):
-    """Stochastic depth (Huang et al. 2016): zero the branch x [B, N, D] of an example, rate its probability."""
+    """Stochastic depth (Huang et al. 2016): zero the branch x [B, N, D] of an example; rate: how often."""
     if key is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1))

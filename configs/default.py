@@ -1,0 +1,87 @@
+"""Every field of a training, once, with its meaning and the value of the paper's recipe.
+
+The other files change a few of them. Any field can be changed on the command line:
+    python train.py --config=configs/convit_s.py --config.data.dir=IMAGENET --config.batch_size=512
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config():
+    """ImageNet from scratch as in the ConViT paper (section 3 and DeiT's Table 9)."""
+    config = ConfigDict()
+    config.seed = 0  # of weights, order of images, augmentation; same seed, same numbers
+    config.epochs = 300  # times that the subset is shown
+    config.steps = placeholder(int)  # stop after so many steps; the schedule stays that of `epochs`
+    config.batch_size = 1024  # images a step, over all devices and processes
+    config.accumulate = 1  # do a step in so many micro-batches, for memory
+
+    config.model = ConfigDict()  # the arguments of convit_jax.create_model; None: the model's own
+    config.model.name = "convit_small"  # one of convit_jax.list_models()
+    config.model.image_size = 224  # pixels; (height, width) for oblong images
+    config.model.num_classes = placeholder(int)  # None: as many as the data has
+    config.model.patch_size = placeholder(int)  # 16
+    config.model.embed_dim = placeholder(int)  # by name
+    config.model.depth = placeholder(int)  # 12
+    config.model.num_heads = placeholder(int)  # by name
+    config.model.mlp_ratio = placeholder(float)  # 4
+    config.model.qkv_bias = placeholder(bool)  # ConViT no, DeiT yes
+    config.model.local_up_to_layer = placeholder(int)  # number of GPSA blocks: ConViT 10, DeiT 0
+    config.model.conv_init = placeholder(bool)  # start GPSA as a convolution
+    config.model.locality_strength = placeholder(float)  # 1: alpha of the convolutional init
+    config.model.gate_init = placeholder(float)  # 1: gating parameter lambda of every head
+    config.model.drop_rate = placeholder(float)  # 0
+    config.model.attn_drop_rate = placeholder(float)  # 0; above 0, attention takes its slow explicit form
+    config.model.drop_path_rate = 0.1  # stochastic depth of the last block
+    config.model.dtype = "bfloat16"  # of the arithmetic, or float32
+    config.model.remat = False  # recompute blocks in the backward pass, for memory
+    config.model.scan_unroll = 1  # blocks laid out in a row by the scan
+
+    config.optim = ConfigDict()  # AdamW
+    config.optim.lr = 5e-4  # for 512 images; multiplied by batch_size / 512
+    config.optim.min_lr = 1e-5  # at the end; not multiplied
+    config.optim.warmup_lr = 1e-6  # at the start; not multiplied
+    config.optim.warmup_epochs = 5.0
+    config.optim.schedule_per = "epoch"  # "epoch": changes once an epoch, as the original; or "step"
+    config.optim.weight_decay = 0.05  # not on biases, norms and gates
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.eps = 1e-8
+    config.optim.clip_norm = 0.0  # clip the global norm of the gradient; 0: do not
+    config.optim.ema_decay = 0.0  # keep a moving average of the weights too; 0: do not
+    config.optim.frozen = ()  # parts of parameter names that are not trained, as "gating_param"
+
+    config.augment = ConfigDict()
+    config.augment.crop = "resized"  # "resized": random resized crop; "pad": shift by up to `padding` pixels
+    config.augment.padding = 4
+    config.augment.hflip = True  # mirror half of the images
+    config.augment.mixup = 0.8  # alpha; 0: off
+    config.augment.cutmix = 1.0  # alpha; 0: off
+    config.augment.mix_prob = 1.0  # of mixing a batch at all
+    config.augment.mix_switch_prob = 0.5  # of cutmix where both are on
+    config.augment.label_smoothing = 0.1
+
+    config.data = ConfigDict()
+    config.data.name = "folder"  # folder: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg; or digits
+    config.data.dir = placeholder(str)
+    config.data.sampling_ratio = 1.0  # fraction of each class to train on
+    config.data.subset_rule = "first"  # "first" names of each class, as the original; or "random", nested
+    config.data.num_classes = placeholder(int)  # keep the first classes only
+    config.data.keep_total_images = False  # multiply epochs by 1 / sampling_ratio (Table 2)
+    config.data.repeats = 3  # repeated augmentation: each image so many times in a row
+    config.data.crop_ratio = 0.875  # evaluation: 224 / 256, the centre of the resized image
+    config.data.mean = (0.485, 0.456, 0.406)  # of ImageNet, of pixels in 0..1
+    config.data.std = (0.229, 0.224, 0.225)
+    config.data.workers = 8  # loader processes; 0: threads of the training process. Changes no number
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that share a batch; -1: all
+    config.mesh.fsdp = 1  # devices that also share the parameters and the optimizer's state
+
+    config.eval_batch_size = 1024  # over all devices; every image counts once at any size
+    config.eval_every = 1.0  # epochs
+    config.checkpoint_every = 1000  # steps; evaluation and the end save as well
+    config.log_every = 50  # steps
+    config.compilation_cache = "~/.cache/convit_jax/compiled"  # folder; empty: compile anew each time
+    return config

@@ -1,0 +1,190 @@
+"""Which example goes into which slot, and the batches of uint8 images that the host ships.
+
+A training run is a sequence of slots: slot = step * batch_size + row. What a slot shows is a pure
+function of (seed, slot), so a run continues exactly from any step, with any number of loader
+workers, and several processes share the slots of a step by rows. Grain runs it.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+import signal
+
+import grain
+import numpy as np
+from PIL import Image
+
+from convit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The order of training: indices of the subset, shuffled anew each epoch.
+
+    repeats > 1 is repeated augmentation (DeiT's RASampler): an epoch still shows about as many
+    images as the subset has, each of them `repeats` times in a row, so that only a part of the
+    subset is shown; the epoch is cut to a multiple of 256 images.
+    """
+
+    indices: np.ndarray
+    seed: int
+    repeats: int = 1
+
+    @functools.cached_property
+    def epoch_length(self):
+        """Images shown in one epoch."""
+        count = len(self.indices)
+        return count if self.repeats == 1 or count < 256 else count // 256 * 256
+
+    def example(self, slot):
+        """Index into the source for a global slot number."""
+        epoch, position = divmod(slot, self.epoch_length)
+        last = len(self.indices) - 1
+        if last == 0:
+            return int(self.indices[0])
+        place = grain.experimental.index_shuffle(
+            index=position // self.repeats, max_index=last, seed=_epoch_seed(self.seed, epoch), rounds=4
+        )
+        return int(self.indices[place])
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch_seed(seed, epoch):
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+def decode(record, name):
+    """A record of a source as a PIL image in RGB, or as the uint8 array that it already is."""
+    if isinstance(record, np.ndarray):
+        return record
+    try:
+        with Image.open(io.BytesIO(record)) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot decode the image {name} ({error}): replace or remove the file.") from error
+
+
+def random_resized_crop_box(width, height, rng, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """(left, top, right, bottom) of torchvision's RandomResizedCrop in an image of width x height pixels."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = width, height  # no luck: the central crop nearest in shape
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def centre_crop_box(width, height, size, crop_ratio):
+    """Box in the original image of: resize the short side to size / crop_ratio, centre crop size (h, w)."""
+    scale = min(width / size[1], height / size[0]) * crop_ratio
+    w, h = size[1] * scale, size[0] * scale
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def fit(image, size, box):
+    """Cut box out of an image and resize it to size (h, w), bicubic with antialiasing: uint8 [h, w, 3]."""
+    if isinstance(image, np.ndarray):
+        if image.shape[:2] == tuple(size):
+            return image
+        image = Image.fromarray(image)
+    whole = (0, 0, *image.size)
+    if tuple(box) != whole or image.size != (size[1], size[0]):
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainExample:
+    """Slot -> {"image": uint8 [h, w, 3], "label": int32}, a pure function of (seed, slot)."""
+
+    source: object
+    slots: Slots
+    size: tuple
+    crop: str  # "resized": random resized crop here; "pad": whole images, shifted later on the device
+
+    def __call__(self, slot):
+        index = self.slots.example(slot)
+        image = decode(self.source[index], self.source.names[index])
+        if self.crop == "resized":
+            rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot]))
+            box = random_resized_crop_box(*_width_height(image), rng)
+        else:
+            box = (0, 0, *_width_height(image))
+        return {"image": fit(image, self.size, box), "label": self.source.labels[index]}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalExample:
+    """Slot -> the slot-th image of the subset, centre-cropped; past the end an empty one, valid False."""
+
+    source: object
+    indices: np.ndarray
+    size: tuple
+    crop_ratio: float
+
+    def __call__(self, slot):
+        if slot >= len(self.indices):
+            return {"image": np.zeros((*self.size, 3), np.uint8), "label": np.int32(0), "valid": np.False_}
+        index = self.indices[slot]
+        image = decode(self.source[index], self.source.names[index])
+        width, height = _width_height(image)
+        box = centre_crop_box(width, height, self.size, self.crop_ratio)
+        return {"image": fit(image, self.size, box), "label": self.source.labels[index], "valid": np.True_}
+
+
+def _width_height(image):
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """The n-th example of this process -> its example by global slot."""
+
+    example: object
+    batch_size: int
+    process: int
+    processes: int
+
+    def __call__(self, n):
+        local = self.batch_size // self.processes
+        step, row = divmod(n, local)
+        return self.example(step * self.batch_size + self.process * local + row)
+
+
+def batches(example, *, batch_size, start, stop, workers=0, process=0, processes=1):
+    """Iterator over the batches of steps start .. stop - 1, this process's rows of them.
+
+    Args:
+      example: TrainExample or EvalExample.
+      batch_size: global, over all processes. start, stop: steps.
+      workers: loader processes; 0 loads in threads of this one. The batches do not depend on it.
+      process, processes: which rows are this process's.
+
+    Yields:
+      A dict of arrays with a leading axis of batch_size / processes.
+    """
+    local = batch_size // processes
+    dataset = grain.MapDataset.range(stop * local).map(_Row(example, batch_size, process, processes))
+    dataset = dataset.batch(local)[start:]
+    threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    dataset = dataset.to_iter_dataset(threads)
+    if workers:
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=_ignore_interrupt,
+        )
+    return iter(dataset)
+
+
+def _ignore_interrupt(worker, workers):
+    """Ctrl-C reaches every process of the terminal; only the main one shall act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,237 @@
+"""The training loop, to be read from top to bottom.
+
+The device never waits for the host: steps are given to it AHEAD of time, and sums are fetched
+from it when the step that made them is already done. All state is in one tree of plain arrays, all
+randomness in (seed, step), so a run that was cut off continues bit for bit.
+"""
+
+import collections
+import contextlib
+import time
+from pathlib import Path
+
+import jax
+
+from convit_jax.analysis.curves import plot_curves
+from convit_jax.data.loader import batches
+from convit_jax.errors import UserError
+from convit_jax.models.variants import abstract_model, initial_params
+from convit_jax.training import checkpoint
+from convit_jax.training.metrics import Clock, MetricsLog, Progress
+from convit_jax.training.optimizer import make_optimizer, make_schedule
+from convit_jax.training.plan import make_plan
+from convit_jax.training.rundir import claim
+from convit_jax.training.sharding import make_mesh, put_batch, replicated, state_shardings
+from convit_jax.training.signals import StopSignals
+from convit_jax.training.step import (
+    FINE,
+    eval_metrics,
+    make_eval_step,
+    make_train_step,
+    new_state,
+    train_metrics,
+)
+from convit_jax.training.summary import describe, facts
+
+AHEAD = 2  # steps that the host may be ahead of the device: enough to hide it, few batches in memory
+
+
+def train(config, workdir):
+    """Train a model, or continue a run that was stopped.
+
+    Args:
+      config: ConfigDict with the fields of configs/default.py.
+      workdir: run directory; gets config.json, run.json, metrics.jsonl, curves.png, tensorboard/ and
+        checkpoints/.
+
+    Returns:
+      The last line of metrics.jsonl with an evaluation (step, epoch, val_top1 and val_top5 in per
+      cent, val_loss), or None if a signal stopped the run before its end.
+
+    Raises:
+      UserError: a config, data or disk that cannot work, or a loss that is not finite.
+    """
+    workdir = Path(workdir).expanduser()
+    use_compilation_cache(config.compilation_cache)
+
+    # ---- What to do, checked before anything expensive -------------------------------------
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    plan = make_plan(config, devices=mesh.size)
+    run = facts(config, plan, mesh.shape, jax.devices()[0].device_kind)
+    claim(workdir, config, run)
+    print(describe(config, run, workdir), flush=True)
+
+    # ---- Model, optimizer, compiled steps --------------------------------------------------
+    graphdef, abstract_params = abstract_model(plan.model)
+    schedule = make_schedule(
+        config.optim,
+        epochs=plan.epochs,
+        batch_size=config.batch_size,
+        epoch_length=plan.train.slots.epoch_length,
+    )
+    optimizer = make_optimizer(config.optim, schedule, abstract_params)
+
+    def fresh():
+        params = initial_params(plan.model, config.seed)
+        state = new_state(params, optimizer, ema=config.optim.ema_decay > 0)
+        return {"state": state, "metrics": train_metrics()}
+
+    shapes = jax.eval_shape(fresh)
+    shardings = state_shardings(mesh, shapes)
+    train_step = jax.jit(
+        make_train_step(graphdef, optimizer, schedule, config, plan.model["num_classes"]),
+        donate_argnums=0,
+        out_shardings=(shardings["state"], shardings["metrics"]),
+    )
+    eval_step = jax.jit(make_eval_step(graphdef, config), out_shardings=replicated(mesh))
+    no_metrics, no_eval = jax.device_put((train_metrics(), eval_metrics()), replicated(mesh))
+
+    # ---- How training starts: continue this run, or from scratch ---------------------------
+    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints")
+    if checkpoints.latest is not None:
+        tree = checkpoint.restore(checkpoints, shapes, shardings)
+        print(f"Continuing at step {checkpoints.latest.step}", flush=True)
+    else:
+        tree = jax.jit(fresh, out_shardings=shardings)()
+    state, metrics = tree["state"], tree["metrics"]
+    step = saved = start = int(state["step"])
+    log, progress, clock = MetricsLog(workdir, start), Progress(plan.total_steps, start), Clock()
+
+    def rows(example, batch_size, first, last):
+        """This process's share of the batches of steps first .. last - 1."""
+        return batches(
+            example,
+            batch_size=batch_size,
+            start=first,
+            stop=last,
+            workers=config.data.workers,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+
+    def report(step, metrics, images_per_second, data_wait):
+        """Log a closed window of training, whose last step is done."""
+        sums = jax.device_get(metrics)
+        check_finite(sums, checkpoints)
+        images = int(sums["images"])
+        values = {
+            "train_loss": float(sums["loss"]) / images,
+            "train_top1": 100 * int(sums["correct"]) / images,
+            "lr": float(sums["lr"]),
+            "images_per_second": images_per_second,
+            "data_wait": data_wait,
+        }
+        log.write(step, plan.epoch(step), values)
+        progress.update(step, plan.epoch(step), values)
+
+    def evaluate(prefix, params):
+        """Exact top-1, top-5 (per cent) and mean loss over the held-out images."""
+        sums = no_eval
+        for batch in rows(plan.test, config.eval_batch_size, 0, plan.eval_steps):
+            sums = eval_step(params, sums, put_batch(batch, mesh))
+        loss, top1, top5, images = (
+            jax.device_get(sums[name]).item() for name in ("loss", "top1", "top5", "images")
+        )
+        return {
+            f"{prefix}_top1": 100 * top1 / images,
+            f"{prefix}_top5": 100 * top5 / images,
+            f"{prefix}_loss": loss / images,
+        }
+
+    def save(values):
+        """Write a checkpoint of this step, if there is none and its window has no bad loss."""
+        nonlocal saved
+        if step != saved:
+            check_finite(jax.device_get(metrics), checkpoints)
+            checkpoint.save(checkpoints, step, {"state": state, "metrics": metrics}, values)
+            saved = step
+
+    recent = collections.deque()  # a result of each step that is under way
+
+    def settle(most):
+        """Wait until at most so many steps are under way."""
+        while len(recent) > most:
+            jax.block_until_ready(recent.popleft())
+            clock.count(config.batch_size)
+
+    # ---- Training --------------------------------------------------------------------------
+    windows = collections.deque()  # closed windows, reported when their last step is done
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoint.close, checkpoints)
+        stack.callback(log.close)
+        stop = stack.enter_context(StopSignals())
+        stack.enter_context(jax.transfer_guard("disallow"))
+        train_batches = rows(plan.train, config.batch_size, start, plan.total_steps)
+        while True:
+            # Evaluate and save where it is due. A signal saves at once: what it left unevaluated
+            # is evaluated when the run continues.
+            if step in plan.eval_at and step not in log.evaluated and not stop.requested:
+                settle(0)
+                with clock.paused():
+                    values = evaluate("val", state["params"])
+                    if "ema" in state:
+                        values |= evaluate("val_ema", state["ema"])
+                    log.write(step, plan.epoch(step), values)
+                    progress.evaluated(step, plan.epoch(step), values)
+                    save(values)
+            elif stop.requested or step % config.checkpoint_every == 0:
+                settle(0)
+                with clock.paused():
+                    save(None)
+            if stop.requested or step == plan.total_steps:
+                break
+
+            # One step.
+            try:
+                with clock.waiting():
+                    batch = put_batch(next(train_batches), mesh)
+            except Exception:
+                if stop.requested:  # the signal reached the loader's workers as well
+                    continue
+                raise
+            began = time.monotonic()
+            state, metrics = train_step(state, metrics, batch)
+            step += 1
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                progress.first_step(time.monotonic() - began)
+                clock.restart()
+            recent.append(metrics["images"])
+            settle(AHEAD)
+
+            # Report, late.
+            if step % config.log_every == 0:
+                windows.append((step, metrics, *clock.read()))
+                metrics = no_metrics
+            pause = stop.requested or step in plan.eval_at or step % config.checkpoint_every == 0
+            while windows and (pause or windows[0][0] <= step - AHEAD):
+                report(*windows.popleft())
+
+    # ---- The end ---------------------------------------------------------------------------
+    curves = plot_curves(workdir)
+    if stop.requested:
+        progress.say(
+            f"Stopped by {stop.requested} at step {step}, saved in {workdir}. The same command continues."
+        )
+        return None
+    progress.finished(log.last, workdir, curves)
+    return log.last
+
+
+def check_finite(sums, checkpoints):
+    """Stop a run whose loss or gradient was not finite, before that state is saved."""
+    bad_step = int(sums["bad_step"])
+    if bad_step != FINE:
+        latest = checkpoints.latest
+        kept = f"step {latest.step} is saved" if latest else "no checkpoint was saved before it"
+        raise UserError(
+            f"The loss or its gradient stopped being finite at step {bad_step + 1}; {kept} in "
+            f"{checkpoints.directory}. Start again with another --workdir and a lower optim.lr, "
+            "optim.clip_norm=1, or model.dtype=float32."
+        )
+
+
+def use_compilation_cache(folder):
+    """Keep compiled programs in a folder, so that the next start of the same run takes seconds."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))

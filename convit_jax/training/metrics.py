@@ -1,0 +1,152 @@
+"""Where numbers go: metrics.jsonl, TensorBoard and the progress line."""
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+import time
+
+from tensorboardX import SummaryWriter
+
+from convit_jax.training.rundir import write_whole
+
+
+class MetricsLog:
+    """DIR/metrics.jsonl and DIR/tensorboard; lines after start_step, of a run cut off, are dropped.
+
+    evaluated: the steps that have a line with val_top1. last: the latest such line, or None.
+    """
+
+    def __init__(self, directory, start_step):
+        path = directory / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= start_step]
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        evaluations = [line for line in kept if "val_top1" in line]
+        self.evaluated = {line["step"] for line in evaluations}
+        self.last = evaluations[-1] if evaluations else None
+        self.lines = path.open("a", buffering=1)
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step, epoch, values):
+        """One line for a step; values is {name: float}."""
+        line = {"step": step, "epoch": round(epoch, 4), **values}
+        self.lines.write(json.dumps(line) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        if "val_top1" in values:
+            self.evaluated.add(step)
+            self.last = line
+
+    def close(self):
+        """Flush and close both."""
+        self.lines.close()
+        self.board.close()
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl as dicts, without one that a kill cut off; no file has no lines."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Clock:
+    """Images per second, and the share of time in which the host waited for data, of a window of steps."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        """Begin a window now."""
+        self._since, self._waited, self._images = time.monotonic(), 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Time spent inside counts as waiting for data."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time spent inside does not count at all."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
+
+    def count(self, images):
+        """The device has done so many more images."""
+        self._images += images
+
+    def read(self):
+        """(images per second, share of waiting) of the window, and begin the next."""
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rates = self._images / seconds, self._waited / seconds
+        self.restart()
+        return rates
+
+
+class Progress:
+    """The line that says how training goes: a live bar in a terminal, plain lines in a file."""
+
+    def __init__(self, total_steps, start_step, stream=None):
+        self.stream = stream or sys.stdout
+        self.live = self.stream.isatty()
+        self.total, self.start = total_steps, start_step
+        self.since, self.drawn = time.monotonic(), False
+
+    def first_step(self, seconds):
+        """The first step is done; time is counted from here, without its compilation."""
+        self.say(f"First step after {seconds:.1f} s, compilation included")
+        self.start, self.since = self.start + 1, time.monotonic()
+
+    def update(self, step, epoch, values):
+        """Show a step. values: train_loss, train_top1, lr, images_per_second, data_wait (a share)."""
+        left = (time.monotonic() - self.since) / max(step - self.start, 1) * (self.total - step)
+        line = (
+            f"step {step}/{self.total}  epoch {epoch:.1f}  loss {values['train_loss']:.4f}  "
+            f"top-1 {values['train_top1']:.1f}  lr {values['lr']:.2e}  "
+            f"{values['images_per_second']:.0f} img/s  data {values['data_wait']:.0%}  left {duration(left)}"
+        )
+        if not self.live:
+            print(line, file=self.stream, flush=True)
+            return
+        width = shutil.get_terminal_size().columns - 1
+        bar = min(24, width - len(line) - 3)
+        done = math.floor(bar * step / self.total)
+        text = f"[{'#' * done}{'.' * (bar - done)}] {line}" if bar >= 8 else line
+        print("\r\x1b[K" + text[:width], end="", file=self.stream, flush=True)
+        self.drawn = True
+
+    def evaluated(self, step, epoch, values):
+        """Show an evaluation; values: {"val_top1": per cent, ...}."""
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.say(f"step {step}/{self.total}  epoch {epoch:.1f}  {shown}")
+
+    def finished(self, last, workdir, curves):
+        """Say what came out, where it is, and what to do next."""
+        self.say(
+            f"Done: top-1 {last['val_top1']:.2f}  top-5 {last['val_top5']:.2f}  loss {last['val_loss']:.4f}\n"
+            f"  checkpoints  {workdir}/checkpoints (latest and best)\n"
+            f"  curves       {curves}\n"
+            f"  TensorBoard  tensorboard --logdir={workdir}/tensorboard\n"
+            f"  next         python train.py --config=configs/cifar10.py --config.data.dir=FOLDER trains on "
+            "your own FOLDER/train/CLASS/*.jpg, FOLDER/val/CLASS/*.jpg"
+        )
+
+    def say(self, text):
+        """A line that stays."""
+        print(("\r\x1b[K" if self.drawn else "") + text, file=self.stream, flush=True)
+        self.drawn = False
+
+
+def duration(seconds):
+    """'1:02:03' or '2:03'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,111 @@
+"""What a config amounts to, worked out and checked before anything expensive starts."""
+
+import dataclasses
+import math
+
+from convit_jax.data.loader import EvalExample, Slots, TrainExample
+from convit_jax.data.sources import open_source
+from convit_jax.data.subsample import select
+from convit_jax.errors import UserError
+from convit_jax.models.variants import model_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that a run needs to know about its config.
+
+    model: settings of VisionTransformer. train, test: examples by slot. epochs: of the subset, for
+    the schedule. total_steps, eval_steps: of the run and of one evaluation. eval_at: the steps after
+    which to evaluate.
+    """
+
+    model: dict
+    train: TrainExample
+    test: EvalExample
+    epochs: float
+    total_steps: int
+    eval_steps: int
+    eval_at: frozenset
+    batch_size: int
+
+    def epoch(self, step):
+        """Epochs done after a step, a fraction."""
+        return step * self.batch_size / self.train.slots.epoch_length
+
+
+def make_plan(config, *, devices):
+    """Check a config and work it out.
+
+    Args:
+      config: as configs/default.py describes it.
+      devices: number of devices that share a batch.
+
+    Raises:
+      UserError: anything in the config that cannot work, with the remedy.
+    """
+    _check(config, devices)
+    source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
+    subset = dict(num_classes=config.data.num_classes, rule=config.data.subset_rule, seed=config.seed)
+    indices = select(source.labels, source.names, sampling_ratio=config.data.sampling_ratio, **subset)
+    test_indices = select(held_out.labels, held_out.names, **subset)
+    classes = config.data.num_classes or len(source.class_names)
+    model = model_settings(**model_arguments(config, classes))
+    if model["num_classes"] < classes:
+        raise UserError(
+            f"model.num_classes is {model['num_classes']}, but the data has {classes} classes: "
+            "leave it out, or keep fewer classes with data.num_classes."
+        )
+    slots = Slots(indices, config.seed, config.data.repeats)
+    epochs = config.epochs / (config.data.sampling_ratio if config.data.keep_total_images else 1)
+    total = math.ceil(epochs * slots.epoch_length / config.batch_size)
+    if config.steps is not None:
+        total = min(total, config.steps)
+    every = config.eval_every * slots.epoch_length / config.batch_size
+    eval_at = {math.ceil(n * every) for n in range(1, int(total / every) + 1)} | {total}
+    return Plan(
+        model=model,
+        train=TrainExample(source, slots, model["image_size"], config.augment.crop),
+        test=EvalExample(held_out, test_indices, model["image_size"], config.data.crop_ratio),
+        epochs=epochs,
+        total_steps=total,
+        eval_steps=math.ceil(len(test_indices) / config.eval_batch_size),
+        eval_at=frozenset(step for step in eval_at if step <= total),
+        batch_size=config.batch_size,
+    )
+
+
+def model_arguments(config, num_classes):
+    """The arguments of create_model in config.model, without those left to the model."""
+    given = {name: value for name, value in config.model.items() if value is not None}
+    return {"num_classes": num_classes, **given}
+
+
+def _check(config, devices):
+    for name in ("batch_size", "eval_batch_size", "accumulate", "log_every", "checkpoint_every"):
+        if config[name] < 1:
+            raise UserError(f"{name} is {config[name]}: it must be at least 1.")
+    if config.epochs <= 0 or config.eval_every <= 0:
+        raise UserError(
+            f"epochs is {config.epochs} and eval_every {config.eval_every}: both must be above 0."
+        )
+    if config.steps is not None and config.steps < 1:
+        raise UserError(f"steps is {config.steps}: leave it out or give at least 1.")
+    for name, parts in (("batch_size", config.accumulate), ("eval_batch_size", 1)):
+        share = devices * parts
+        if config[name] % share:
+            lower, upper = config[name] // share * share, -(-config[name] // share) * share
+            near = f"{upper}" if lower == 0 else f"{lower} or {upper}"
+            micro = f" x {parts} micro-batches" if parts > 1 else ""
+            raise UserError(
+                f"{name} is {config[name]}, which {devices} devices{micro} do not divide: use {near}, "
+                "or fewer devices with mesh.data."
+            )
+    choices = {
+        "optim.schedule_per": (config.optim.schedule_per, ("epoch", "step")),
+        "augment.crop": (config.augment.crop, ("resized", "pad")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise UserError(f"{name} is {value!r}: choose {' or '.join(allowed)}.")
+    if config.data.repeats < 1 or config.data.workers < 0:
+        raise UserError("data.repeats must be at least 1, data.workers at least 0.")

@@ -1,0 +1,73 @@
+"""A run directory belongs to one config: made, recognised and refused here."""
+
+import json
+import os
+
+from ml_collections import ConfigDict
+
+from convit_jax.errors import UserError
+
+# What may differ when a run continues: it changes no number, or only how far the run goes.
+MAY_CHANGE = (
+    "steps",
+    "data.dir",
+    "data.workers",
+    "mesh.data",
+    "mesh.fsdp",
+    "eval_batch_size",
+    "checkpoint_every",
+    "compilation_cache",
+)
+
+
+def claim(workdir, config, facts):
+    """Make a run directory, or take up the one of the same run; write config.json and run.json.
+
+    Raises:
+      UserError: the directory holds another run, or cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if (workdir / "config.json").exists():
+            check_same_run(config, json.loads((workdir / "config.json").read_text()), workdir)
+        write_whole(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
+        write_whole(workdir / "run.json", json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to the run directory {workdir}: {error.strerror}.") from error
+
+
+def write_whole(path, text):
+    """Write a file that is never seen half-written."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def flatten(config):
+    """{"optim.lr": 0.0005, ...} of a nested dict or ConfigDict as JSON gives it back."""
+    if isinstance(config, ConfigDict):
+        config = json.loads(config.to_json_best_effort())
+    flat = {}
+    for name, value in config.items():
+        inner = (
+            {f"{name}.{key}": item for key, item in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+        flat.update(inner)
+    return flat
+
+
+def check_same_run(config, saved, workdir):
+    """Raise UserError if a run directory holds another config; saved is the one in its config.json."""
+    now, then = flatten(config), flatten(saved)
+    changed = [
+        f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted({*now, *then})
+        if now.get(name) != then.get(name) and name not in MAY_CHANGE
+    ]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run with another config ({'; '.join(changed)}): give another --workdir, "
+            "or the old values to continue that run."
+        )

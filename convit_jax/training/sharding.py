@@ -1,0 +1,64 @@
+"""Where arrays live: a mesh ("data", "fsdp"), the batch over both axes, the state over fsdp.
+
+The rule for the state: an array is cut along its largest axis that fsdp divides, else copied.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from convit_jax.errors import UserError
+
+
+def make_mesh(data, fsdp):
+    """Mesh of data x fsdp devices; data = -1 takes all that there are.
+
+    Raises:
+      UserError: the devices at hand cannot be arranged so.
+    """
+    devices = jax.devices()
+    if fsdp < 1 or (data < 1 and data != -1):
+        raise UserError(
+            f"mesh.data is {data} and mesh.fsdp {fsdp}: they are counts of devices (data=-1: all)."
+        )
+    if data == -1:
+        if len(devices) % fsdp:
+            raise UserError(f"mesh.fsdp is {fsdp}, which does not divide the {len(devices)} devices at hand.")
+        data = len(devices) // fsdp
+    if data * fsdp > len(devices):
+        raise UserError(
+            f"mesh.data x mesh.fsdp is {data} x {fsdp} devices, but there are {len(devices)}: "
+            "lower them, or set mesh.data=-1 to take all."
+        )
+    grid = np.array(devices[: data * fsdp]).reshape(data, fsdp)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def batch_sharding(mesh):
+    """Examples over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh):
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(mesh, tree):
+    """The sharding of each array of a state, from its shape alone."""
+    size = mesh.shape["fsdp"]
+
+    def rule(leaf):
+        divisible = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
+        if size == 1 or not divisible:
+            return replicated(mesh)
+        largest = max(divisible, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+
+    return jax.tree.map(rule, tree)
+
+
+def put_batch(batch, mesh):
+    """This process's rows of a batch (dict of numpy arrays) -> global arrays on the devices."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

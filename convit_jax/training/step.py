@@ -1,0 +1,145 @@
+"""One training step and one evaluation step, as pure functions of plain pytrees.
+
+The state is {"step", "params", "opt_state"} and, with EMA, "ema". Metrics are sums that stay on
+the device from step to step. All randomness comes from (seed, step) and the row in the batch.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from convit_jax.data.augment import augment, normalize
+from convit_jax.data.mixup import mix
+from convit_jax.training.optimizer import ema_update
+
+FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was finite
+TRAIN_STREAM = 1  # keeps the keys of training apart from those of the weights
+
+
+def train_metrics():
+    """The sums of an empty window; bad_step is the first step with a loss or gradient that is not finite."""
+    zero = jnp.int32(0)
+    lr = jnp.float32(0)  # of the last step
+    return {"loss": jnp.float32(0), "correct": zero, "images": zero, "lr": lr, "bad_step": jnp.int32(FINE)}
+
+
+def eval_metrics():
+    """The sums before the first batch of an evaluation."""
+    zero = jnp.int32(0)
+    return {"loss": jnp.float32(0), "top1": zero, "top5": zero, "images": zero}
+
+
+def new_state(params, optimizer, *, ema):
+    """State of step 0 around a nested dict of parameters."""
+    state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
+    if ema:
+        state["ema"] = jax.tree.map(jnp.copy, params)
+    return state
+
+
+def soft_cross_entropy(logits, targets):
+    """-sum_c targets log softmax(logits), float32 [B], for float32 [B, C] twice."""
+    return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+
+
+def make_train_step(graphdef, optimizer, schedule, config, num_classes):
+    """(state, metrics, batch) -> (state, metrics), to be jitted with the state donated.
+
+    batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}.
+    """
+    aug, optim = config.augment, config.optim
+    parts = config.accumulate
+
+    def loss_fn(params, images, targets, key):
+        logits = nnx.merge(graphdef, params)(images, key=key)
+        correct = jnp.sum(jnp.argmax(logits, -1) == jnp.argmax(targets, -1))
+        return jnp.mean(soft_cross_entropy(logits, targets)), correct
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def accumulated(params, images, targets, key):
+        """Mean over `parts` micro-batches; each takes rows from every device's share of the batch."""
+        if parts == 1:
+            return grad_fn(params, images, targets, key)
+
+        def split(x):
+            return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+
+        inputs = (split(images), split(targets), jax.random.split(key, parts))
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], inputs)),
+        )
+        ((loss, correct), grads), _ = jax.lax.scan(add, zeros, inputs)
+        return (loss / parts, correct), jax.tree.map(lambda grad: grad / parts, grads)
+
+    def step(state, metrics, batch):
+        seed_key = jax.random.fold_in(jax.random.key(config.seed), TRAIN_STREAM)
+        keys = jax.random.split(jax.random.fold_in(seed_key, state["step"]), 3)
+        images = augment(
+            batch["image"],
+            keys[0],
+            crop=aug.crop,
+            padding=aug.padding,
+            hflip=aug.hflip,
+            mean=tuple(config.data.mean),
+            std=tuple(config.data.std),
+        )
+        images, targets = mix(
+            images,
+            batch["label"],
+            keys[1],
+            num_classes=num_classes,
+            smoothing=aug.label_smoothing,
+            mixup=aug.mixup,
+            cutmix=aug.cutmix,
+            prob=aug.mix_prob,
+            switch_prob=aug.mix_switch_prob,
+        )
+        (loss, correct), grads = accumulated(state["params"], images, targets, keys[2])
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+        rows = images.shape[0]
+        metrics = {
+            "loss": metrics["loss"] + loss * rows,
+            "correct": metrics["correct"] + correct,
+            "images": metrics["images"] + rows,
+            "lr": schedule(state["step"]),
+            "bad_step": jnp.where(
+                finite, metrics["bad_step"], jnp.minimum(metrics["bad_step"], state["step"])
+            ),
+        }
+        new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
+        if "ema" in state:
+            new["ema"] = ema_update(state["ema"], params, optim.ema_decay)
+        return new, metrics
+
+    return step
+
+
+def make_eval_step(graphdef, config):
+    """(params, metrics, batch) -> metrics; rows whose "valid" is False do not count.
+
+    Loss is the cross-entropy with the plain label, top-k as torch.topk would count it.
+    """
+
+    def step(params, metrics, batch):
+        images = normalize(batch["image"], tuple(config.data.mean), tuple(config.data.std))
+        logits = nnx.merge(graphdef, params)(images)
+        label, valid = batch["label"], batch["valid"]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+        hits = (best == label[:, None]) & valid[:, None]
+        return {
+            "loss": metrics["loss"] + jnp.sum(jnp.where(valid, loss, 0.0)),
+            "top1": metrics["top1"] + jnp.sum(hits[:, 0]),
+            "top5": metrics["top5"] + jnp.sum(hits),
+            "images": metrics["images"] + jnp.sum(valid),
+        }
+
+    return step

@@ -1,0 +1,77 @@
+"""What a run amounts to: the text before the first step, and the facts in run.json."""
+
+import math
+import textwrap
+
+import jax
+from ml_collections import ConfigDict
+
+from convit_jax.models.variants import abstract_model, count_macs, count_params
+from convit_jax.training.optimizer import peak_learning_rate
+
+
+def facts(config, plan, mesh_shape, device_kind):
+    """What a run amounts to, for people and for run.json.
+
+    mesh_shape: {"data": n, "fsdp": m}. device_kind: their name, as JAX gives it.
+    """
+    macs = count_macs(plan.model)
+    images = plan.total_steps * config.batch_size
+    return {
+        "model": config.model.name,
+        "image_size": list(plan.model["image_size"]),
+        "dtype": plan.model["dtype"],
+        "parameters": count_params(abstract_model(plan.model)[1]),
+        "macs": macs,
+        "flops": 2 * macs,
+        "data": config.data.name,
+        "classes": plan.model["num_classes"],
+        "train_images": len(plan.train.slots.indices),
+        "train_images_available": len(plan.train.source),
+        "test_images": len(plan.test.indices),
+        "steps": plan.total_steps,
+        "batch_size": config.batch_size,
+        "images": images,
+        "epochs": plan.epoch(plan.total_steps),
+        "peak_learning_rate": peak_learning_rate(config.optim, config.batch_size),
+        "devices": math.prod(mesh_shape.values()),
+        "mesh": dict(mesh_shape),
+        "device_kind": device_kind,
+        "jax": jax.__version__,
+    }
+
+
+def describe(config, run, workdir):
+    """The text printed before the first step: the effective config, what runs, on what, for how long."""
+    height, width = run["image_size"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in run["mesh"].items())
+    rows = [
+        ("Model", f"{run['model']}, {run['parameters']:,} parameters, {height} x {width} px, {run['dtype']}"),
+        ("Cost", f"{run['macs'] / 1e9:.4g} GMACs = {run['flops'] / 1e9:.4g} GFLOPs forward, an image"),
+        (
+            "Data",
+            f"{run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images, "
+            f"{run['test_images']:,} for the test, {run['classes']} classes",
+        ),
+        ("Training", f"{run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs"),
+        ("Rate", f"{run['peak_learning_rate']:.4g} at its peak, {config.optim.lr:g} x batch / 512"),
+        ("Devices", f"{run['devices']} x {run['device_kind']} ({mesh}), jax {run['jax']}"),
+        ("Run", f"{workdir}"),
+    ]
+    sections = [("", {k: v for k, v in config.items() if not isinstance(v, ConfigDict)})]
+    sections += [(f"{k}.", dict(v)) for k, v in config.items() if isinstance(v, ConfigDict)]
+    settings = "\n".join(
+        textwrap.fill(
+            "  ".join(f"{prefix}{name}={_short(value)}" for name, value in sorted(fields.items())),
+            width=110,
+            initial_indent="  ",
+            subsequent_indent="  ",
+            break_on_hyphens=False,
+        )
+        for prefix, fields in sections
+    )
+    return "\n".join(f"{name:9}{text}" for name, text in rows) + f"\nConfig\n{settings}"
+
+
+def _short(value):
+    return str(value).replace(" ", "") if not isinstance(value, float) else f"{value:g}"
