@@ -8,7 +8,7 @@ from configs import default
 
 def get_config():
     config = default.get_config()
-    config.epochs = 60
+    config.epochs = 100
     config.batch_size = 128
     config.model.name = "convit_tiny"
     config.model.image_size = 8
@@ -19,7 +19,7 @@ def get_config():
     config.model.local_up_to_layer = 5
     config.model.drop_path_rate = 0.0
     config.model.dtype = "float32"
-    config.optim.lr = 4e-3
+    config.optim.lr = 8e-3
     config.optim.schedule_per = "step"
     config.augment.crop = "pad"
     config.augment.padding = 1

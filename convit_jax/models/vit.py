@@ -80,9 +80,9 @@ class Block(nnx.Module):
 
     def __init__(self, dim, attn, mlp_ratio, *, drop=0.0, dtype, rngs):
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
-        self.attn = attn(rngs=rngs)
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, dtype=dtype, rngs=rngs)
+        self.attn = attn(rngs=rngs)  # last, so that the MLP starts the same beside either attention
 
     def __call__(self, x, *, drop_path_rate=0.0, key=None):
         attn_key, path1_key, mlp_key, path2_key = split_key(key, 4)

@@ -1,0 +1,71 @@
+"""Eight simulated devices for every test, tiny configs, and a way to run train.py as a user does."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+ROOT = Path(__file__).parents[1]
+flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for it
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Programs that several tests compile are compiled once."""
+    folder = str(tmp_path_factory.getbasetemp().parent / "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return folder
+
+
+@pytest.fixture
+def digits_config(compiled_once):
+    """configs/digits.py with a model so small that a step takes milliseconds: 18 steps an epoch."""
+    from configs import digits
+
+    config = digits.get_config()
+    config.batch_size = 80
+    config.epochs = 2
+    config.steps = 12
+    config.model.embed_dim = 16
+    config.model.num_heads = 4
+    config.model.depth = 3
+    config.model.local_up_to_layer = 2
+    config.optim.warmup_epochs = 0.0
+    config.mesh.data = 1
+    config.log_every = 4
+    config.checkpoint_every = 5
+    config.compilation_cache = compiled_once
+    return config
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A real image folder: 3 classes of 6 training and 2 validation JPEGs, 20 x 24 pixels."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for label, name in enumerate(("ant", "bee", "cat")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(80 * label, 80 * label + 90, (20, 24, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{index}.jpg")
+    return tmp_path / "images"
+
+
+def run_train(*arguments, **kwargs):
+    """train.py in a process of its own, on one device: a CompletedProcess with text output."""
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-W", "error", "train.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)
