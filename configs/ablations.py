@@ -9,13 +9,16 @@ g no  no  no  yes 73.7 44.8
 """
 
 from configs import convit_s_plus, deit_s_plus
+from convit_jax.errors import UserError
 
 ROWS = ("a", "b", "c", "d", "e", "f", "g")
 
 
 def get_config(row="a"):
     if row not in ROWS:
-        raise ValueError(f"there is no ablation {row!r}: choose one of {', '.join(ROWS)}")
+        raise UserError(
+            f"there is no ablation {row!r}: choose one of {', '.join(ROWS)}, as in ablations.py:b."
+        )
     if row == "e":
         return deit_s_plus.get_config()
     config = convit_s_plus.get_config()

@@ -12,6 +12,6 @@ class UserError(ValueError):
 
 
 def nearest(name, known):
-    """', did you mean X?' for a name close to a known one, else ''."""
+    """The end of a sentence about an unknown name: ', did you mean X?' if one is close, else '.'."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f", did you mean {close[0]!r}?" if close else "."
