@@ -42,29 +42,29 @@ def get_config():
     config.optim.lr = 5e-4  # for 512 images; multiplied by batch_size / 512
     config.optim.min_lr = 1e-5  # at the end; not multiplied
     config.optim.warmup_lr = 1e-6  # at the start; not multiplied
-    config.optim.warmup_epochs = 5.0
+    config.optim.warmup_epochs = 5.0  # of the subset
     config.optim.schedule_per = "epoch"  # "epoch": changes once an epoch, as the original; or "step"
     config.optim.weight_decay = 0.05  # not on biases, norms and gates
-    config.optim.b1 = 0.9
-    config.optim.b2 = 0.999
-    config.optim.eps = 1e-8
+    config.optim.b1 = 0.9  # decay of the mean of the gradient
+    config.optim.b2 = 0.999  # decay of the mean of its square
+    config.optim.eps = 1e-8  # added to the root of that
     config.optim.clip_norm = 0.0  # clip the global norm of the gradient; 0: do not
     config.optim.ema_decay = 0.0  # keep a moving average of the weights too; 0: do not
     config.optim.frozen = ()  # parts of parameter names that are not trained, as "gating_param"
 
-    config.augment = ConfigDict()
+    config.augment = ConfigDict()  # of training images
     config.augment.crop = "resized"  # "resized": random resized crop; "pad": shift by up to `padding` pixels
-    config.augment.padding = 4
+    config.augment.padding = 4  # pixels of the shift with crop = "pad"
     config.augment.hflip = True  # mirror half of the images
     config.augment.mixup = 0.8  # alpha; 0: off
     config.augment.cutmix = 1.0  # alpha; 0: off
     config.augment.mix_prob = 1.0  # of mixing a batch at all
     config.augment.mix_switch_prob = 0.5  # of cutmix where both are on
-    config.augment.label_smoothing = 0.1
+    config.augment.label_smoothing = 0.1  # share of the label spread over all classes
 
-    config.data = ConfigDict()
+    config.data = ConfigDict()  # which images, and how they are read
     config.data.name = "folder"  # folder: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg; or digits
-    config.data.dir = placeholder(str)
+    config.data.dir = placeholder(str)  # its folder
     config.data.sampling_ratio = 1.0  # fraction of each class to train on
     config.data.subset_rule = "first"  # "first" names of each class, as the original; or "random", nested
     config.data.num_classes = placeholder(int)  # keep the first classes only
@@ -72,10 +72,10 @@ def get_config():
     config.data.repeats = 3  # repeated augmentation: each image so many times in a row
     config.data.crop_ratio = 0.875  # evaluation: 224 / 256, the centre of the resized image
     config.data.mean = (0.485, 0.456, 0.406)  # of ImageNet, of pixels in 0..1
-    config.data.std = (0.229, 0.224, 0.225)
+    config.data.std = (0.229, 0.224, 0.225)  # likewise
     config.data.workers = 8  # loader processes; 0: threads of the training process. Changes no number
 
-    config.mesh = ConfigDict()
+    config.mesh = ConfigDict()  # how devices are arranged
     config.mesh.data = -1  # devices that share a batch; -1: all
     config.mesh.fsdp = 1  # devices that also share the parameters and the optimizer's state
 

@@ -3,7 +3,8 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Level 0 halves the time that compilation takes; XLA's own passes, which decide the arithmetic, still run.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 import subprocess
 import sys
@@ -64,8 +65,32 @@ def image_folder(tmp_path):
     return tmp_path / "images"
 
 
+def saved(workdir, step=None):
+    """The tree of arrays in a run's checkpoint of a step, by default the latest, on one device."""
+    from convit_jax.training import checkpoint
+
+    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints")
+    step = checkpoints.latest.step if step is None else step
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = checkpoints.metadata(step).metadata
+    tree = checkpoint.restore(checkpoints, shapes, jax.tree.map(lambda _: here, shapes), step)
+    checkpoint.close(checkpoints)
+    return tree
+
+
+def assert_same(one, other, **tolerance):
+    """Two trees of arrays are equal, bit for bit unless a tolerance is given."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if tolerance:
+            np.testing.assert_allclose(a, b, **tolerance)
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
 def run_train(*arguments, **kwargs):
     """train.py in a process of its own, on one device: a CompletedProcess with text output."""
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-W", "error", "train.py", *arguments]
+    warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
+    command = [sys.executable, *warnings, "train.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)

@@ -28,7 +28,7 @@ def layer_norm(dim, *, dtype, rngs):
 
 def drop_path(x, rate, key):
     """Stochastic depth (Huang et al. 2016): zero the branch x [B, N, D] of an example; rate: how often."""
-    if key is None:
+    if key is None or rate is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1))
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
@@ -84,7 +84,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, dtype=dtype, rngs=rngs)
         self.attn = attn(rngs=rngs)  # last, so that the MLP starts the same beside either attention
 
-    def __call__(self, x, *, drop_path_rate=0.0, key=None):
+    def __call__(self, x, *, drop_path_rate=None, key=None):
         attn_key, path1_key, mlp_key, path2_key = split_key(key, 4)
         x = x + drop_path(self.attn(self.norm1(x), key=attn_key), drop_path_rate, path1_key)
         return x + drop_path(self.mlp(self.norm2(x), key=mlp_key), drop_path_rate, path2_key)
@@ -227,7 +227,9 @@ class VisionTransformer(nnx.Module):
         graphdef, params = nnx.split(stack)
         count = jax.tree.leaves(params)[0].shape[0]
         numbers = jnp.arange(first, first + count)
-        rates = self.drop_path_rate * numbers / max(self.depth - 1, 1)
+        rates = None
+        if self.drop_path_rate > 0:
+            rates = self.drop_path_rate * numbers / max(self.depth - 1, 1)
 
         def body(x, layer):
             params, number, rate = layer

@@ -7,6 +7,7 @@ shardings, so that a run moves between numbers of devices.
 
 import contextlib
 import errno
+import os
 from pathlib import Path
 
 import jax
@@ -65,15 +66,13 @@ def _storage_errors(checkpoints):
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in FULL or "No space left" in str(error)
+        full = any(getattr(error, "errno", None) == code or os.strerror(code) in str(error) for code in FULL)
         if not full and not isinstance(error, OSError):
             raise
         cause = "the disk is full" if full else str(error)
-        good = max(
-            (c.step for c in checkpoints.checkpoints if (c.path / "_CHECKPOINT_METADATA").exists()),
-            default=None,
-        )
-        kept = "there is no earlier one" if good is None else f"the last good one is of step {good}"
+        # A checkpoint takes its name, the step, when it is whole.
+        whole = [int(path.name) for path in Path(checkpoints.directory).iterdir() if path.name.isdigit()]
+        kept = f"the last good one is of step {max(whole)}" if whole else "there is no earlier one"
         raise UserError(
             f"A checkpoint could not be written to {checkpoints.directory} ({cause}); {kept}. "
             "Make room and start the same command again: it continues from there."

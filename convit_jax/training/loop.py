@@ -21,7 +21,7 @@ from convit_jax.training.metrics import Clock, MetricsLog, Progress
 from convit_jax.training.optimizer import make_optimizer, make_schedule
 from convit_jax.training.plan import make_plan
 from convit_jax.training.rundir import claim
-from convit_jax.training.sharding import make_mesh, put_batch, replicated, state_shardings
+from convit_jax.training.sharding import gather, make_mesh, put_batch, replicated, state_shardings
 from convit_jax.training.signals import StopSignals
 from convit_jax.training.step import (
     FINE,
@@ -79,7 +79,7 @@ def train(config, workdir):
     shapes = jax.eval_shape(fresh)
     shardings = state_shardings(mesh, shapes)
     train_step = jax.jit(
-        make_train_step(graphdef, optimizer, schedule, config, plan.model["num_classes"]),
+        make_train_step(graphdef, optimizer, schedule, config, plan.model["num_classes"], gather(mesh)),
         donate_argnums=0,
         out_shardings=(shardings["state"], shardings["metrics"]),
     )

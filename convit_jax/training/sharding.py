@@ -58,6 +58,15 @@ def state_shardings(mesh, tree):
     return jax.tree.map(rule, tree)
 
 
+def gather(mesh):
+    """A function that copies every array of a tree to all devices, inside a compiled step.
+
+    Parameters cut over fsdp are gathered once a step and their gradients scattered: left to itself,
+    the partitioner cuts activations along the parameters' axes and moves far more.
+    """
+    return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def put_batch(batch, mesh):
     """This process's rows of a batch (dict of numpy arrays) -> global arrays on the devices."""
     sharding = batch_sharding(mesh)

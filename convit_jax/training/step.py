@@ -43,16 +43,17 @@ def soft_cross_entropy(logits, targets):
     return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
-def make_train_step(graphdef, optimizer, schedule, config, num_classes):
+def make_train_step(graphdef, optimizer, schedule, config, num_classes, whole=lambda tree: tree):
     """(state, metrics, batch) -> (state, metrics), to be jitted with the state donated.
 
-    batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}.
+    batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. whole: puts parameters that are cut over
+    devices together for the forward and backward pass (their gradients are cut again).
     """
     aug, optim = config.augment, config.optim
     parts = config.accumulate
 
     def loss_fn(params, images, targets, key):
-        logits = nnx.merge(graphdef, params)(images, key=key)
+        logits = nnx.merge(graphdef, whole(params))(images, key=key)
         correct = jnp.sum(jnp.argmax(logits, -1) == jnp.argmax(targets, -1))
         return jnp.mean(soft_cross_entropy(logits, targets)), correct
 
@@ -103,7 +104,7 @@ def make_train_step(graphdef, optimizer, schedule, config, num_classes):
         (loss, correct), grads = accumulated(state["params"], images, targets, keys[2])
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         rows = images.shape[0]
         metrics = {
             "loss": metrics["loss"] + loss * rows,

@@ -1,0 +1,46 @@
+"""train.py as a user starts it: what each mistake prints."""
+
+import pytest
+from conftest import run_train
+
+
+def says(*arguments):
+    """What train.py prints to the error stream when it refuses; never a trace."""
+    done = run_train(*arguments, timeout=100)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        (
+            "--config=configs/convit_t.py",
+            "there is no config file 'configs/convit_t.py', did you mean 'configs/convit_ti.py'",
+        ),
+        ("--config.optim.lrr=3", "the config has no field 'optim.lrr', did you mean 'optim.lr'?"),
+        ("--config.lr=3", "the config has no field 'lr', did you mean 'optim.lr'?"),
+        ("--config.zzz=3", "the config has no field 'zzz'. configs/default.py explains all of them."),
+        ("--config.batch_size=many", "flag --config.batch_size=many: invalid literal for int()"),
+        ("--config=configs/ablations.py:x", "there is no ablation 'x': choose one of a, b, c"),
+        ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        ("epochs=3", "unexpected argument 'epochs=3': flags look like --config.epochs=10."),
+        (
+            "--config=configs/convit_s.py",
+            "data.name is folder but data.dir is empty: add --config.data.dir=FOLDER.",
+        ),
+        ("--config.model.name=convit_smal", "there is no model 'convit_smal', did you mean 'convit_small'?"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(argument, sentence, tmp_path):
+    assert says(argument, f"--workdir={tmp_path}").startswith(f"train.py: {sentence}")
+
+
+def test_an_empty_image_folder_is_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    train = tmp_path / "train"
+    said = says("--config=configs/convit_s.py", f"--config.data.dir={tmp_path}", f"--workdir={tmp_path}/run")
+    assert (
+        said == f"train.py: {train} has no class folders: put the images of each class into {train}/CLASS/."
+    )

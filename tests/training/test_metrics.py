@@ -1,0 +1,108 @@
+"""The log of a run and the line that people watch."""
+
+import io
+import re
+import shutil
+
+import pytest
+
+from convit_jax.training import metrics
+from convit_jax.training.metrics import Clock, MetricsLog, Progress, duration, read_metrics
+
+VALUES = {
+    "train_loss": 1.23456,
+    "train_top1": 61.5,
+    "lr": 5e-4,
+    "images_per_second": 1234.5,
+    "data_wait": 0.02,
+}
+
+
+def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    for step in (2, 4, 6):
+        log.write(step, step / 10, {"train_loss": float(step)})
+    log.write(4, 0.4, {"val_top1": 50.0})
+    log.close()
+    log = MetricsLog(tmp_path, 4)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4, 4]
+    assert log.evaluated == {4}
+    assert log.last == {"step": 4, "epoch": 0.4, "val_top1": 50.0}
+    log.close()
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "epoch": 0.1}\n{"step": 2, "epo')
+    assert read_metrics(path) == [{"step": 1, "epoch": 0.1}]
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test sets."""
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_file_gets_plain_lines(clock):
+    stream = io.StringIO()
+    progress = Progress(1000, 0, stream)
+    progress.first_step(12.34)
+    clock[0] += 99
+    progress.update(100, 2.5, VALUES)
+    progress.evaluated(100, 2.5, {"val_top1": 61.23456})
+    assert stream.getvalue().splitlines() == [
+        "First step after 12.3 s, compilation included",
+        "step 100/1000  epoch 2.5  loss 1.2346  top-1 61.5  lr 5.00e-04  1234 img/s  data 2%  left 15:00",
+        "step 100/1000  epoch 2.5  val_top1 61.2346",
+    ]
+
+
+@pytest.mark.parametrize("columns", [60, 100, 140])
+def test_a_terminal_gets_one_live_line_that_fits(clock, monkeypatch, columns):
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: type("Size", (), {"columns": columns}))
+    stream = Terminal()
+    progress = Progress(1000, 0, stream)
+    progress.update(100, 2.5, VALUES)
+    progress.update(500, 12.5, VALUES)
+    progress.say("done")
+    parts = re.split(r"\r\x1b\[K", stream.getvalue())
+    assert parts[0] == ""
+    assert parts[-1] == "done\n"
+    for part in parts[1:-1]:
+        assert "\n" not in part
+        assert len(part) < columns
+    assert ("####" in parts[2]) == (columns == 140)
+    assert "step 500/1000" in parts[2]
+
+
+def test_the_clock_counts_what_is_done_and_not_the_pauses(clock):
+    timer = Clock()
+    for _ in range(4):
+        with timer.waiting():
+            clock[0] += 0.5
+        clock[0] += 1.5
+        timer.count(10)
+    with timer.paused():
+        clock[0] += 1000
+    assert timer.read() == (40 / 8, 2 / 8)
+    clock[0] += 1
+    timer.count(7)
+    assert timer.read() == (7, 0)
+
+
+def test_durations():
+    assert [duration(s) for s in (0, 59.6, 61, 3600, 86_399)] == [
+        "0:00",
+        "1:00",
+        "1:01",
+        "1:00:00",
+        "23:59:59",
+    ]

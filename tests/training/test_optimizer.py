@@ -1,0 +1,154 @@
+"""Learning rates against the original's table, AdamW against its formula, decay, freezing."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import ROOT
+
+from configs import default
+from convit_jax.errors import UserError
+from convit_jax.models.variants import abstract_model, model_settings
+from convit_jax.training.optimizer import (
+    dotted,
+    ema_update,
+    make_optimizer,
+    make_schedule,
+    peak_learning_rate,
+)
+
+IMAGENET = 1_281_167
+
+
+@pytest.mark.parametrize("batch_size", [1024, 512])
+def test_rates_of_every_epoch_are_the_originals(batch_size):
+    golden = json.loads((ROOT / f"tests/golden/lr_per_epoch_300_bs{batch_size}.json").read_text())
+    optim = default.get_config().optim
+    schedule = make_schedule(optim, epochs=300, batch_size=batch_size, epoch_length=IMAGENET)
+    first = np.ceil(np.arange(300) * IMAGENET / batch_size).astype(int)
+    last = np.append(first[1:], -(-300 * IMAGENET // batch_size)) - 1
+    for steps in (first, last):
+        np.testing.assert_allclose(jax.vmap(schedule)(jnp.asarray(steps)), golden, rtol=1e-7)
+
+
+def test_the_continuous_schedule_passes_through_the_same_curve():
+    optim = default.get_config().optim
+    per_epoch = make_schedule(optim, epochs=300, batch_size=1000, epoch_length=100_000)
+    optim.schedule_per = "step"
+    per_step = make_schedule(optim, epochs=300, batch_size=1000, epoch_length=100_000)
+    assert per_step(jnp.int32(0)) == np.float32(optim.warmup_lr)
+    for epoch in (1, 3, 4, 6, 100, 299):  # the original is one epoch late
+        np.testing.assert_allclose(
+            per_step(jnp.int32(100 * (epoch - 1))), per_epoch(jnp.int32(100 * epoch)), rtol=1e-5
+        )
+    rates = jax.vmap(per_step)(jnp.arange(0, 30_000, 10))
+    assert np.argmax(rates) == 50  # rises for 5 epochs of 100 steps, then falls
+    assert (np.diff(rates)[:50] > 0).all()
+    assert (np.diff(rates)[50:] < 0).all()
+    np.testing.assert_allclose(per_step(jnp.int32(30_000)), optim.min_lr, rtol=1e-6)
+
+
+def test_only_the_peak_is_scaled_with_the_batch():
+    optim = default.get_config().optim
+    assert peak_learning_rate(optim, 1024) == 1e-3
+    optim.schedule_per = "step"
+    for batch_size in (64, 4096):
+        schedule = make_schedule(optim, epochs=10, batch_size=batch_size, epoch_length=8192)
+        np.testing.assert_allclose(schedule(jnp.int32(0)), 1e-6, rtol=1e-6)
+        np.testing.assert_allclose(schedule(jnp.int32(10 * 8192 // batch_size)), 1e-5, rtol=1e-5)
+
+
+def toy_params():
+    """A few of a model's parameters, by name."""
+    return {
+        "pos_embed": jnp.full((1, 2, 3), 0.5),
+        "gpsa_blocks": {
+            "attn": {"gating_param": jnp.ones((2, 4)), "pos_proj": {"kernel": jnp.full((2, 3, 4), -1.0)}},
+            "norm1": {"scale": jnp.ones((2, 3)), "bias": jnp.zeros((2, 3))},
+        },
+    }
+
+
+def run_steps(optimizer, params, count):
+    """Parameters after `count` steps on gradients of sum(sin(p))."""
+    state = optimizer.init(params)
+    for _ in range(count):
+        grads = jax.tree.map(jnp.cos, params)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_adamw_is_pytorchs_and_decay_spares_biases_norms_and_gates():
+    optim = default.get_config().optim
+    params = run_steps(make_optimizer(optim, lambda step: 0.01 * (step + 1), toy_params()), toy_params(), 3)
+
+    def pytorch(p, decay):
+        """torch.optim.AdamW, three steps with rates 0.01, 0.02, 0.03, in float64."""
+        p, m, v = np.asarray(p, np.float64), 0.0, 0.0
+        for t in range(1, 4):
+            g = np.cos(p)
+            p = p - 0.01 * t * decay * p
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            p = p - 0.01 * t * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        return p
+
+    decayed = {"pos_embed", "gpsa_blocks.attn.pos_proj.kernel"}
+    for path, start in jax.tree_util.tree_leaves_with_path(toy_params()):
+        ours = params
+        for key in path:
+            ours = ours[key.key]
+        expected = pytorch(start, 0.05 if dotted(path) in decayed else 0.0)
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_decays_in_a_real_model():
+    params = abstract_model(model_settings("convit_tiny"))[1]
+    optim = default.get_config().optim
+    optim.weight_decay = 1.0
+    optimizer = make_optimizer(optim, lambda step: 1.0, params)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)
+    updates, _ = optimizer.update(zeros, optimizer.init(ones), ones)
+    decayed = {dotted(path) for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if leaf.any()}
+    kernels = ("attn.qk", "attn.v", "attn.proj", "attn.pos_proj", "mlp.fc1", "mlp.fc2")
+    plain = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    expected = {f"gpsa_blocks.{name}.kernel" for name in kernels} | {
+        f"sa_blocks.{name}.kernel" for name in plain
+    }
+    assert decayed == expected | {"pos_embed", "cls_token", "patch_embed.proj.kernel", "head.kernel"}
+
+
+def test_frozen_parameters_stay_and_the_others_do_not():
+    optim = default.get_config().optim
+    optim.frozen = ("gpsa_blocks.attn",)
+    params = run_steps(make_optimizer(optim, lambda step: 0.1, toy_params()), toy_params(), 3)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), params, toy_params())
+    assert moved["gpsa_blocks"] == {
+        "attn": {"gating_param": False, "pos_proj": {"kernel": False}},
+        "norm1": {"scale": True, "bias": True},
+    }
+
+
+def test_a_frozen_name_that_does_not_exist_is_refused():
+    optim = default.get_config().optim
+    optim.frozen = ("gates",)
+    with pytest.raises(UserError, match="'gates', which names no parameter"):
+        make_optimizer(optim, lambda step: 0.1, toy_params())
+
+
+def test_clipping_bounds_the_gradient_of_all_parameters_together():
+    optim = default.get_config().optim
+    optim.clip_norm, optim.eps, optim.weight_decay = 0.5, 1e3, 0.0  # eps so large that Adam is linear
+    optimizer = make_optimizer(optim, lambda step: 1e3, toy_params())
+    grads = jax.tree.map(jnp.ones_like, toy_params())
+    updates, _ = optimizer.update(grads, optimizer.init(toy_params()), toy_params())
+    np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-3)
+
+
+def test_ema_follows_its_decay():
+    ema = ema_update({"w": jnp.ones(2)}, {"w": jnp.zeros(2)}, 0.75)
+    np.testing.assert_allclose(ema["w"], 0.75)

@@ -1,0 +1,89 @@
+"""What a config amounts to, and what is said of one that cannot work."""
+
+import pytest
+
+from convit_jax.errors import UserError
+from convit_jax.training.plan import make_plan
+from convit_jax.training.rundir import claim, flatten
+
+
+def test_steps_epochs_and_evaluations(digits_config):
+    digits_config.steps, digits_config.epochs, digits_config.eval_every = None, 3, 1.0
+    plan = make_plan(digits_config, devices=1)
+    assert plan.total_steps == 54  # 3 * 1437 / 80 = 53.9
+    assert plan.eval_at == {18, 36, 54}
+    assert plan.eval_steps == 1
+    assert plan.epoch(18) == 18 * 80 / 1437
+
+
+def test_a_cap_on_steps_leaves_the_schedule_alone(digits_config):
+    digits_config.epochs, digits_config.steps = 10, 20
+    plan = make_plan(digits_config, devices=1)
+    assert (plan.total_steps, plan.epochs) == (20, 10)
+    assert plan.eval_at == {20}
+
+
+def test_keeping_the_number_of_images_multiplies_the_epochs(digits_config):
+    digits_config.steps, digits_config.epochs = None, 2
+    digits_config.data.sampling_ratio = 0.1
+    few = make_plan(digits_config, devices=1)
+    digits_config.data.keep_total_images = True
+    kept = make_plan(digits_config, devices=1)
+    assert kept.epochs == 20
+    images = len(kept.train.slots.indices)
+    assert images == 139  # of ten classes of 138 to 147, each int(n * 0.1)
+    assert few.total_steps == -(-2 * images // 80)
+    assert kept.total_steps == 20 * images // 80
+
+
+def test_fewer_classes_make_a_smaller_head_and_a_smaller_test(digits_config):
+    digits_config.data.num_classes = 3
+    plan = make_plan(digits_config, devices=1)
+    assert plan.model["num_classes"] == 3
+    assert len(plan.test.indices) == 3 * 36
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "devices", "message"),
+    [
+        ("batch_size", 100, 8, "batch_size is 100, which 8 devices do not divide: use 96 or 104"),
+        ("batch_size", 4, 8, "use 8,"),
+        ("eval_batch_size", 9, 2, "eval_batch_size is 9, which 2 devices do not divide: use 8 or 10"),
+        ("accumulate", 3, 1, "1 devices x 3 micro-batches do not divide: use 78 or 81"),
+        ("accumulate", 0, 1, "accumulate is 0: it must be at least 1"),
+        ("epochs", 0, 1, "both must be above 0"),
+        ("steps", 0, 1, "steps is 0"),
+        ("optim.schedule_per", "batch", 1, "optim.schedule_per is 'batch': choose epoch or step"),
+        ("augment.crop", "centre", 1, "augment.crop is 'centre': choose resized or pad"),
+        ("data.name", "digit", 1, "data.name is 'digit', did you mean 'digits'"),
+        ("data.sampling_ratio", 1.5, 1, "data.sampling_ratio is 1.5"),
+        ("model.num_classes", 5, 1, "model.num_classes is 5, but the data has 10 classes"),
+        ("model.patch_size", 3, 1, "image_size 8 x 8 is not a multiple of patch_size 3"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_starts(digits_config, field, value, devices, message):
+    digits_config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        make_plan(digits_config, devices=devices)
+
+
+def test_a_run_directory_belongs_to_one_config(digits_config, tmp_path):
+    claim(tmp_path, digits_config, {})
+    digits_config.steps, digits_config.data.workers, digits_config.mesh.fsdp = 99, 5, 2
+    claim(tmp_path, digits_config, {})  # none of these changes a number
+    digits_config.optim.lr, digits_config.seed = 1.0, 5
+    with pytest.raises(UserError, match=r"another config \(optim.lr was 0.008, is 1.0; seed was 0, is 5\)"):
+        claim(tmp_path, digits_config, {})
+
+
+def test_a_run_directory_that_cannot_be_made(digits_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to the run directory"):
+        claim(tmp_path / "file" / "run", digits_config, {})
+
+
+def test_a_flat_config_is_what_json_gives_back(digits_config):
+    flat = flatten(digits_config)
+    assert flat["data.mean"] == [0.305, 0.305, 0.305]
+    assert flat["steps"] == 12
+    assert flat["model.qkv_bias"] is None

@@ -1,0 +1,76 @@
+"""One device and eight simulated ones, with and without fsdp: the same training."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_same, saved
+from jax.sharding import PartitionSpec
+
+from convit_jax.errors import UserError
+from convit_jax.training.loop import train
+from convit_jax.training.metrics import read_metrics
+from convit_jax.training.sharding import make_mesh, state_shardings
+
+
+@pytest.fixture
+def recipe(digits_config):
+    """A run that uses every kind of randomness, for a few steps."""
+    digits_config.steps = 6
+    digits_config.augment.mixup = 0.8
+    digits_config.augment.cutmix = 1.0
+    digits_config.augment.hflip = True
+    digits_config.model.drop_path_rate = 0.2
+    digits_config.model.drop_rate = 0.1
+    return digits_config
+
+
+def test_the_same_training_on_one_device_and_on_eight(recipe, tmp_path):
+    results = {}
+    for data, fsdp in ((1, 1), (8, 1), (4, 2)):
+        recipe.mesh.data, recipe.mesh.fsdp = data, fsdp
+        workdir = tmp_path / f"{data}x{fsdp}"
+        train(recipe, workdir)
+        results[data, fsdp] = saved(workdir)["state"]["params"], read_metrics(workdir / "metrics.jsonl")
+    params, lines = results.pop((1, 1))
+    for others, other_lines in results.values():
+        assert_same(params, others, atol=2e-5)
+        for line, other in zip(lines, other_lines, strict=True):
+            for name in set(line) - {"images_per_second", "data_wait"}:
+                np.testing.assert_allclose(line[name], other[name], rtol=1e-4)
+
+
+def test_a_run_moves_between_numbers_of_devices(recipe, tmp_path):
+    train(recipe, tmp_path / "whole")
+    recipe.steps = 3
+    train(recipe, tmp_path / "moved")
+    recipe.steps, recipe.mesh.data, recipe.mesh.fsdp = 6, 4, 2
+    train(recipe, tmp_path / "moved")
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "moved"), atol=2e-5, rtol=1e-4)
+
+
+def test_the_largest_axis_that_fsdp_divides_is_cut():
+    mesh = make_mesh(2, 4)
+    leaves = {
+        name: jnp.zeros(shape) for name, shape in {"a": (2, 8, 12), "b": (3, 5), "c": (), "d": (4, 4)}.items()
+    }
+    specs = {name: sharding.spec for name, sharding in state_shardings(mesh, leaves).items()}
+    assert specs["a"] == PartitionSpec(None, None, "fsdp")
+    assert specs["b"] == specs["c"] == PartitionSpec()
+    assert specs["d"] == PartitionSpec("fsdp")
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "message"),
+    [
+        (4, 4, "4 x 4 devices, but there are 8"),
+        (-1, 3, "mesh.fsdp is 3, which does not divide the 8 devices"),
+        (0, 1, "they are counts of devices"),
+    ],
+)
+def test_devices_that_cannot_be_arranged(data, fsdp, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(data, fsdp)
+
+
+def test_a_mesh_of_all_devices_is_the_default():
+    assert dict(make_mesh(-1, 2).shape) == {"data": 4, "fsdp": 2}
