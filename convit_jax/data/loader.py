@@ -13,7 +13,8 @@ import signal
 
 import grain
 import numpy as np
-from PIL import Image
+from absl import flags
+from PIL import Image, UnidentifiedImageError
 
 from convit_jax.errors import UserError
 
@@ -40,18 +41,13 @@ class Slots:
     def example(self, slot):
         """Index into the source for a global slot number."""
         epoch, position = divmod(slot, self.epoch_length)
-        last = len(self.indices) - 1
-        if last == 0:
-            return int(self.indices[0])
-        place = grain.experimental.index_shuffle(
-            index=position // self.repeats, max_index=last, seed=_epoch_seed(self.seed, epoch), rounds=4
-        )
-        return int(self.indices[place])
+        return int(self.indices[_order(len(self.indices), self.seed, epoch)[position // self.repeats]])
 
 
-@functools.lru_cache(maxsize=16)
-def _epoch_seed(seed, epoch):
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+@functools.lru_cache(maxsize=3)
+def _order(count, seed, epoch):
+    """A permutation of range(count) from raw Philox bits, which no version of NumPy will change."""
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
 
 
 def decode(record, name):
@@ -60,9 +56,14 @@ def decode(record, name):
         return record
     try:
         with Image.open(io.BytesIO(record)) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+                image = Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
+            elif image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # else Pillow warns
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot decode the image {name} ({error}): replace or remove the file.") from error
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"cannot decode the image {name} ({reason}): replace or remove the file.") from error
 
 
 def random_resized_crop_box(width, height, rng, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -86,20 +87,18 @@ def random_resized_crop_box(width, height, rng, *, scale=(0.08, 1.0), ratio=(3 /
 def centre_crop_box(width, height, size, crop_ratio):
     """Box in the original image of: resize the short side to size / crop_ratio, centre crop size (h, w)."""
     scale = min(width / size[1], height / size[0]) * crop_ratio
-    w, h = size[1] * scale, size[0] * scale
+    w, h = min(size[1] * scale, width), min(size[0] * scale, height)  # rounding may exceed the image
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
 def fit(image, size, box):
     """Cut box out of an image and resize it to size (h, w), bicubic with antialiasing: uint8 [h, w, 3]."""
+    width, height = _width_height(image)
+    if (height, width) == tuple(size) and tuple(box) == (0, 0, width, height):
+        return np.asarray(image)
     if isinstance(image, np.ndarray):
-        if image.shape[:2] == tuple(size):
-            return image
         image = Image.fromarray(image)
-    whole = (0, 0, *image.size)
-    if tuple(box) != whole or image.size != (size[1], size[0]):
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(image)
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +114,7 @@ class TrainExample:
         index = self.slots.example(slot)
         image = decode(self.source[index], self.source.names[index])
         if self.crop == "resized":
-            rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot]))
+            rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
             box = random_resized_crop_box(*_width_height(image), rng)
         else:
             box = (0, 0, *_width_height(image))
@@ -178,6 +177,8 @@ def batches(example, *, batch_size, start, stop, workers=0, process=0, processes
     threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     dataset = dataset.to_iter_dataset(threads)
     if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; we may be in a notebook
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
             worker_init_fn=_ignore_interrupt,

@@ -43,19 +43,19 @@ def mix(images, labels, key, *, num_classes, smoothing, mixup, cutmix, prob, swi
     targets = soft_labels(labels, num_classes, smoothing)
     if prob == 0.0 or (mixup == 0.0 and cutmix == 0.0):
         return images, targets
-    on_key, switch_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 5)
+    on_key, switch_key, lam_key, box_key = jax.random.split(key, 4)
     height, width = images.shape[1:3]
     if mixup == 0.0 or cutmix == 0.0:
         use_cutmix = jnp.asarray(mixup == 0.0)
     else:
         use_cutmix = jax.random.bernoulli(switch_key, switch_prob)
-    mixup_lam = jax.random.beta(mixup_key, mixup, mixup) if mixup > 0 else jnp.float32(1)
-    cutmix_lam = jax.random.beta(cutmix_key, cutmix, cutmix) if cutmix > 0 else jnp.float32(1)
-    top, bottom, left, right = cutmix_box(box_key, cutmix_lam, height, width)
+    alpha = jnp.where(use_cutmix, cutmix, mixup)
+    lam = jax.random.beta(lam_key, alpha, alpha)
+    top, bottom, left, right = cutmix_box(box_key, lam, height, width)
     cutmix_lam = 1.0 - ((bottom - top) * (right - left)) / (height * width)  # of the box as cut
     rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
     inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-    lam = jnp.where(use_cutmix, cutmix_lam, mixup_lam)
+    lam = jnp.where(use_cutmix, cutmix_lam, lam)
     lam = jnp.where(jax.random.bernoulli(on_key, prob), lam, 1.0)
     # The share of the image itself, per pixel: 1 outside and 0 inside the box, or lambda everywhere.
     share = jnp.where(use_cutmix & (lam < 1.0), 1.0 - inside, lam)[None, :, :, None]

@@ -35,7 +35,7 @@ class Digits:
             of_class = np.flatnonzero(labels == digit)
             positions = np.linspace(0, len(of_class) - 1, TEST_DIGITS_PER_CLASS).round().astype(int)
             in_test[of_class[positions]] = True
-        chosen = np.flatnonzero(in_test if split == "test" else ~in_test)
+        chosen = np.flatnonzero(~in_test if split == "train" else in_test)
         grey = np.round(images[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
         self.images = np.repeat(grey, 3, axis=3)
         self.labels = labels[chosen].astype(np.int32)

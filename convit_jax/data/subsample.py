@@ -6,6 +6,7 @@ subsets of one seed are nested, and do not depend on other classes or on the mac
 """
 
 import hashlib
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -15,11 +16,12 @@ from convit_jax.errors import UserError
 RULES = ("first", "random")
 
 
-def select(labels, names, *, sampling_ratio=1.0, num_classes=None, rule="first", seed=0):
+def select(labels, names, *, classes=None, sampling_ratio=1.0, num_classes=None, rule="first", seed=0):
     """Indices of the subset, int64, ascending.
 
     Args:
-      labels: int [n]. names: n strings, unique within a class.
+      labels: int [n]. names: n strings, unique within a class. classes: how many there are; None: as
+        many as the labels show.
       sampling_ratio: fraction f of each class, 0 < f <= 1.
       num_classes: keep the classes 0 .. num_classes - 1 only; None keeps all.
       rule: "first" or "random". seed: of the random rule.
@@ -27,7 +29,7 @@ def select(labels, names, *, sampling_ratio=1.0, num_classes=None, rule="first",
     Raises:
       UserError: a ratio or number of classes out of range, or a class left without an image.
     """
-    present = int(labels.max()) + 1
+    present = int(labels.max()) + 1 if classes is None else classes
     if not 0.0 < sampling_ratio <= 1.0:
         raise UserError(f"data.sampling_ratio is {sampling_ratio}: it is a fraction, above 0 and at most 1.")
     if num_classes is not None and not 1 <= num_classes <= present:
@@ -47,9 +49,10 @@ def select(labels, names, *, sampling_ratio=1.0, num_classes=None, rule="first",
     for label in range(present if num_classes is None else num_classes):
         keep = int(len(members[label]) * sampling_ratio)  # truncated, as the original does
         if members[label] and keep == 0:
+            enough = math.ceil(1e4 / len(members[label])) / 1e4  # rounded up
             raise UserError(
                 f"data.sampling_ratio {sampling_ratio} leaves no image of class {label}, which has "
-                f"{len(members[label])}: give at least {1 / len(members[label]):.3g}."
+                f"{len(members[label])}: give at least {enough}."
             )
         chosen += sorted(members[label], key=order)[:keep]
     return np.array(sorted(chosen), np.int64)

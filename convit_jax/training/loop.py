@@ -162,6 +162,7 @@ def train(config, workdir):
         stop = stack.enter_context(StopSignals())
         stack.enter_context(jax.transfer_guard("disallow"))
         train_batches = rows(plan.train, config.batch_size, start, plan.total_steps)
+        stack.callback(train_batches.close)
         while True:
             # Evaluate and save where it is due. A signal saves at once: what it left unevaluated
             # is evaluated when the run continues.

@@ -45,7 +45,12 @@ def make_plan(config, *, devices):
     """
     _check(config, devices)
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
-    subset = dict(num_classes=config.data.num_classes, rule=config.data.subset_rule, seed=config.seed)
+    subset = dict(
+        classes=len(source.class_names),
+        num_classes=config.data.num_classes,
+        rule=config.data.subset_rule,
+        seed=config.seed,
+    )
     indices = select(source.labels, source.names, sampling_ratio=config.data.sampling_ratio, **subset)
     test_indices = select(held_out.labels, held_out.names, **subset)
     classes = config.data.num_classes or len(source.class_names)
@@ -88,6 +93,8 @@ def _check(config, devices):
         raise UserError(
             f"epochs is {config.epochs} and eval_every {config.eval_every}: both must be above 0."
         )
+    if config.seed < 0:
+        raise UserError(f"seed is {config.seed}: it must not be negative.")
     if config.steps is not None and config.steps < 1:
         raise UserError(f"steps is {config.steps}: leave it out or give at least 1.")
     for name, parts in (("batch_size", config.accumulate), ("eval_batch_size", 1)):

@@ -4,6 +4,7 @@ import math
 import textwrap
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from convit_jax.models.variants import abstract_model, count_macs, count_params
@@ -16,6 +17,8 @@ def facts(config, plan, mesh_shape, device_kind):
     mesh_shape: {"data": n, "fsdp": m}. device_kind: their name, as JAX gives it.
     """
     macs = count_macs(plan.model)
+    labels = plan.train.source.labels[plan.train.slots.indices]
+    per_class = np.bincount(labels)[np.unique(labels)]
     images = plan.total_steps * config.batch_size
     return {
         "model": config.model.name,
@@ -26,7 +29,8 @@ def facts(config, plan, mesh_shape, device_kind):
         "flops": 2 * macs,
         "data": config.data.name,
         "classes": plan.model["num_classes"],
-        "train_images": len(plan.train.slots.indices),
+        "train_images": len(labels),
+        "train_images_per_class": [int(per_class.min()), int(per_class.max())],
         "train_images_available": len(plan.train.source),
         "test_images": len(plan.test.indices),
         "steps": plan.total_steps,
@@ -45,13 +49,15 @@ def describe(config, run, workdir):
     """The text printed before the first step: the effective config, what runs, on what, for how long."""
     height, width = run["image_size"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in run["mesh"].items())
+    fewest, most = run["train_images_per_class"]
+    each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     rows = [
         ("Model", f"{run['model']}, {run['parameters']:,} parameters, {height} x {width} px, {run['dtype']}"),
         ("Cost", f"{run['macs'] / 1e9:.4g} GMACs = {run['flops'] / 1e9:.4g} GFLOPs forward, an image"),
         (
             "Data",
             f"{run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images, "
-            f"{run['test_images']:,} for the test, {run['classes']} classes",
+            f"{each} in each of {run['classes']} classes, {run['test_images']:,} for the test",
         ),
         ("Training", f"{run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs"),
         ("Rate", f"{run['peak_learning_rate']:.4g} at its peak, {config.optim.lr:g} x batch / 512"),

@@ -20,9 +20,10 @@ def small(name="convit_tiny", **settings):
 def run(model, *args, method=None, **kwargs):
     """model(*args) or a method of it, as one compiled program."""
     graphdef, params = nnx.split(model)
-    call = lambda params, args, kwargs: getattr(nnx.merge(graphdef, params), method or "__call__")(
-        *args, **kwargs
-    )  # noqa: E731
+
+    def call(params, args, kwargs):
+        return getattr(nnx.merge(graphdef, params), method or "__call__")(*args, **kwargs)
+
     return jax.jit(call)(params, args, kwargs)
 
 

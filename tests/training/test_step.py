@@ -62,9 +62,9 @@ def test_metrics_are_sums_over_steps(stepper, digits_config):
     assert (total["images"], twice["step"], total["bad_step"]) == (32, 2, FINE)
     np.testing.assert_allclose(total["loss"], metrics["loss"] + second["loss"], rtol=1e-6)
     np.testing.assert_allclose(total["lr"], 2e-3, rtol=1e-6)
-    kernel = lambda tree: tree["head"]["kernel"]  # noqa: E731
-    expected = 0.25 * kernel(state["params"]) + 0.25 * kernel(once["params"]) + 0.5 * kernel(twice["params"])
-    np.testing.assert_allclose(kernel(twice["ema"]), expected, rtol=1e-5, atol=1e-7)
+    start, first, second = (np.asarray(s["params"]["head"]["kernel"]) for s in (state, once, twice))
+    expected = 0.25 * start + 0.25 * first + 0.5 * second
+    np.testing.assert_allclose(twice["ema"]["head"]["kernel"], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_each_step_draws_anew_and_the_same_step_draws_the_same(stepper, digits_config):

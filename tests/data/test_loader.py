@@ -1,0 +1,417 @@
+"""Slots, decoding, crops, and the streams that Grain makes of them with threads, workers and processes."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import ks_2samp, kstest
+from sklearn.datasets import load_sample_image
+
+from convit_jax.data.loader import (
+    EvalExample,
+    Slots,
+    TrainExample,
+    batches,
+    centre_crop_box,
+    decode,
+    fit,
+    random_resized_crop_box,
+)
+from convit_jax.data.sources import Digits, ImageFolder
+from convit_jax.errors import UserError
+
+IMAGES_PER_CLASS = 6
+
+
+def write_folder(root, images_per_class=IMAGES_PER_CLASS):
+    """Two classes of noise images, each image of its own size."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for class_name in ("a", "b"):
+            (root / split / class_name).mkdir(parents=True)
+            for number in range(images_per_class):
+                pixels = rng.integers(0, 256, (40 + number, 50 - number, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / class_name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return ImageFolder(write_folder(tmp_path_factory.mktemp("images")), "train")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Digits("test")
+
+
+def collect(example, **settings):
+    """The batches as copies in plain arrays."""
+    return [
+        {name: np.array(value) for name, value in batch.items()} for batch in batches(example, **settings)
+    ]
+
+
+def assert_same_batches(actual, expected):
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+# ---- slots
+
+
+def epoch_of(slots, epoch):
+    first = epoch * slots.epoch_length
+    return [slots.example(slot) for slot in range(first, first + slots.epoch_length)]
+
+
+@pytest.mark.parametrize("indices", [[4, 9], [0, 3, 5, 8, 11, 17, 18], list(range(257))], ids=len)
+def test_an_epoch_shows_every_image_of_the_subset_exactly_once(indices):
+    slots = Slots(np.array(indices), seed=3)
+    assert slots.epoch_length == len(indices)
+    for epoch in (0, 1, 5):
+        assert sorted(epoch_of(slots, epoch)) == indices
+
+
+def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+    orders = {tuple(epoch_of(Slots(np.arange(60), seed), epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    assert tuple(range(60)) not in orders
+
+
+def test_the_shuffle_puts_every_image_at_every_place_about_equally_often():
+    slots = Slots(np.arange(8), seed=0)
+    first = np.bincount([slots.example(8 * epoch) for epoch in range(400)], minlength=8)
+    assert np.abs(first / 400 - 1 / 8).max() < 0.07  # four standard deviations
+
+
+def test_the_order_is_a_function_of_seed_and_slot_alone():
+    slots = range(150)
+    forwards = [Slots(np.arange(40), 5).example(slot) for slot in slots]
+    one = Slots(np.arange(40), 5)
+    backwards = [one.example(slot) for slot in reversed(slots)]
+    assert forwards == backwards[::-1]
+
+
+@pytest.mark.parametrize(
+    ("count", "length"), [(2, 2), (255, 255), (256, 256), (300, 256), (511, 256), (700, 512)]
+)
+def test_repeated_augmentation_cuts_an_epoch_to_a_multiple_of_256(count, length):
+    assert Slots(np.arange(count), 0, repeats=3).epoch_length == length
+    assert Slots(np.arange(count), 0).epoch_length == count
+
+
+@pytest.mark.parametrize("count", [30, 100, 300])
+def test_repeated_augmentation_shows_an_image_three_times_in_a_row_and_a_third_of_them(count):
+    slots = Slots(np.arange(1000, 1000 + count), 0, repeats=3)
+    epochs = [epoch_of(slots, epoch) for epoch in range(2)]
+    for shown in epochs:
+        distinct = shown[::3]
+        assert [image for image in distinct for _ in range(3)][: len(shown)] == shown
+        assert len(set(distinct)) == len(distinct) == -(-slots.epoch_length // 3)
+        assert set(distinct) <= set(slots.indices.tolist())
+    assert set(epochs[0]) != set(epochs[1])
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_subset_of_one_image_shows_it_in_every_slot(repeats):
+    slots = Slots(np.array([7]), seed=0, repeats=repeats)
+    assert slots.epoch_length == 1
+    assert {slots.example(slot) for slot in range(9)} == {7}
+
+
+# ---- batches
+
+
+def test_training_batches_run_on_across_the_borders_of_epochs(digits):
+    example = TrainExample(digits, Slots(np.arange(40, 50), 0), (8, 8), "pad")
+    shown = np.concatenate([b["image"] for b in collect(example, batch_size=4, start=0, stop=5)])
+    assert shown.shape == (20, 8, 8, 3)
+    for epoch in (shown[:10], shown[10:]):
+        assert sorted(image.tobytes() for image in epoch) == sorted(
+            digits[i].tobytes() for i in range(40, 50)
+        )
+
+
+def test_a_training_batch_is_uint8_images_with_their_int32_labels(digits):
+    example = TrainExample(digits, Slots(np.arange(360), 0), (8, 8), "pad")
+    (batch,) = collect(example, batch_size=16, start=2, stop=3)
+    assert batch.keys() == {"image", "label"}
+    assert (batch["image"].dtype, batch["image"].shape) == (np.uint8, (16, 8, 8, 3))
+    assert (batch["label"].dtype, batch["label"].shape) == (np.int32, (16,))
+    shown = [example.slots.example(slot) for slot in range(32, 48)]
+    np.testing.assert_array_equal(batch["image"], digits.images[shown])
+    np.testing.assert_array_equal(batch["label"], digits.labels[shown])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_worker_processes_load_the_same_stream_as_threads(workers, folder):
+    example = TrainExample(folder, Slots(np.arange(12), 1), (8, 10), "resized")
+    settings = dict(batch_size=6, start=1, stop=6)
+    assert_same_batches(collect(example, workers=workers, **settings), collect(example, **settings))
+
+
+@pytest.mark.parametrize("start", [1, 4, 7])
+def test_a_run_that_starts_at_a_step_continues_the_stream_from_the_beginning(start, folder):
+    example = TrainExample(folder, Slots(np.arange(12), 0, repeats=3), (8, 8), "resized")
+    whole = collect(example, batch_size=5, start=0, stop=7)
+    assert_same_batches(collect(example, batch_size=5, start=start, stop=7), whole[start:])
+
+
+def test_a_longer_run_begins_with_the_same_batches(folder):
+    example = TrainExample(folder, Slots(np.arange(12), 0), (8, 8), "resized")
+    assert_same_batches(
+        collect(example, batch_size=4, start=0, stop=9)[:2], collect(example, batch_size=4, start=0, stop=2)
+    )
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_processes_together_load_the_rows_of_one(processes, folder):
+    example = TrainExample(folder, Slots(np.arange(12), 0), (8, 8), "resized")
+    settings = dict(batch_size=6, start=2, stop=5)
+    shares = [collect(example, process=p, processes=processes, **settings) for p in range(processes)]
+    assert all(len(batch["label"]) == 6 // processes for share in shares for batch in share)
+    together = [
+        {name: np.concatenate([rows[name] for rows in step]) for name in step[0]}
+        for step in zip(*shares, strict=True)
+    ]
+    assert_same_batches(together, collect(example, **settings))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [360, 72, 100, 512])
+def test_evaluation_counts_every_image_exactly_once_at_any_batch_size(batch_size, processes, digits):
+    example = EvalExample(digits, np.arange(360), (8, 8), 1.0)
+    steps = -(-360 // batch_size)
+    settings = dict(batch_size=batch_size, start=0, stop=steps, processes=processes)
+    shares = [collect(example, process=p, **settings) for p in range(processes)]
+    rows = [share[step] for step in range(steps) for share in shares]
+    image, label, valid = (np.concatenate([b[name] for b in rows]) for name in ("image", "label", "valid"))
+    assert {len(b["valid"]) for b in rows} == {batch_size // processes}
+    assert (valid.dtype, label.dtype, image.dtype) == (bool, np.int32, np.uint8)
+    assert len(valid) == steps * batch_size
+    np.testing.assert_array_equal(image[valid], digits.images)
+    np.testing.assert_array_equal(label[valid], digits.labels)
+
+
+def test_evaluation_of_a_subset_shows_its_images_only(folder):
+    indices = np.array([1, 4, 9])
+    (batch,) = collect(EvalExample(folder, indices, (8, 8), 0.875), batch_size=4, start=0, stop=1)
+    assert batch["valid"].tolist() == [True, True, True, False]
+    assert batch["label"][:3].tolist() == folder.labels[indices].tolist()
+    for row, index in enumerate(indices):
+        image = decode(folder[index], "image")
+        box = centre_crop_box(*image.size, (8, 8), 0.875)
+        np.testing.assert_array_equal(batch["image"][row], fit(image, (8, 8), box))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_file_stops_the_stream_with_an_error_that_names_it(workers, tmp_path):
+    root = write_folder(tmp_path, images_per_class=3)
+    (root / "train/b/1.png").write_bytes(b"not an image")
+    example = EvalExample(ImageFolder(root, "train"), np.arange(6), (8, 8), 1.0)
+    stream = batches(example, batch_size=2, start=0, stop=3, workers=workers)
+    assert [next(stream)["label"].tolist() for _ in range(2)] == [[0, 0], [0, 1]]
+    with pytest.raises(UserError, match=r"cannot decode.*b/1\.png.*replace or remove"):
+        next(stream)
+
+
+# ---- one training example
+
+
+def test_the_crop_of_a_slot_is_a_function_of_seed_and_slot_alone(folder):
+    def crops(seed, slots):
+        example = TrainExample(folder, Slots(np.array([3]), seed), (9, 8), "resized")
+        return {slot: example(slot)["image"].tobytes() for slot in slots}
+
+    forwards = crops(0, range(20))
+    assert crops(0, reversed(range(20))) == forwards
+    assert len(set(forwards.values())) > 15  # two of 20 may agree by chance
+    assert len(set(crops(1, range(20)).values()) & set(forwards.values())) < 5
+
+
+def test_without_the_resized_crop_the_whole_image_is_resized(folder):
+    example = TrainExample(folder, Slots(np.array([3]), 0), (9, 8), "pad")
+    whole = decode(folder[3], "image").resize((8, 9), Image.Resampling.BICUBIC)
+    for slot in range(3):
+        np.testing.assert_array_equal(example(slot)["image"], np.asarray(whole))
+
+
+def test_repeats_of_an_image_differ_in_their_crops(folder):
+    example = TrainExample(folder, Slots(np.arange(12), 0, repeats=3), (8, 8), "resized")
+    three = [example(slot) for slot in range(3)]
+    assert len({int(e["label"]) for e in three}) == 1
+    assert len({e["image"].tobytes() for e in three}) == 3
+
+
+# ---- decoding
+
+
+def encoded(image, kind, **settings):
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()
+
+
+COLOUR = Image.new("RGB", (6, 4), (200, 100, 50))
+CLEAR = Image.new("RGBA", (6, 4), (200, 100, 50, 0))
+DEEP = Image.fromarray(np.full((4, 6), 9000, np.uint16))
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+IN_COLOUR, IN_GREY = (200, 100, 50), (124, 124, 124)
+KINDS = {
+    "png": (encoded(COLOUR, "PNG"), IN_COLOUR),
+    "jpeg": (encoded(COLOUR, "JPEG", quality=95), IN_COLOUR),
+    "webp": (encoded(COLOUR, "WEBP", lossless=True), IN_COLOUR),
+    "grey png": (encoded(COLOUR.convert("L"), "PNG"), IN_GREY),
+    "grey jpeg": (encoded(COLOUR.convert("L"), "JPEG"), IN_GREY),
+    "grey with alpha": (encoded(COLOUR.convert("LA"), "PNG"), IN_GREY),
+    "grey of 16 bits": (encoded(DEEP, "PNG"), (35, 35, 35)),  # 9000 / 256
+    "tiff of 16 bits": (encoded(DEEP, "TIFF"), (35, 35, 35)),
+    "pgm of 16 bits": (b"P5 6 4 65535\n" + np.full(24, 9000, ">u2").tobytes(), (35, 35, 35)),
+    "palette with alpha": (encoded(COLOUR.quantize(4), "PNG", transparency=bytes([128])), IN_COLOUR),
+    "black and white": (encoded(COLOUR.convert("1"), "PNG"), None),
+    "palette": (encoded(COLOUR.quantize(4), "PNG"), IN_COLOUR),
+    "rgba": (encoded(CLEAR, "PNG"), IN_COLOUR),
+    "cmyk jpeg": (encoded(COLOUR.convert("CMYK"), "JPEG", quality=95), IN_COLOUR),
+    "cmyk tiff": (encoded(COLOUR.convert("CMYK"), "TIFF"), IN_COLOUR),
+}
+BROKEN = {
+    "truncated jpeg": encoded(NOISE, "JPEG")[:-600],
+    "truncated png": encoded(COLOUR, "PNG")[:-30],
+    "header of a jpeg": encoded(COLOUR, "JPEG")[:10],
+    "header of a gif": b"GIF89a",
+    "nothing": b"",
+    "text": b"404: not found",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_decodes_to_uint8_rgb(kind):
+    record, colour = KINDS[kind]
+    pixels = np.asarray(decode(record, "a/1.jpg"))
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (4, 6, 3))
+    if colour is not None:
+        assert np.abs(pixels.astype(int) - colour).max() <= 3
+
+
+def test_an_array_is_already_decoded(digits):
+    np.testing.assert_array_equal(decode(digits[4], "4"), digits.images[4])
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_file_that_is_no_image_is_refused_by_name(kind):
+    with pytest.raises(UserError, match=r"the image dog/7\.jpg .*: replace or remove the file\.$"):
+        decode(BROKEN[kind], "dog/7.jpg")
+    with pytest.raises(UserError, match=r"^[^<>]*$"):  # no Python object in the message
+        decode(BROKEN[kind], "dog/7.jpg")
+
+
+# ---- boxes
+
+
+def defined_crops(width, height, count, scale, ratio):
+    """Sizes (w, h) by the definition: area and log aspect uniform, drawn again until the crop fits."""
+    rng = np.random.default_rng(1)
+    area = width * height * rng.uniform(*scale, 8 * count)
+    aspect = np.exp(rng.uniform(*np.log(ratio), 8 * count))
+    sizes = np.stack([np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))], axis=1)
+    return sizes[(sizes <= (width, height)).all(axis=1)][:count]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "settings"),
+    [(120, 90, {}), (75, 100, {}), (90, 90, dict(scale=(0.3, 0.5), ratio=(0.5, 2.0)))],
+)
+def test_random_crops_have_the_areas_aspects_and_places_of_the_definition(width, height, settings):
+    rng = np.random.default_rng(0)
+    boxes = np.array([random_resized_crop_box(width, height, rng, **settings) for _ in range(4000)])
+    left, top, right, bottom = boxes.T
+    assert (boxes >= 0).all()
+    assert (right <= width).all()
+    assert (bottom <= height).all()
+    w, h = right - left, bottom - top
+    expected = defined_crops(
+        width, height, 4000, **{"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), **settings}
+    ).T
+    assert ks_2samp(w * h, expected[0] * expected[1]).pvalue > 0.01
+    assert ks_2samp(w / h, expected[0] / expected[1]).pvalue > 0.01
+    for corner, room in ((left, width - w), (top, height - h)):  # uniform on 0 .. room
+        assert kstest((corner + rng.uniform(size=4000)) / (room + 1), "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "box"),
+    [
+        (1000, 10, (493, 0, 506, 10)),  # 13 = round(10 * 4 / 3) wide
+        (10, 1000, (0, 493, 10, 506)),  # 13 = round(10 / (3 / 4)) high
+        (1, 400, (0, 199, 1, 200)),
+        (1, 1, (0, 0, 1, 1)),
+    ],
+)
+def test_images_too_narrow_for_any_crop_fall_back_to_the_central_one(width, height, box):
+    rng = np.random.default_rng(0)
+    assert {random_resized_crop_box(width, height, rng) for _ in range(50)} == {box}
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "crop_ratio"),
+    [
+        (630, 420, (224, 224), 0.875),  # resized to 384 x 256
+        (280, 420, (224, 224), 0.875),  # 256 x 384
+        (400, 400, (96, 96), 0.75),  # 128 x 128
+        (448, 320, (160, 224), 0.8),  # 280 x 200
+        (630, 420, (224, 224), 1.0),  # 336 x 224
+        (210, 140, (224, 224), 0.875),  # enlarged to 384 x 256
+        (640, 427, (224, 224), 0.875),  # 383.7 x 256, rounded to 384
+    ],
+)
+@pytest.mark.parametrize("photo", ["china.jpg", "flower.jpg"])
+def test_the_centre_crop_equals_resizing_the_short_side_and_cropping(photo, width, height, size, crop_ratio):
+    image = Image.fromarray(load_sample_image(photo)).crop((0, 0, width, height))
+    scale = max(round(size[0] / crop_ratio) / height, round(size[1] / crop_ratio) / width)
+    resized = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - size[1]) / 2), round((resized.height - size[0]) / 2)
+    literal = np.asarray(resized.crop((left, top, left + size[1], top + size[0])))
+    ours = fit(image, size, centre_crop_box(width, height, size, crop_ratio))
+    assert ours.shape == (*size, 3)
+    assert np.sqrt(np.mean((ours.astype(float) - literal) ** 2)) < 2.55  # a PSNR of 40 dB
+
+
+@pytest.mark.parametrize("crop_ratio", [1.0, 0.875])
+@pytest.mark.parametrize("size", [224, 384])
+def test_the_centre_crop_of_no_image_leaves_its_borders(size, crop_ratio):
+    image = Image.new("RGB", (1300, 1300))
+    for side in range(1, 1300):
+        left, top, right, bottom = centre_crop_box(side, side, (size, size), crop_ratio)
+        assert left >= 0 <= top
+        assert right <= side >= bottom
+    assert fit(image.crop((0, 0, 253, 253)), (224, 224), centre_crop_box(253, 253, (224, 224), 1.0)).shape
+
+
+@pytest.mark.parametrize("as_array", [True, False], ids=["array", "image"])
+def test_an_image_of_the_right_size_passes_untouched(as_array):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    image = pixels if as_array else Image.fromarray(pixels)
+    np.testing.assert_array_equal(fit(image, (24, 32), centre_crop_box(32, 24, (24, 32), 1.0)), pixels)
+
+
+def test_arrays_and_images_are_fitted_alike():
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    for size in ((16, 16), (24, 32)):
+        box = centre_crop_box(32, 24, size, 0.875)
+        fitted = fit(pixels, size, box)
+        assert (fitted.dtype, fitted.shape) == (np.uint8, (*size, 3))
+        assert size == (16, 16) or (fitted != pixels).any()
+        np.testing.assert_array_equal(fitted, fit(Image.fromarray(pixels), size, box))
+
+
+def test_the_part_of_an_image_outside_the_box_hardly_counts():
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[10:30, 20:40] = 255
+    assert fit(Image.fromarray(pixels), (8, 8), (22, 12, 38, 28)).min() == 255
+    assert fit(Image.fromarray(pixels), (8, 8), (0, 0, 18, 40)).max() == 0
