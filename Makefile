@@ -1,0 +1,29 @@
+# make train: set up and train a small ConViT on real images.   make test: set up and run all tests.
+# make lint:  style.   make clean: remove the environment.   ARGS="..." is passed on to each command.
+PYTHON ?= python3
+BIN = .venv/bin
+
+train: .venv/ready
+	$(BIN)/python train.py $(ARGS)
+
+test: .venv/ready-to-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/ready-to-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv
+
+.venv/ready: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ConViT needs Python 3.11 or later, $(PYTHON) is " + sys.version.split()[0] + ": give another one as make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@touch $@
+
+.venv/ready-to-test: .venv/ready requirements-test.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt -c constraints.txt
+	@touch $@
+
+.PHONY: train test lint clean
