@@ -9,7 +9,10 @@ import dataclasses
 import functools
 import io
 import math
+import multiprocessing
+import os
 import signal
+import threading
 
 import grain
 import numpy as np
@@ -181,11 +184,17 @@ def batches(example, *, batch_size, start, stop, workers=0, process=0, processes
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_prepare_worker,
         )
     return iter(dataset)
 
 
-def _ignore_interrupt(worker, workers):
-    """Ctrl-C reaches every process of the terminal; only the main one shall act on it."""
+def _prepare_worker(worker, workers):
+    """Leave Ctrl-C, which reaches every process of the terminal, to the main one; do not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

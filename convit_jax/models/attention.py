@@ -1,6 +1,6 @@
 """Gated positional self-attention (GPSA) and plain self-attention.
 
-GPSA, head h (ConViT, Eq. 6-8): A = (1 - s) softmax(q k / sqrt(d)) + s softmax(v_h . r),
+GPSA, head h (ConViT, section 3): A = (1 - s) softmax(q k / sqrt(d)) + s softmax(v_h . r),
 s = sigmoid(gating_param), r = (dx, dy, dx^2 + dy^2) from query to key, in patches.
 The positional score is a sum of a function of dx and one of dy, so its softmax over a
 rows x columns grid is exactly A_y (x) A_x, two one-dimensional softmaxes that no image
@@ -41,7 +41,7 @@ def content_probabilities(q, k):
 
 
 def local_positional_weights(num_heads, locality_strength):
-    """v_h of the convolutional init (ConViT, Eq. 7), float32 [3, k*k], k = int(sqrt(heads)).
+    """v_h of the convolutional init (ConViT, section 3), float32 [3, k*k], k = int(sqrt(heads)).
 
     Head h1 + k*h2 looks at the pixel (h2 - c, h1 - c) from its query, c the centre of the k x k filter.
     Equals `local_init` of the original's convit.py, transposed.
@@ -150,7 +150,7 @@ class GatedPositionalSelfAttention(nnx.Module):
         return jax.nn.softmax(self.pos_proj(relative).transpose(2, 0, 1), axis=-1)
 
     def attention_maps(self, x):
-        """A of the paper's Eq. 8 in its explicit form, float32 [B, H, N, N], of patches x [B, N, D]."""
+        """The paper's A in its explicit form, float32 [B, H, N, N], of patches x [B, N, D]."""
         q, k, _ = self._qkv(x)
         gate = self.gates()[:, None, None]
         return (1.0 - gate) * content_probabilities(q, k) + gate * self.positional_probabilities()

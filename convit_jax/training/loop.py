@@ -104,7 +104,7 @@ def train(config, workdir):
             batch_size=batch_size,
             start=first,
             stop=last,
-            workers=config.data.workers,
+            workers=min(config.data.workers, (last - first) // 4),  # starting them takes seconds
             process=jax.process_index(),
             processes=jax.process_count(),
         )

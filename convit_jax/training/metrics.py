@@ -129,14 +129,14 @@ class Progress:
         self.say(f"step {step}/{self.total}  epoch {epoch:.1f}  {shown}")
 
     def finished(self, last, workdir, curves):
-        """Say what came out, where it is, and what to do next."""
+        """Say what came out, where it is, and what to do next; last: the line of the last evaluation."""
         self.say(
             f"Done: top-1 {last['val_top1']:.2f}  top-5 {last['val_top5']:.2f}  loss {last['val_loss']:.4f}\n"
             f"  checkpoints  {workdir}/checkpoints (latest and best)\n"
             f"  curves       {curves}\n"
-            f"  TensorBoard  tensorboard --logdir={workdir}/tensorboard\n"
-            f"  next         python train.py --config=configs/cifar10.py --config.data.dir=FOLDER trains on "
-            "your own FOLDER/train/CLASS/*.jpg, FOLDER/val/CLASS/*.jpg"
+            f"  TensorBoard  tensorboard --logdir={workdir}/tensorboard (after pip install tensorboard)\n"
+            f"  next         your own images: python train.py --config=configs/cifar10.py "
+            "--config.data.dir=FOLDER with FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"
         )
 
     def say(self, text):

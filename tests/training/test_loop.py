@@ -102,15 +102,16 @@ def test_killed_twice_in_a_process_of_its_own_and_continued(digits_config, tmp_p
         f"--config.compilation_cache={tmp_path / 'compiled'}",
     ]
     environment = {**os.environ, "XLA_FLAGS": ""}
-    for kill_at in (10, 31):
-        process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, env=environment)
+    for kill_at, workers in ((10, 1), (31, 0)):
+        command = [sys.executable, "train.py", *arguments, f"--config.data.workers={workers}"]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
         deadline = time.monotonic() + 120
         while not any(line["step"] >= kill_at for line in read_metrics(tmp_path / "killed/metrics.jsonl")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate(timeout=30)  # ends when the loader's worker is gone as well
     assert run_train(*arguments).returncode == 0
     arguments[0] = f"--workdir={tmp_path / 'whole'}"
     assert run_train(*arguments).returncode == 0
