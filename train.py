@@ -1,5 +1,6 @@
 """Train a ConViT or DeiT: python train.py --config=configs/convit_s.py --workdir=runs/mine."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -49,15 +50,27 @@ def unknown_field(argv):
 
 def main(_):
     """Train what the flags say."""
+    from convit_jax.training.checkpoint import FULL
     from convit_jax.training.loop import train
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # else Orbax tells of every file it writes
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+    workdir = flags.FLAGS.workdir or f"runs/{name}"
     try:
-        train(flags.FLAGS.config, flags.FLAGS.workdir or f"runs/{name}")
+        train(flags.FLAGS.config, workdir)
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(
+            f"train.py: the disk of {workdir} is full: make room and start the same command again, "
+            "it continues at the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # without the exit hooks of TensorBoard's writer, which would try to write once more
 
 
 def fail(sentence):

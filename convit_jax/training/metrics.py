@@ -108,15 +108,24 @@ class Progress:
     def update(self, step, epoch, values):
         """Show a step. values: train_loss, train_top1, lr, images_per_second, data_wait (a share)."""
         left = (time.monotonic() - self.since) / max(step - self.start, 1) * (self.total - step)
-        line = (
-            f"step {step}/{self.total}  epoch {epoch:.1f}  loss {values['train_loss']:.4f}  "
-            f"top-1 {values['train_top1']:.1f}  lr {values['lr']:.2e}  "
-            f"{values['images_per_second']:.0f} img/s  data {values['data_wait']:.0%}  left {duration(left)}"
-        )
+        parts = {
+            "step": f"step {step}/{self.total}",
+            "epoch": f"epoch {epoch:.1f}",
+            "loss": f"loss {values['train_loss']:.4f}",
+            "top-1": f"top-1 {values['train_top1']:.1f}",
+            "lr": f"lr {values['lr']:.2e}",
+            "rate": f"{values['images_per_second']:.0f} img/s",
+            "data": f"data {values['data_wait']:.0%}",
+            "left": f"left {duration(left)}",
+        }
         if not self.live:
-            print(line, file=self.stream, flush=True)
+            self.say("  ".join(parts.values()))
             return
         width = shutil.get_terminal_size().columns - 1
+        for spare in ("lr", "epoch", "data", "rate"):  # what a narrow terminal can do without
+            if len("  ".join(parts.values())) > width:
+                del parts[spare]
+        line = "  ".join(parts.values())
         bar = min(24, width - len(line) - 3)
         done = math.floor(bar * step / self.total)
         text = f"[{'#' * done}{'.' * (bar - done)}] {line}" if bar >= 8 else line

@@ -81,6 +81,8 @@ def test_a_terminal_gets_one_live_line_that_fits(clock, monkeypatch, columns):
         assert len(part) < columns
     assert ("####" in parts[2]) == (columns == 140)
     assert "step 500/1000" in parts[2]
+    assert "left " in parts[2]
+    assert ("lr " in parts[2]) == (columns >= 100)
 
 
 def test_the_clock_counts_what_is_done_and_not_the_pauses(clock):
