@@ -17,7 +17,6 @@ def get_config():
     config.model.num_heads = 9
     config.model.depth = 6
     config.model.local_up_to_layer = 5
-    config.model.drop_path_rate = 0.0
     config.model.dtype = "float32"
     config.optim.lr = 8e-3
     config.optim.schedule_per = "step"

@@ -42,6 +42,7 @@ def digits_config(compiled_once):
     config.model.num_heads = 4
     config.model.depth = 3
     config.model.local_up_to_layer = 2
+    config.model.drop_path_rate = 0.0
     config.optim.warmup_epochs = 0.0
     config.mesh.data = 1
     config.log_every = 4
