@@ -12,23 +12,30 @@ from configs import default
 from convit_jax.errors import UserError, nearest
 from convit_jax.training.rundir import flatten
 
+HERE = Path(__file__).parent
+
 
 def parse(argv):
     """Define and read the flags; what is wrong with them is said in one sentence."""
     try:
         # Here and not above: ml_collections reads the command line as soon as the flag is defined.
         config_flags.DEFINE_config_file(
-            "config", "configs/digits.py", "Config file; --config.FIELD=VALUE changes a field of it."
+            "config",
+            os.path.relpath(HERE / "configs/digits.py"),
+            "Config file; --config.FIELD=VALUE changes a field of it.",
         )
         flags.DEFINE_string("workdir", None, "Run directory; by default runs/NAME of the config file.")
         rest = flags.FLAGS(argv)
         flags.FLAGS.config.lock()  # raises if the file could not be loaded
-    except (AttributeError, KeyError):
-        fail(unknown_field(argv))
+    except (AttributeError, KeyError) as error:
+        sentence = unknown_field(argv) or unknown_in_file(error)
+        if sentence is None:
+            raise
+        fail(sentence)
     except OSError:
-        path = next(arg.split("=", 1)[1] for arg in argv if arg.startswith("--config="))
-        files = sorted(str(file) for file in Path("configs").glob("[!_]*.py"))
-        fail(f"there is no config file {path!r}{nearest(path, files)} configs/ has: {', '.join(files)}.")
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        files = sorted(os.path.relpath(file) for file in HERE.glob("configs/[!_]*.py"))
+        fail(f"there is no config file {path!r}{nearest(path, files)} The files are: {', '.join(files)}.")
     except flags.Error as error:
         message = str(error).strip()
         own = re.search(r"UserError: (.*)", message)  # raised by a config file itself
@@ -39,38 +46,41 @@ def parse(argv):
 
 
 def unknown_field(argv):
-    """The sentence for the first --config.FIELD=VALUE whose field no config has."""
+    """The sentence for the first --config.FIELD=VALUE whose field no config has, or None."""
     known = list(flatten(default.get_config()))
     fields = [arg.removeprefix("--config.").split("=")[0] for arg in argv if arg.startswith("--config.")]
-    unknown = next(field for field in fields if field not in known)
-    inside = [name for name in known if name.endswith(f".{unknown}")]
-    hint = f", did you mean {inside[0]!r}?" if inside else nearest(unknown, known)
-    return f"the config has no field {unknown!r}{hint} configs/default.py explains all of them."
+    for unknown in fields:
+        if unknown not in known:
+            inside = [name for name in known if name.endswith(f".{unknown}")]
+            hint = f", did you mean {inside[0]!r}?" if inside else nearest(unknown, known)
+            return f"the config has no field {unknown!r}{hint} configs/default.py explains all of them."
+    return None
+
+
+def unknown_in_file(error):
+    """The sentence for a field that a config file sets but no config has, or None for another error."""
+    key = re.search(r'Key "(\w+)" does not exist', str(error))
+    near = re.search(r'Did you mean "(\w+)"', str(error))
+    if key is None:
+        return None
+    hint = f", did you mean {near[1]!r}?" if near else "."
+    return (
+        f"the config file sets {key[1]!r}, which is no field{hint} configs/default.py explains all of them."
+    )
 
 
 def main(_):
     """Train what the flags say."""
-    from convit_jax.training.checkpoint import FULL
     from convit_jax.training.loop import train
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # else Orbax tells of every file it writes
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
-    workdir = flags.FLAGS.workdir or f"runs/{name}"
+    path, _, row = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    workdir = flags.FLAGS.workdir or f"runs/{'_'.join(filter(None, (Path(path).stem, row)))}"
     try:
         train(flags.FLAGS.config, workdir)
     except UserError as error:
         fail(str(error))
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        print(
-            f"train.py: the disk of {workdir} is full: make room and start the same command again, "
-            "it continues at the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # without the exit hooks of TensorBoard's writer, which would try to write once more
 
 
 def fail(sentence):

@@ -4,7 +4,7 @@ The other files change a few of them. Any field can be changed on the command li
     python train.py --config=configs/convit_s.py --config.data.dir=IMAGENET --config.batch_size=512
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 
@@ -19,7 +19,7 @@ def get_config():
 
     config.model = ConfigDict()  # the arguments of convit_jax.create_model; None: the model's own
     config.model.name = "convit_small"  # one of convit_jax.list_models()
-    config.model.image_size = 224  # pixels; (height, width) for oblong images
+    config.model.image_size = FieldReference(224, field_type=object)  # pixels; (height, width) if oblong
     config.model.num_classes = placeholder(int)  # None: as many as the data has
     config.model.patch_size = placeholder(int)  # 16
     config.model.embed_dim = placeholder(int)  # by name
@@ -80,8 +80,8 @@ def get_config():
     config.mesh.fsdp = 1  # devices that also share the parameters and the optimizer's state
 
     config.eval_batch_size = 1024  # over all devices; every image counts once at any size
-    config.eval_every = 1.0  # epochs
+    config.eval_every = 1.0  # epochs; of the whole set with data.keep_total_images
     config.checkpoint_every = 1000  # steps; evaluation and the end save as well
     config.log_every = 50  # steps
     config.compilation_cache = "~/.cache/convit_jax/compiled"  # folder; empty: compile anew each time
-    return config
+    return config.lock()  # a mistyped field, here or in another file, is an error

@@ -70,7 +70,7 @@ def saved(workdir, step=None):
     """The tree of arrays in a run's checkpoint of a step, by default the latest, on one device."""
     from convit_jax.training import checkpoint
 
-    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints")
+    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", {})
     step = checkpoints.latest.step if step is None else step
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = checkpoints.metadata(step).metadata

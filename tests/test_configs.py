@@ -12,6 +12,7 @@ from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings
 from convit_jax.training.optimizer import frozen_mask, peak_learning_rate
 from convit_jax.training.plan import model_arguments
+from convit_jax.training.rundir import flatten
 
 SIZES = {"ti": "tiny", "s": "small", "b": "base"}
 PAPER = {
@@ -44,7 +45,7 @@ def test_a_paper_config_is_its_model_with_the_papers_recipe(name):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py")))
 def test_a_config_has_the_fields_of_the_default_and_names_its_command(name):
     config = load(name)
-    assert set(config.keys()) == set(default.get_config().keys())
+    assert set(flatten(config)) == set(flatten(default.get_config()))
     command = (
         "python train.py"
         if name == "digits"
@@ -58,6 +59,12 @@ def test_every_field_has_its_comment():
     fields = [line for line in lines if re.match(r"    config\.", line)]
     assert len(fields) > 50
     assert [line for line in fields if "#" not in line] == []
+
+
+def test_a_mistyped_field_in_a_config_file_is_an_error():
+    config = default.get_config()
+    with pytest.raises(AttributeError, match="weight_decay"):
+        config.optim.wieght_decay = 0.5
 
 
 def test_ablations_are_the_rows_of_table_3():

@@ -37,6 +37,16 @@ def test_a_mistake_on_the_command_line_is_one_sentence(argument, sentence, tmp_p
     assert says(argument, f"--workdir={tmp_path}").startswith(f"train.py: {sentence}")
 
 
+def test_a_mistyped_field_in_a_config_file_is_named(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from configs import digits\ndef get_config():\n"
+        "    config = digits.get_config()\n    config.optim.lrr = 3\n    return config\n"
+    )
+    said = says(f"--config={file}", f"--workdir={tmp_path}/run")
+    assert said.startswith("train.py: the config file sets 'lrr', which is no field, did you mean 'lr'?")
+
+
 def test_an_empty_image_folder_is_named(tmp_path):
     (tmp_path / "train").mkdir()
     train = tmp_path / "train"

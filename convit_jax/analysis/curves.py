@@ -33,7 +33,7 @@ def plot_curves(workdir):
         panel.set(xlabel="epoch", title=title)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-        if held_out:
+        if held_out and panel.lines:
             panel.legend(frameon=False)
     path = workdir / "curves.png"
     figure.savefig(path, dpi=130)

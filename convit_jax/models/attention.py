@@ -17,9 +17,17 @@ from flax import nnx
 TRUNC_NORMAL = nnx.initializers.normal(0.02)  # the original cuts at +-2, which is 100 sigma
 
 
-def linear(dim_in, dim_out, *, use_bias=True, dtype, rngs):
+def linear(dim_in, dim_out, *, use_bias=True, dtype, precision=None, rngs):
     """Dense layer with the init of the original: N(0, 0.02), zero bias."""
-    return nnx.Linear(dim_in, dim_out, use_bias=use_bias, kernel_init=TRUNC_NORMAL, dtype=dtype, rngs=rngs)
+    return nnx.Linear(
+        dim_in,
+        dim_out,
+        use_bias=use_bias,
+        kernel_init=TRUNC_NORMAL,
+        dtype=dtype,
+        precision=precision,
+        rngs=rngs,
+    )
 
 
 def dropout(x, rate, key):
@@ -38,6 +46,11 @@ def content_probabilities(q, k):
     """softmax(q k / sqrt(d)) in float32: [B, N, H, d] twice -> [B, H, N, N]."""
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
     return jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1)
+
+
+def apply_maps(maps, v):
+    """Attention maps [B, H, N, N] times values [B, N, H, d] -> [B, N, H, d], in the dtype of the values."""
+    return jnp.einsum("bhnm,bmhd->bnhd", maps.astype(v.dtype), v)
 
 
 def local_positional_weights(num_heads, locality_strength):
@@ -78,8 +91,7 @@ class SelfAttention(nnx.Module):
         attn_key, proj_key = split_key(key, 2)
         q, k, v = self._qkv(x)
         if attn_key is not None and self.attn_drop > 0:
-            maps = dropout(content_probabilities(q, k), self.attn_drop, attn_key)
-            out = jnp.einsum("bhnm,bmhd->bnhd", maps.astype(v.dtype), v)
+            out = apply_maps(dropout(content_probabilities(q, k), self.attn_drop, attn_key), v)
         else:
             out = jax.nn.dot_product_attention(q, k, v)
         return dropout(self.proj(out.reshape(x.shape)), self.proj_drop, proj_key)
@@ -111,7 +123,9 @@ class GatedPositionalSelfAttention(nnx.Module):
         self.qk = linear(dim, 2 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.v = linear(dim, dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
-        self.pos_proj = linear(3, num_heads, dtype=jnp.float32, rngs=rngs)
+        self.pos_proj = linear(
+            3, num_heads, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST, rngs=rngs
+        )
         self.gating_param = nnx.Param(jnp.full(num_heads, gate_init, jnp.float32))
         if conv_init:
             local = local_positional_weights(num_heads, locality_strength)
@@ -152,18 +166,20 @@ class GatedPositionalSelfAttention(nnx.Module):
     def attention_maps(self, x):
         """The paper's A in its explicit form, float32 [B, H, N, N], of patches x [B, N, D]."""
         q, k, _ = self._qkv(x)
+        return self._maps(q, k)
+
+    def _maps(self, q, k):
         gate = self.gates()[:, None, None]
         return (1.0 - gate) * content_probabilities(q, k) + gate * self.positional_probabilities()
 
     def __call__(self, x, *, key=None):
         """Attend. key: PRNG key for dropout in training, None in evaluation."""
         attn_key, proj_key = split_key(key, 2)
+        q, k, v = self._qkv(x)
         if attn_key is not None and self.attn_drop > 0:
-            maps = dropout(self.attention_maps(x), self.attn_drop, attn_key)
-            v = self._qkv(x)[2]
-            out = jnp.einsum("bhnm,bmhd->bnhd", maps.astype(v.dtype), v)
+            out = apply_maps(dropout(self._maps(q, k), self.attn_drop, attn_key), v)
         else:
-            out = self._separable(*self._qkv(x))
+            out = self._separable(q, k, v)
         return dropout(self.proj(out.reshape(x.shape)), self.proj_drop, proj_key)
 
     def _separable(self, q, k, v):
@@ -172,6 +188,7 @@ class GatedPositionalSelfAttention(nnx.Module):
         a_y, a_x = self.positional_factors()
         gated_a_y = (gate[:, None, None] * a_y).astype(v.dtype)
         on_grid = v.reshape(v.shape[0], *self.grid, *v.shape[2:])  # [B, rows, columns, H, d]
+        # Over the columns, then the rows: queries at (y, x), keys at (v, u).
         position = jnp.einsum("hxu,bvuhd->bvxhd", a_x.astype(v.dtype), on_grid)
         position = jnp.einsum("hyv,bvxhd->byxhd", gated_a_y, position)
         content = jax.nn.dot_product_attention(q, k, v)

@@ -130,13 +130,13 @@ def abstract_model(settings):
     return graphdef, nnx.to_pure_dict(params)
 
 
-def initial_params(settings, seed, out_shardings=None):
-    """Random parameters as a nested dict of float32 arrays, made by one program, where out_shardings says."""
+def initial_params(settings, seed):
+    """Random parameters as a nested dict of float32 arrays, made by one program."""
 
     def init():
         return nnx.to_pure_dict(nnx.state(VisionTransformer(**settings, rngs=nnx.Rngs(seed))))
 
-    return jax.jit(init, out_shardings=out_shardings)()
+    return jax.jit(init)()
 
 
 def count_params(params):

@@ -189,7 +189,7 @@ class VisionTransformer(nnx.Module):
 
     @property
     def blocks(self):
-        """The blocks one by one, as the original numbers them (copies of slices of the stacks)."""
+        """The blocks by their number in the original: copies, to read; writing to them changes nothing."""
         return [self._block(number) for number in range(self.depth)]
 
     def _block(self, number):
@@ -215,10 +215,10 @@ class VisionTransformer(nnx.Module):
         if self.pos_embed.shape[1] > patches.shape[1]:
             class_token = class_token + self.pos_embed[:, :1]
         class_token = jnp.broadcast_to(class_token, (images.shape[0], 1, class_token.shape[-1]))
-        return (
-            dropout(patches, self.drop_rate, patches_key),
-            dropout(class_token.astype(self.dtype), self.drop_rate, class_key),
-        )
+        class_token = class_token.astype(self.dtype)
+        if self.local_up_to_layer == 0:  # the original's ConViT drops the patches only
+            class_token = dropout(class_token, self.drop_rate, class_key)
+        return dropout(patches, self.drop_rate, patches_key), class_token
 
     def _run(self, stack, first, x, key):
         """Scan x [B, N, D] through a stack whose first block has the number `first`."""

@@ -6,7 +6,6 @@ shardings, so that a run moves between numbers of devices.
 """
 
 import contextlib
-import errno
 import os
 from pathlib import Path
 
@@ -14,36 +13,40 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from convit_jax.errors import UserError
+from convit_jax.training.rundir import FULL
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+class LatestAndBest:
+    """Keeps the latest checkpoint and the one with the best top-1 so far; top1: {step: val_top1}."""
+
+    def __init__(self, top1):
+        self.top1 = top1
+
+    def should_preserve(self, checkpoints, *, context):
+        """A bool for each checkpoint, as Orbax's policies give it."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = max(steps, key=lambda step: (self.top1.get(step, -1.0), step), default=None)
+        return [step in (steps[-1], best) for step in steps]
 
 
-def open_checkpoints(directory):
-    """A handle on a directory of checkpoints, made if it is not there."""
-    keep = ocp.training.preservation_policies
+def open_checkpoints(directory, top1):
+    """A handle on a directory of checkpoints, made if it is not there.
+
+    top1: {step: val_top1 in per cent}, kept up to date by its owner; decides which checkpoint is the best.
+    """
     return ocp.training.Checkpointer(
-        Path(directory).absolute(),
-        preservation_policy=keep.AnyPreservationPolicy(
-            [keep.LatestN(1), keep.BestN(n=1, get_metric_fn=_top1, keep_checkpoints_without_metrics=False)]
-        ),
-        cleanup_tmp_directories=True,
+        Path(directory).absolute(), preservation_policy=LatestAndBest(top1), cleanup_tmp_directories=True
     )
 
 
-def _top1(metrics):
-    return metrics["val_top1"]
-
-
-def save(checkpoints, step, tree, metrics=None):
+def save(checkpoints, step, tree):
     """Start writing a tree of arrays as the checkpoint of a step; waits only for the one before.
-
-    metrics: {"val_top1": per cent} where the step was evaluated.
 
     Raises:
       UserError: the checkpoint before this one could not be written.
     """
     with _storage_errors(checkpoints):
-        checkpoints.save_async(step, tree, force=True, metrics=metrics)
+        checkpoints.save_async(step, tree, force=True)
 
 
 def restore(checkpoints, shapes, shardings, step=None):

@@ -83,19 +83,8 @@ def train(config, workdir):
         donate_argnums=0,
         out_shardings=(shardings["state"], shardings["metrics"]),
     )
-    eval_step = jax.jit(make_eval_step(graphdef, config), out_shardings=replicated(mesh))
-    no_metrics, no_eval = jax.device_put((train_metrics(), eval_metrics()), replicated(mesh))
-
-    # ---- How training starts: continue this run, or from scratch ---------------------------
-    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints")
-    if checkpoints.latest is not None:
-        tree = checkpoint.restore(checkpoints, shapes, shardings)
-        print(f"Continuing at step {checkpoints.latest.step}", flush=True)
-    else:
-        tree = jax.jit(fresh, out_shardings=shardings)()
-    state, metrics = tree["state"], tree["metrics"]
-    step = saved = start = int(state["step"])
-    log, progress, clock = MetricsLog(workdir, start), Progress(plan.total_steps, start), Clock()
+    eval_step = jax.jit(make_eval_step(graphdef, config, gather(mesh)), out_shardings=replicated(mesh))
+    no_metrics, no_eval = jax.jit(lambda: (train_metrics(), eval_metrics()), out_shardings=replicated(mesh))()
 
     def rows(example, batch_size, first, last):
         """This process's share of the batches of steps first .. last - 1."""
@@ -109,77 +98,97 @@ def train(config, workdir):
             processes=jax.process_count(),
         )
 
-    def report(step, metrics, images_per_second, data_wait):
-        """Log a closed window of training, whose last step is done."""
-        sums = jax.device_get(metrics)
-        check_finite(sums, checkpoints)
-        images = int(sums["images"])
-        values = {
-            "train_loss": float(sums["loss"]) / images,
-            "train_top1": 100 * int(sums["correct"]) / images,
-            "lr": float(sums["lr"]),
-            "images_per_second": images_per_second,
-            "data_wait": data_wait,
-        }
-        log.write(step, plan.epoch(step), values)
-        progress.update(step, plan.epoch(step), values)
-
-    def evaluate(prefix, params):
-        """Exact top-1, top-5 (per cent) and mean loss over the held-out images."""
-        sums = no_eval
-        for batch in rows(plan.test, config.eval_batch_size, 0, plan.eval_steps):
-            sums = eval_step(params, sums, put_batch(batch, mesh))
-        loss, top1, top5, images = (
-            jax.device_get(sums[name]).item() for name in ("loss", "top1", "top5", "images")
-        )
-        return {
-            f"{prefix}_top1": 100 * top1 / images,
-            f"{prefix}_top5": 100 * top5 / images,
-            f"{prefix}_loss": loss / images,
-        }
-
-    def save(values):
-        """Write a checkpoint of this step, if there is none and its window has no bad loss."""
-        nonlocal saved
-        if step != saved:
-            check_finite(jax.device_get(metrics), checkpoints)
-            checkpoint.save(checkpoints, step, {"state": state, "metrics": metrics}, values)
-            saved = step
-
-    recent = collections.deque()  # a result of each step that is under way
-
-    def settle(most):
-        """Wait until at most so many steps are under way."""
-        while len(recent) > most:
-            jax.block_until_ready(recent.popleft())
-            clock.count(config.batch_size)
-
-    # ---- Training --------------------------------------------------------------------------
-    windows = collections.deque()  # closed windows, reported when their last step is done
-    with contextlib.ExitStack() as stack:
+    with StopSignals() as stop, contextlib.ExitStack() as stack:
+        # ---- How training starts: continue this run, or from scratch -----------------------
+        top1 = {}  # of the evaluations so far, by step
+        checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", top1)
         stack.callback(checkpoint.close, checkpoints)
+        if checkpoints.latest is not None:
+            check_not_beyond(checkpoints.latest.step, plan.total_steps, workdir)
+            tree = checkpoint.restore(checkpoints, shapes, shardings)
+            print(f"Continuing at step {checkpoints.latest.step}", flush=True)
+        else:
+            tree = jax.jit(fresh, out_shardings=shardings)()
+        state, metrics = tree["state"], tree["metrics"]
+        step = saved = start = int(state["step"])
+        log = MetricsLog(workdir, start)
         stack.callback(log.close)
-        stop = stack.enter_context(StopSignals())
-        stack.enter_context(jax.transfer_guard("disallow"))
+        top1.update(log.top1)
+        progress, clock = Progress(plan.total_steps, start), Clock()
         train_batches = rows(plan.train, config.batch_size, start, plan.total_steps)
         stack.callback(train_batches.close)
+        recent = collections.deque()  # a result of each step that is under way
+        windows = collections.deque()  # closed windows of log_every steps, not yet reported
+
+        def settle(most):
+            """Wait until at most so many steps are under way."""
+            while len(recent) > most:
+                jax.block_until_ready(recent.popleft())
+                clock.count(config.batch_size)
+
+        def report(last_step, sums, images_per_second, data_wait):
+            """Log a closed window, whose last step is done."""
+            sums = jax.device_get(sums)
+            check_finite(sums, checkpoints)
+            values = {
+                "train_loss": float(sums["loss"]) / int(sums["images"]),
+                "train_top1": 100 * int(sums["correct"]) / int(sums["images"]),
+                "lr": float(sums["lr"]),
+                "images_per_second": images_per_second,
+                "data_wait": data_wait,
+            }
+            log.write(last_step, plan.epoch(last_step), values)
+            progress.update(last_step, plan.epoch(last_step), values)
+
+        def evaluate(state):
+            """Exact top-1, top-5 (per cent) and loss of the weights and of their average; None if stopped."""
+            models = {"val": state["params"]} | ({"val_ema": state["ema"]} if "ema" in state else {})
+            sums = dict.fromkeys(models, no_eval)
+            under_way = collections.deque()
+            try:
+                for batch in rows(plan.test, config.eval_batch_size, 0, plan.eval_steps):
+                    if stop.requested:
+                        return None
+                    batch = put_batch(batch, mesh)
+                    sums = {name: eval_step(params, sums[name], batch) for name, params in models.items()}
+                    under_way.append(sums["val"]["images"])
+                    if len(under_way) > AHEAD:
+                        jax.block_until_ready(under_way.popleft())
+            except Exception:
+                if stop.requested:  # the signal reached the loader's workers as well
+                    return None
+                raise
+            values = {}
+            for name, counts in jax.device_get(sums).items():
+                loss, best, best5, images = (counts[key].item() for key in ("loss", "top1", "top5", "images"))
+                values[f"{name}_top1"] = 100 * best / images
+                values[f"{name}_top5"] = 100 * best5 / images
+                values[f"{name}_loss"] = loss / images
+            return values
+
+        # ---- Training ----------------------------------------------------------------------
         while True:
-            # Evaluate and save where it is due. A signal saves at once: what it left unevaluated
-            # is evaluated when the run continues.
-            if step in plan.eval_at and step not in log.evaluated and not stop.requested:
+            # Where it is due, evaluate and save. A signal saves at once; what it left without an
+            # evaluation gets it when the run continues.
+            stopping = stop.requested
+            due = step in plan.eval_at and step not in top1
+            if due or stopping or step % config.checkpoint_every == 0:
                 settle(0)
+                while windows:
+                    report(*windows.popleft())
+                check_finite(jax.device_get(metrics), checkpoints)
                 with clock.paused():
-                    values = evaluate("val", state["params"])
-                    if "ema" in state:
-                        values |= evaluate("val_ema", state["ema"])
-                    log.write(step, plan.epoch(step), values)
-                    progress.evaluated(step, plan.epoch(step), values)
-                    save(values)
-            elif stop.requested or step % config.checkpoint_every == 0:
-                settle(0)
-                with clock.paused():
-                    save(None)
-            if stop.requested or step == plan.total_steps:
+                    values = evaluate(state) if due and not stopping else None
+                    if values is not None:
+                        top1[step] = values["val_top1"]
+                        log.write(step, plan.epoch(step), values)
+                        progress.evaluated(step, plan.epoch(step), values)
+                    if step != saved:
+                        checkpoint.save(checkpoints, step, {"state": state, "metrics": metrics})
+                        saved = step
+                if due and values is None and not stopping:  # a signal came during the evaluation
+                    continue
+            if stopping or step == plan.total_steps:
                 break
 
             # One step.
@@ -191,32 +200,40 @@ def train(config, workdir):
                     continue
                 raise
             began = time.monotonic()
-            state, metrics = train_step(state, metrics, batch)
+            with jax.transfer_guard("disallow"):  # nothing may slip in from the host by accident
+                state, metrics = train_step(state, metrics, batch)
             step += 1
+            recent.append(metrics["images"])
             if step == start + 1:
-                jax.block_until_ready(metrics)
+                settle(0)
                 progress.first_step(time.monotonic() - began)
                 clock.restart()
-            recent.append(metrics["images"])
             settle(AHEAD)
 
             # Report, late.
             if step % config.log_every == 0:
                 windows.append((step, metrics, *clock.read()))
                 metrics = no_metrics
-            pause = stop.requested or step in plan.eval_at or step % config.checkpoint_every == 0
-            while windows and (pause or windows[0][0] <= step - AHEAD):
+            while windows and windows[0][0] <= step - AHEAD:
                 report(*windows.popleft())
 
     # ---- The end ---------------------------------------------------------------------------
     curves = plot_curves(workdir)
-    if stop.requested:
-        progress.say(
-            f"Stopped by {stop.requested} at step {step}, saved in {workdir}. The same command continues."
-        )
+    if stopping:
+        where = f", saved in {workdir}" if step else ", before the first step"
+        progress.say(f"Stopped by {stopping} at step {step}{where}. The same command continues.")
         return None
     progress.finished(log.last, workdir, curves)
     return log.last
+
+
+def check_not_beyond(latest, total, workdir):
+    """Refuse to continue a run that has gone further than it shall go."""
+    if latest > total:
+        raise UserError(
+            f"the run in {workdir} is at step {latest:,}, beyond the {total:,} that it shall go: "
+            "raise steps, leave it out, or give another --workdir."
+        )
 
 
 def check_finite(sums, checkpoints):

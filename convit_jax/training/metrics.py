@@ -3,55 +3,69 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from convit_jax.training.rundir import write_whole
+from convit_jax.training.rundir import disk_errors, write_whole
 
 
 class MetricsLog:
     """DIR/metrics.jsonl and DIR/tensorboard; lines after start_step, of a run cut off, are dropped.
 
-    evaluated: the steps that have a line with val_top1. last: the latest such line, or None.
+    top1: {step: val_top1} of the evaluations so far. last: the line of the latest one, or None.
+
+    Raises:
+      UserError: the disk is full.
     """
 
     def __init__(self, directory, start_step):
-        path = directory / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= start_step]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.path = directory / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= start_step]
         evaluations = [line for line in kept if "val_top1" in line]
-        self.evaluated = {line["step"] for line in evaluations}
+        self.top1 = {line["step"]: line["val_top1"] for line in evaluations}
         self.last = evaluations[-1] if evaluations else None
-        self.lines = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+        with disk_errors(self.path):
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            (directory / "tensorboard").mkdir(exist_ok=True)
+            self.lines = self.path.open("a", buffering=1)
+            # The writer below SummaryWriter: that one's thread would die of a full disk and block us.
+            self.board = EventsWriter(str(directory / "tensorboard" / "events"))
+            self._event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _event(self, **fields):
+        self.board.write_event(Event(wall_time=time.time(), **fields))
 
     def write(self, step, epoch, values):
         """One line for a step; values is {name: float}."""
         line = {"step": step, "epoch": round(epoch, 4), **values}
-        self.lines.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        with disk_errors(self.path):
+            self.lines.write(json.dumps(line) + "\n")
+            for name, value in values.items():
+                self._event(step=step, summary=scalar(name, value))
+            self.board.flush()
         if "val_top1" in values:
-            self.evaluated.add(step)
+            self.top1[step] = values["val_top1"]
             self.last = line
 
     def close(self):
-        """Flush and close both."""
-        self.lines.close()
-        self.board.close()
+        """Close both files; what was written is already there."""
+        with contextlib.suppress(OSError):  # a full disk has been said before
+            self.lines.close()
+            self.board.close()
 
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts, without one that a kill cut off; no file has no lines."""
+    """The lines of a metrics.jsonl as dicts, without those that a kill cut off; no file has no lines."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
     return lines
 
 
@@ -139,12 +153,13 @@ class Progress:
 
     def finished(self, last, workdir, curves):
         """Say what came out, where it is, and what to do next; last: the line of the last evaluation."""
+        python = os.path.relpath(sys.executable)
         self.say(
             f"Done: top-1 {last['val_top1']:.2f}  top-5 {last['val_top5']:.2f}  loss {last['val_loss']:.4f}\n"
             f"  checkpoints  {workdir}/checkpoints (latest and best)\n"
             f"  curves       {curves}\n"
             f"  TensorBoard  tensorboard --logdir={workdir}/tensorboard (after pip install tensorboard)\n"
-            f"  next         your own images: python train.py --config=configs/cifar10.py "
+            f"  next         your own images: {python} train.py --config=configs/cifar10.py "
             "--config.data.dir=FOLDER with FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"
         )
 

@@ -45,10 +45,12 @@ def make_schedule(optim, *, epochs, batch_size, epoch_length):
         warmup_epochs=optim.warmup_epochs,
     )
     if optim.schedule_per == "step":
-        return lambda step: cosine_schedule(step * (batch_size / epoch_length), jnp, **curve)
+        return lambda step: cosine_schedule(step * (batch_size / epoch_length), jnp, **curve).astype(
+            jnp.float32
+        )
     numbers = np.arange(math.ceil(epochs))
     rates = cosine_schedule(np.maximum(numbers - 1, 0), np, **curve).astype(np.float32)
-    first_steps = np.ceil(numbers * (epoch_length / batch_size)).astype(np.int32)
+    first_steps = (-(-numbers * epoch_length // batch_size)).astype(np.int32)
 
     def schedule(step):
         epoch = jnp.searchsorted(jnp.asarray(first_steps), step, side="right") - 1

@@ -60,13 +60,20 @@ def make_plan(config, *, devices):
             f"model.num_classes is {model['num_classes']}, but the data has {classes} classes: "
             "leave it out, or keep fewer classes with data.num_classes."
         )
+    if not len(test_indices):
+        raise UserError(f"none of the {classes} classes has an image for the test: add some.")
     slots = Slots(indices, config.seed, config.data.repeats)
-    epochs = config.epochs / (config.data.sampling_ratio if config.data.keep_total_images else 1)
-    total = math.ceil(epochs * slots.epoch_length / config.batch_size)
+
+    def steps_of(epochs):
+        return math.ceil(round(epochs * slots.epoch_length / config.batch_size, 6))
+
+    longer = 1 / config.data.sampling_ratio if config.data.keep_total_images else 1
+    epochs = round(config.epochs * longer, 6)
+    total = steps_of(epochs)
     if config.steps is not None:
         total = min(total, config.steps)
-    every = config.eval_every * slots.epoch_length / config.batch_size
-    eval_at = {math.ceil(n * every) for n in range(1, int(total / every) + 1)} | {total}
+    every = config.eval_every * longer
+    eval_at = {steps_of(n * every) for n in range(1, math.ceil(epochs / every))}
     return Plan(
         model=model,
         train=TrainExample(source, slots, model["image_size"], config.augment.crop),
@@ -74,7 +81,7 @@ def make_plan(config, *, devices):
         epochs=epochs,
         total_steps=total,
         eval_steps=math.ceil(len(test_indices) / config.eval_batch_size),
-        eval_at=frozenset(step for step in eval_at if step <= total),
+        eval_at=frozenset({step for step in eval_at if step < total} | {total}),
         batch_size=config.batch_size,
     )
 

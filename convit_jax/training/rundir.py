@@ -1,5 +1,7 @@
 """A run directory belongs to one config: made, recognised and refused here."""
 
+import contextlib
+import errno
 import json
 import os
 
@@ -20,20 +22,35 @@ MAY_CHANGE = (
 )
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def claim(workdir, config, facts):
     """Make a run directory, or take up the one of the same run; write config.json and run.json.
 
     Raises:
-      UserError: the directory holds another run, or cannot be written.
+      UserError: the directory holds another run, or one on other data, or cannot be written.
     """
-    try:
+    with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         if (workdir / "config.json").exists():
             check_same_run(config, json.loads((workdir / "config.json").read_text()), workdir)
+        if (workdir / "run.json").exists():
+            check_same_data(facts, json.loads((workdir / "run.json").read_text()), workdir)
         write_whole(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
         write_whole(workdir / "run.json", json.dumps(facts, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def disk_errors(path):
+    """A disk that is full or not ours to write, said in one sentence."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"cannot write to the run directory {workdir}: {error.strerror}.") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}. Make room, or see to its permissions, and start the "
+            "same command again; a run continues at its last checkpoint."
+        ) from error
 
 
 def write_whole(path, text):
@@ -71,3 +88,13 @@ def check_same_run(config, saved, workdir):
             f"{workdir} holds a run with another config ({'; '.join(changed)}): give another --workdir, "
             "or the old values to continue that run."
         )
+
+
+def check_same_data(facts, saved, workdir):
+    """Raise UserError if the data of a run has changed; saved are the facts in its run.json."""
+    for name in ("train_images", "test_images", "classes"):
+        if name in saved and saved[name] != facts[name]:
+            raise UserError(
+                f"the run in {workdir} had {name} {saved[name]:,}, now there are {facts[name]:,}: bring the "
+                "data back as it was to continue that run, or give another --workdir."
+            )

@@ -14,7 +14,7 @@ from convit_jax.data.mixup import mix
 from convit_jax.training.optimizer import ema_update
 
 FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was finite
-TRAIN_STREAM = 1  # keeps the keys of training apart from those of the weights
+TRAIN_STREAM = 0x7261696E  # keeps the keys of training apart from those of the weights, which count from 0
 
 
 def train_metrics():
@@ -123,15 +123,15 @@ def make_train_step(graphdef, optimizer, schedule, config, num_classes, whole=la
     return step
 
 
-def make_eval_step(graphdef, config):
+def make_eval_step(graphdef, config, whole=lambda tree: tree):
     """(params, metrics, batch) -> metrics; rows whose "valid" is False do not count.
 
-    Loss is the cross-entropy with the plain label, top-k as torch.topk would count it.
+    Loss is the cross-entropy with the plain label; top-5 is top-C where there are C < 5 classes.
     """
 
     def step(params, metrics, batch):
         images = normalize(batch["image"], tuple(config.data.mean), tuple(config.data.std))
-        logits = nnx.merge(graphdef, params)(images)
+        logits = nnx.merge(graphdef, whole(params))(images)
         label, valid = batch["label"], batch["valid"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))

@@ -23,37 +23,49 @@ def abstract():
 
 
 def test_latest_and_best_are_kept(tmp_path):
-    checkpoints = checkpoint.open_checkpoints(tmp_path)
-    for step, top1 in ((1, 50.0), (2, 70.0), (3, 60.0), (4, None), (5, 65.0), (6, None)):
-        checkpoint.save(checkpoints, step, tree(float(step)), top1 and {"val_top1": top1})
+    top1 = {}
+    checkpoints = checkpoint.open_checkpoints(tmp_path, top1)
+    for step, value in ((1, 50.0), (2, 70.0), (3, 60.0), (4, None), (5, 65.0), (6, None)):
+        if value:
+            top1[step] = value
+        checkpoint.save(checkpoints, step, tree(float(step)))
     checkpoint.close(checkpoints)
-    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    checkpoints = checkpoint.open_checkpoints(tmp_path, top1)
     assert [kept.step for kept in checkpoints.checkpoints] == [2, 6]
     for step in (2, None):
         restored = checkpoint.restore(checkpoints, *abstract(), step)
         np.testing.assert_array_equal(restored["state"]["w"], step or 6)
+    top1[6] = 71.0  # evaluated after it was saved
+    checkpoint.save(checkpoints, 7, tree(7.0))
     checkpoint.close(checkpoints)
+    assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == [6, 7]
 
 
 def test_what_is_saved_is_the_state_of_that_step_though_its_memory_is_given_away(tmp_path):
-    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    checkpoints = checkpoint.open_checkpoints(tmp_path, {})
+    state = {"w": jnp.full((2048, 4096), 3.0)}  # 32 MB, so that writing takes longer than what follows
     overwrite = jax.jit(lambda t: jax.tree.map(lambda x: x * 0 - 1, t), donate_argnums=0)
-    state = jax.block_until_ready(tree(3.0))
-    checkpoint.save(checkpoints, 3, state)
-    for _ in range(5):
+    overwrite = overwrite.lower(state).compile()
+    checkpoint.save(checkpoints, 3, jax.block_until_ready(state))
+    for _ in range(3):
         state = overwrite(state)
+    jax.block_until_ready(state)
+    still_writing = not (tmp_path / "3").exists()
     checkpoint.close(checkpoints)
-    checkpoints = checkpoint.open_checkpoints(tmp_path)
-    np.testing.assert_array_equal(checkpoint.restore(checkpoints, *abstract())["state"]["w"], 3)
+    assert still_writing, "the state was overwritten too late to matter"
+    checkpoints = checkpoint.open_checkpoints(tmp_path, {})
+    shapes = jax.eval_shape(lambda: state)
+    restored = checkpoint.restore(checkpoints, shapes, state_shardings(make_mesh(1, 1), shapes))
+    assert (np.asarray(restored["w"]) == 3).all()
     checkpoint.close(checkpoints)
 
 
 def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path):
-    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    checkpoints = checkpoint.open_checkpoints(tmp_path, {})
     checkpoint.save(checkpoints, 1, tree(1.0))
     checkpoint.close(checkpoints)
     (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    checkpoints = checkpoint.open_checkpoints(tmp_path, {})
     assert checkpoints.latest.step == 1
     checkpoint.close(checkpoints)
 
@@ -65,12 +77,12 @@ sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
 import conftest, jax.numpy as jnp, resource
 from convit_jax.training import checkpoint
 from convit_jax.errors import UserError
-checkpoints = checkpoint.open_checkpoints({str(tmp_path)!r})
+checkpoints = checkpoint.open_checkpoints({str(tmp_path)!r}, {{}})
 checkpoint.save(checkpoints, 1, {{"w": jnp.ones(8)}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 try:
     checkpoint.close(checkpoints)  # the first one is whole before the disk fills
-    checkpoints = checkpoint.open_checkpoints({str(tmp_path)!r})
+    checkpoints = checkpoint.open_checkpoints({str(tmp_path)!r}, {{}})
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     import numpy as np
     checkpoint.save(checkpoints, 2, {{"w": jnp.asarray(np.random.default_rng(0).random(300_000))}})
@@ -82,6 +94,6 @@ except UserError as error:
     assert "could not be written" in done.stdout, done.stdout + done.stderr[-3000:]
     assert "last good one is of step 1" in done.stdout
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    checkpoints = checkpoint.open_checkpoints(tmp_path, {})
     assert checkpoints.latest.step == 1
     checkpoint.close(checkpoints)

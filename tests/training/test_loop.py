@@ -89,10 +89,86 @@ def test_a_signal_at_an_evaluation_saves_first_and_evaluates_when_continued(
     assert curves(tmp_path / "whole") == curves(tmp_path / "stopped")
 
 
-def test_killed_twice_in_a_process_of_its_own_and_continued(digits_config, tmp_path):
+def test_a_signal_during_an_evaluation_stops_it(digits_config, tmp_path, monkeypatch):
+    digits_config.eval_batch_size = 20
+    put_batch, seen = loop.put_batch, []
+
+    def put_and_signal(batch, mesh):
+        if "valid" in batch:
+            seen.append(None)
+            if len(seen) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return put_batch(batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", put_and_signal)
+    assert train(digits_config, tmp_path) is None
+    assert len(seen) == 5 < 360 / 20
+    assert saved(tmp_path)["state"]["step"] == 12
+    assert train(digits_config, tmp_path)["step"] == 12
+    assert "val_top1" in curves(tmp_path)[-1]
+
+
+@pytest.mark.parametrize("lr", [0.008, 1e30])
+def test_a_loader_that_a_signal_took_down_loses_no_line_and_saves_no_bad_state(
+    digits_config, tmp_path, monkeypatch, lr
+):
+    digits_config.optim.lr = lr
+    put_batch, calls = loop.put_batch, []
+
+    def put_and_break(batch, mesh):
+        calls.append(None)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("a worker process was terminated")
+        return put_batch(batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", put_and_break)
+    if lr == 1e30:
+        with pytest.raises(UserError, match="stopped being finite"):
+            train(digits_config, tmp_path)
+        assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+    else:
+        assert train(digits_config, tmp_path) is None
+        assert train(digits_config, tmp_path)["step"] == 12
+        assert [line["step"] for line in curves(tmp_path)] == [4, 8, 12, 12]
+
+
+def test_the_training_step_is_compiled_once(digits_config, tmp_path, monkeypatch):
+    steps = []
+    make = loop.make_train_step
+
+    def counted(*args):
+        step = make(*args)
+
+        def traced(*inputs):
+            steps.append(None)
+            return step(*inputs)
+
+        return traced
+
+    monkeypatch.setattr(loop, "make_train_step", counted)
+    train(digits_config, tmp_path)
+    assert len(steps) == 1
+
+
+def test_fewer_steps_than_a_run_has_done_are_refused(digits_config, tmp_path):
+    train(digits_config, tmp_path)
+    digits_config.steps = 6
+    with pytest.raises(UserError, match="is at step 12, beyond the 6 that it shall go"):
+        train(digits_config, tmp_path)
+
+
+def test_oblong_images(digits_config, image_folder, tmp_path):
+    digits_config.data.name, digits_config.data.dir = "folder", str(image_folder)
+    digits_config.batch_size, digits_config.eval_batch_size, digits_config.steps = 6, 4, 2
+    digits_config.model.image_size = (12, 18)
+    assert train(digits_config, tmp_path / "run")["step"] == 2
+
+
+def test_killed_five_times_in_a_process_of_its_own_and_continued(digits_config, tmp_path):
     arguments = [
         f"--workdir={tmp_path / 'killed'}",
-        "--config.steps=60",
+        "--config.steps=80",
         "--config.batch_size=80",
         "--config.model.embed_dim=18",
         "--config.model.depth=2",
@@ -102,7 +178,10 @@ def test_killed_twice_in_a_process_of_its_own_and_continued(digits_config, tmp_p
         f"--config.compilation_cache={tmp_path / 'compiled'}",
     ]
     environment = {**os.environ, "XLA_FLAGS": ""}
-    for kill_at, workers in ((10, 1), (31, 0)):
+    kills = sorted(np.random.default_rng().choice(np.arange(4, 70), 5, replace=False))
+    print("kills at", kills)
+    for number, kill_at in enumerate(kills):
+        workers = 1 if number == 0 else 0
         command = [sys.executable, "train.py", *arguments, f"--config.data.workers={workers}"]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
         deadline = time.monotonic() + 120
@@ -117,6 +196,30 @@ def test_killed_twice_in_a_process_of_its_own_and_continued(digits_config, tmp_p
     assert run_train(*arguments).returncode == 0
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "killed"))
     assert curves(tmp_path / "whole") == curves(tmp_path / "killed")
+
+
+def test_a_disk_that_fills_while_logging_is_said_and_the_run_does_not_hang(tmp_path):
+    script = f"""
+import resource, signal, sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+import conftest
+from pathlib import Path
+from convit_jax.errors import UserError
+from convit_jax.training.metrics import MetricsLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = MetricsLog(Path({str(tmp_path)!r}), 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    for step in range(5000):
+        log.write(step, 0.0, dict(train_loss=1.0, lr=0.1))
+except UserError as error:
+    log.close()
+    print("said:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "said: cannot write" in done.stdout, done.stdout + done.stderr
+    assert "Make room" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(digits_config, tmp_path):

@@ -26,15 +26,15 @@ def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path):
     log.close()
     log = MetricsLog(tmp_path, 4)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4, 4]
-    assert log.evaluated == {4}
+    assert log.top1 == {4: 50.0}
     assert log.last == {"step": 4, "epoch": 0.4, "val_top1": 50.0}
     log.close()
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "epoch": 0.1}\n{"step": 2, "epo')
-    assert read_metrics(path) == [{"step": 1, "epoch": 0.1}]
+    path.write_text('{"step": 1, "epoch": 0.1}\n{"step": 2, "epo{"step": 2, "epoch": 0.2}\n{"step": 3}\n{"st')
+    assert read_metrics(path) == [{"step": 1, "epoch": 0.1}, {"step": 3}]
     assert read_metrics(tmp_path / "none.jsonl") == []
 
 

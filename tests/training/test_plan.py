@@ -33,6 +33,7 @@ def test_keeping_the_number_of_images_multiplies_the_epochs(digits_config):
     images = len(kept.train.slots.indices)
     assert images == 139  # of ten classes of 138 to 147, each int(n * 0.1)
     assert few.total_steps == -(-2 * images // 80)
+    assert kept.eval_at == {kept.total_steps}  # eval_every grows with the epochs
     assert kept.total_steps == -(-20 * images // 80)
 
 
@@ -68,17 +69,21 @@ def test_what_cannot_work_is_said_before_anything_starts(digits_config, field, v
 
 
 def test_a_run_directory_belongs_to_one_config(digits_config, tmp_path):
-    claim(tmp_path, digits_config, {})
+    images = dict(train_images=1437, test_images=360, classes=10)
+    claim(tmp_path, digits_config, images)
     digits_config.steps, digits_config.data.workers, digits_config.mesh.fsdp = 99, 5, 2
-    claim(tmp_path, digits_config, {})  # none of these changes a number
+    claim(tmp_path, digits_config, images)  # none of these changes a number
     digits_config.optim.lr, digits_config.seed = 1.0, 5
     with pytest.raises(UserError, match=r"another config \(optim.lr was 0.008, is 1.0; seed was 0, is 5\)"):
-        claim(tmp_path, digits_config, {})
+        claim(tmp_path, digits_config, images)
+    digits_config.optim.lr, digits_config.seed = 0.008, 0
+    with pytest.raises(UserError, match="had train_images 1,437, now there are 1,436"):
+        claim(tmp_path, digits_config, {**images, "train_images": 1436})
 
 
 def test_a_run_directory_that_cannot_be_made(digits_config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to the run directory"):
+    with pytest.raises(UserError, match=r"Not a directory.*see to its permissions"):
         claim(tmp_path / "file" / "run", digits_config, {})
 
 
