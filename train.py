@@ -64,9 +64,7 @@ def unknown_in_file(error):
     if key is None:
         return None
     hint = f", did you mean {near[1]!r}?" if near else "."
-    return (
-        f"the config file sets {key[1]!r}, which is no field{hint} configs/default.py explains all of them."
-    )
+    return f"the config file sets {key[1]!r}, which is no field{hint} configs/default.py has them all."
 
 
 def main(_):
