@@ -20,7 +20,7 @@ from convit_jax.training import checkpoint
 from convit_jax.training.metrics import Clock, MetricsLog, Progress
 from convit_jax.training.optimizer import make_optimizer, make_schedule
 from convit_jax.training.plan import make_plan
-from convit_jax.training.rundir import claim
+from convit_jax.training.rundir import claim, hold
 from convit_jax.training.sharding import gather, make_mesh, put_batch, replicated, state_shardings
 from convit_jax.training.signals import StopSignals
 from convit_jax.training.step import (
@@ -100,6 +100,8 @@ def train(config, workdir):
 
     with StopSignals() as stop, contextlib.ExitStack() as stack:
         # ---- How training starts: continue this run, or from scratch -----------------------
+        if jax.process_index() == 0:
+            stack.callback(hold(workdir).close)
         top1 = {}  # of the evaluations so far, by step
         checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", top1)
         stack.callback(checkpoint.close, checkpoints)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 
@@ -39,6 +40,27 @@ def claim(workdir, config, facts):
             check_same_data(facts, json.loads((workdir / "run.json").read_text()), workdir)
         write_whole(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
         write_whole(workdir / "run.json", json.dumps(facts, indent=1) + "\n")
+
+
+def hold(workdir):
+    """A handle that keeps a run directory for this process until it is closed, or the process is gone.
+
+    Two runs in one directory would remove each other's half-written checkpoints.
+
+    Raises:
+      UserError: another process is training there.
+    """
+    handle = (workdir / "lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        raise UserError(
+            f"another process is training in {workdir}: wait until it ends, or give another --workdir."
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    return handle
 
 
 @contextlib.contextmanager

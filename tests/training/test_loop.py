@@ -16,6 +16,7 @@ from convit_jax.errors import UserError
 from convit_jax.training import loop
 from convit_jax.training.loop import train
 from convit_jax.training.metrics import read_metrics
+from convit_jax.training.rundir import hold
 
 
 def curves(workdir):
@@ -156,6 +157,13 @@ def test_fewer_steps_than_a_run_has_done_are_refused(digits_config, tmp_path):
     digits_config.steps = 6
     with pytest.raises(UserError, match="is at step 12, beyond the 6 that it shall go"):
         train(digits_config, tmp_path)
+
+
+def test_two_runs_at_once_in_one_directory_are_refused(digits_config, tmp_path):
+    train(digits_config, tmp_path)
+    with hold(tmp_path), pytest.raises(UserError, match="another process is training in"):
+        train(digits_config, tmp_path)
+    assert train(digits_config, tmp_path)["step"] == 12
 
 
 def test_oblong_images(digits_config, image_folder, tmp_path):
