@@ -1,137 +1,18 @@
-"""A run that is stopped, anywhere and anyhow, continues bit for bit; what a run leaves behind."""
+"""What a run learns, logs and leaves behind, and what stops it."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_same, run_train, saved
+from conftest import ROOT, assert_same, saved
 
 from convit_jax.data import loader
 from convit_jax.errors import UserError
 from convit_jax.training import loop
 from convit_jax.training.loop import train
 from convit_jax.training.metrics import read_metrics
-from convit_jax.training.rundir import hold
-
-
-def curves(workdir):
-    """metrics.jsonl without what depends on the clock."""
-    lines = read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
-
-
-@pytest.fixture
-def undisturbed(digits_config, tmp_path):
-    """The config and the directory of a run of 12 steps that nothing stopped."""
-    digits_config.augment.mixup = 0.8
-    digits_config.model.drop_path_rate = 0.2
-    digits_config.optim.ema_decay = 0.9
-    train(digits_config, tmp_path / "undisturbed")
-    return digits_config, tmp_path / "undisturbed"
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_at_any_step_and_continued_with_any_number_of_workers(undisturbed, tmp_path, workers):
-    config, whole = undisturbed
-    for step in (3, 7, 8):
-        config.steps, config.data.workers = step, workers
-        train(config, tmp_path / "parts")
-    config.steps, config.data.workers = 12, 0
-    train(config, tmp_path / "parts")
-    assert_same(saved(whole), saved(tmp_path / "parts"))
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_the_next_start_continues(undisturbed, tmp_path, monkeypatch, capsys, name):
-    config, whole = undisturbed
-    put_batch, calls = loop.put_batch, []
-
-    def put_and_signal(batch, mesh):
-        calls.append(None)
-        if len(calls) == 7:
-            os.kill(os.getpid(), signal.Signals[name])
-        return put_batch(batch, mesh)
-
-    monkeypatch.setattr(loop, "put_batch", put_and_signal)
-    assert train(config, tmp_path / "stopped") is None
-    assert f"Stopped by {name} at step 7, saved in" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    monkeypatch.setattr(loop, "put_batch", put_batch)
-    assert train(config, tmp_path / "stopped")["step"] == 12
-    assert "Continuing at step 7" in capsys.readouterr().out
-    assert_same(saved(whole), saved(tmp_path / "stopped"))
-    assert curves(whole) == curves(tmp_path / "stopped")
-
-
-def test_a_signal_at_an_evaluation_saves_first_and_evaluates_when_continued(
-    undisturbed, tmp_path, monkeypatch
-):
-    config, _ = undisturbed
-    config.eval_every = 4 * 80 / 1437  # after every fourth step
-    train(config, tmp_path / "whole")
-    put_batch, calls = loop.put_batch, []
-
-    def put_and_signal(batch, mesh):
-        calls.append(None)
-        if len(calls) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return put_batch(batch, mesh)
-
-    monkeypatch.setattr(loop, "put_batch", put_and_signal)
-    train(config, tmp_path / "stopped")
-    assert not any("val_top1" in line for line in curves(tmp_path / "stopped"))
-    monkeypatch.setattr(loop, "put_batch", put_batch)
-    train(config, tmp_path / "stopped")
-    assert curves(tmp_path / "whole") == curves(tmp_path / "stopped")
-
-
-def test_a_signal_during_an_evaluation_stops_it(digits_config, tmp_path, monkeypatch):
-    digits_config.eval_batch_size = 20
-    put_batch, seen = loop.put_batch, []
-
-    def put_and_signal(batch, mesh):
-        if "valid" in batch:
-            seen.append(None)
-            if len(seen) == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-        return put_batch(batch, mesh)
-
-    monkeypatch.setattr(loop, "put_batch", put_and_signal)
-    assert train(digits_config, tmp_path) is None
-    assert len(seen) == 5 < 360 / 20
-    assert saved(tmp_path)["state"]["step"] == 12
-    assert train(digits_config, tmp_path)["step"] == 12
-    assert "val_top1" in curves(tmp_path)[-1]
-
-
-@pytest.mark.parametrize("lr", [0.008, 1e30])
-def test_a_loader_that_a_signal_took_down_loses_no_line_and_saves_no_bad_state(
-    digits_config, tmp_path, monkeypatch, lr
-):
-    digits_config.optim.lr = lr
-    put_batch, calls = loop.put_batch, []
-
-    def put_and_break(batch, mesh):
-        calls.append(None)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise RuntimeError("a worker process was terminated")
-        return put_batch(batch, mesh)
-
-    monkeypatch.setattr(loop, "put_batch", put_and_break)
-    if lr == 1e30:
-        with pytest.raises(UserError, match="stopped being finite"):
-            train(digits_config, tmp_path)
-        assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
-    else:
-        assert train(digits_config, tmp_path) is None
-        assert train(digits_config, tmp_path)["step"] == 12
-        assert [line["step"] for line in curves(tmp_path)] == [4, 8, 12, 12]
 
 
 def test_the_training_step_is_compiled_once(digits_config, tmp_path, monkeypatch):
@@ -152,58 +33,11 @@ def test_the_training_step_is_compiled_once(digits_config, tmp_path, monkeypatch
     assert len(steps) == 1
 
 
-def test_fewer_steps_than_a_run_has_done_are_refused(digits_config, tmp_path):
-    train(digits_config, tmp_path)
-    digits_config.steps = 6
-    with pytest.raises(UserError, match="is at step 12, beyond the 6 that it shall go"):
-        train(digits_config, tmp_path)
-
-
-def test_two_runs_at_once_in_one_directory_are_refused(digits_config, tmp_path):
-    train(digits_config, tmp_path)
-    with hold(tmp_path), pytest.raises(UserError, match="another process is training in"):
-        train(digits_config, tmp_path)
-    assert train(digits_config, tmp_path)["step"] == 12
-
-
 def test_oblong_images(digits_config, image_folder, tmp_path):
     digits_config.data.name, digits_config.data.dir = "folder", str(image_folder)
     digits_config.batch_size, digits_config.eval_batch_size, digits_config.steps = 6, 4, 2
     digits_config.model.image_size = (12, 18)
     assert train(digits_config, tmp_path / "run")["step"] == 2
-
-
-def test_killed_five_times_in_a_process_of_its_own_and_continued(digits_config, tmp_path):
-    arguments = [
-        f"--workdir={tmp_path / 'killed'}",
-        "--config.steps=80",
-        "--config.batch_size=80",
-        "--config.model.embed_dim=18",
-        "--config.model.depth=2",
-        "--config.model.local_up_to_layer=1",
-        "--config.checkpoint_every=3",
-        "--config.log_every=2",
-        f"--config.compilation_cache={tmp_path / 'compiled'}",
-    ]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    kills = sorted(np.random.default_rng().choice(np.arange(4, 70), 5, replace=False))
-    print("kills at", kills)
-    for number, kill_at in enumerate(kills):
-        workers = 1 if number == 0 else 0
-        command = [sys.executable, "train.py", *arguments, f"--config.data.workers={workers}"]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while not any(line["step"] >= kill_at for line in read_metrics(tmp_path / "killed/metrics.jsonl")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)  # ends when the loader's worker is gone as well
-    assert run_train(*arguments).returncode == 0
-    arguments[0] = f"--workdir={tmp_path / 'whole'}"
-    assert run_train(*arguments).returncode == 0
-    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "killed"))
-    assert curves(tmp_path / "whole") == curves(tmp_path / "killed")
 
 
 def test_a_disk_that_fills_while_logging_is_said_and_the_run_does_not_hang(tmp_path):
@@ -304,8 +138,9 @@ def test_a_finished_run_started_again_says_what_came_out(digits_config, tmp_path
     assert f"Done: top-1 {first['val_top1']:.2f}" in capsys.readouterr().out
 
 
-def test_the_moving_average_is_evaluated_beside_the_weights(undisturbed):
-    last = curves(undisturbed[1])[-1]
+def test_the_moving_average_is_evaluated_beside_the_weights(digits_config, tmp_path):
+    digits_config.optim.ema_decay = 0.9
+    last = train(digits_config, tmp_path)
     assert {"val_top1", "val_ema_top1", "val_ema_loss"} <= set(last)
     assert last["val_loss"] != last["val_ema_loss"]
 
