@@ -1,6 +1,9 @@
 # make train: set up and train a small ConViT on real images.   make test: set up and run all tests.
 # make lint:  style.   make clean: remove the environment.   ARGS="..." is passed on to each command.
 PYTHON ?= python3
+ifneq ($(strip $(ARG)$(arg)$(args)),)
+$(error arguments go into ARGS, as in: make train ARGS="--config.epochs=20")
+endif
 BIN = .venv/bin
 
 train: .venv/ready

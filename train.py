@@ -33,12 +33,15 @@ def parse(argv):
             raise
         fail(sentence)
     except OSError:
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        path = re.search(r"--?config[= ](\S+)", " ".join(argv))[1]
         files = sorted(os.path.relpath(file) for file in HERE.glob("configs/[!_]*.py"))
         fail(f"there is no config file {path!r}{nearest(path, files)} The files are: {', '.join(files)}.")
     except flags.Error as error:
         message = str(error).strip()
         own = re.search(r"UserError: (.*)", message)  # raised by a config file itself
+        flag = re.search(r"Unknown command line flag '([\w.]+)'", message)
+        if flag and flag[1] in flatten(default.get_config()):
+            message = f"there is no flag --{flag[1]}, did you mean --config.{flag[1]}?"
         fail(own[1] if own else message)
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}: flags look like --config.epochs=10.")
@@ -79,6 +82,9 @@ def main(_):
         train(flags.FLAGS.config, workdir)
     except UserError as error:
         fail(str(error))
+    except KeyboardInterrupt:  # before the loop takes signals over, or the second one
+        print("train.py: interrupted; what was saved stays, the same command continues.", file=sys.stderr)
+        sys.exit(130)
 
 
 def fail(sentence):

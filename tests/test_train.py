@@ -1,7 +1,10 @@
 """train.py as a user starts it: what each mistake prints."""
 
+import subprocess
+import sys
+
 import pytest
-from conftest import run_train
+from conftest import ROOT, run_train
 
 
 def says(*arguments):
@@ -25,6 +28,8 @@ def says(*arguments):
         ("--config.batch_size=many", "flag --config.batch_size=many: invalid literal for int()"),
         ("--config=configs/ablations.py:x", "there is no ablation 'x': choose one of a, b, c"),
         ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        ("--epochs=3", "there is no flag --epochs, did you mean --config.epochs?"),
+        ("--config.data.dir=/tmp", "data.dir is set but data.name is digits, which needs none"),
         ("epochs=3", "unexpected argument 'epochs=3': flags look like --config.epochs=10."),
         (
             "--config=configs/convit_s.py",
@@ -45,6 +50,12 @@ def test_a_mistyped_field_in_a_config_file_is_named(tmp_path):
     )
     said = says(f"--config={file}", f"--workdir={tmp_path}/run")
     assert said.startswith("train.py: the config file sets 'lrr', which is no field, did you mean 'lr'?")
+
+
+def test_a_config_file_that_is_not_there_is_named_from_any_directory(tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--config", "configs/digits.py", "--config.steps=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.stderr.startswith("train.py: there is no config file 'configs/digits.py'")
 
 
 def test_an_empty_image_folder_is_named(tmp_path):

@@ -208,6 +208,8 @@ class VisionTransformer(nnx.Module):
                 f"images are {list(images.shape)}, this model takes [B, {', '.join(map(str, expected))}]: "
                 "resize them, or create the model with another image_size"
             )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images are {images.dtype}, this model takes normalised floats: convert them")
         patches_key, class_key = split_key(key, 2)
         patches = self.patch_embed(images.astype(self.dtype))
         patches = patches + self.pos_embed[:, -patches.shape[1] :].astype(self.dtype)

@@ -121,5 +121,7 @@ def _check(config, devices):
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise UserError(f"{name} is {value!r}: choose {' or '.join(allowed)}.")
+    if config.data.name == "digits" and config.data.dir:
+        raise UserError("data.dir is set but data.name is digits, which needs none: set data.name=folder.")
     if config.data.repeats < 1 or config.data.workers < 0:
         raise UserError("data.repeats must be at least 1, data.workers at least 0.")

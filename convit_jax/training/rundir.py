@@ -69,9 +69,10 @@ def disk_errors(path):
     try:
         yield
     except OSError as error:
+        remedy = "make room" if error.errno in FULL else "check the path and its permissions"
         raise UserError(
-            f"cannot write {path}: {error.strerror}. Make room, or see to its permissions, and start the "
-            "same command again; a run continues at its last checkpoint."
+            f"cannot write {path} ({error.strerror}): {remedy} and start the same command again, "
+            "a run continues at its last checkpoint."
         ) from error
 
 

@@ -153,3 +153,8 @@ def test_init_has_the_original_distributions():
 def test_images_of_another_size_are_refused_by_name():
     with pytest.raises(ValueError, match=r"\[3, 24, 24, 3\], this model takes \[B, 16, 24, 3\]"):
         small()(jnp.ones((3, 24, 24, 3)))
+
+
+def test_pixels_that_were_not_normalised_are_refused():
+    with pytest.raises(ValueError, match="images are uint8, this model takes normalised floats"):
+        small()(jnp.ones((3, 16, 24, 3), jnp.uint8))

@@ -60,7 +60,7 @@ except UserError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert "said: cannot write" in done.stdout, done.stdout + done.stderr
-    assert "Make room" in done.stdout
+    assert "make room" in done.stdout
     assert "Traceback" not in done.stderr
 
 

@@ -83,7 +83,7 @@ def test_a_run_directory_belongs_to_one_config(digits_config, tmp_path):
 
 def test_a_run_directory_that_cannot_be_made(digits_config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Not a directory.*see to its permissions"):
+    with pytest.raises(UserError, match=r"Not a directory\): check the path and its permissions"):
         claim(tmp_path / "file" / "run", digits_config, {})
 
 
