@@ -57,9 +57,6 @@ def train(config, workdir):
     # ---- What to do, checked before anything expensive -------------------------------------
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     plan = make_plan(config, devices=mesh.size)
-    run = facts(config, plan, mesh.shape, jax.devices()[0].device_kind)
-    claim(workdir, config, run)
-    print(describe(config, run, workdir), flush=True)
 
     # ---- Model, optimizer, compiled steps --------------------------------------------------
     graphdef, abstract_params = abstract_model(plan.model)
@@ -99,9 +96,14 @@ def train(config, workdir):
         )
 
     with StopSignals() as stop, contextlib.ExitStack() as stack:
-        # ---- How training starts: continue this run, or from scratch -----------------------
+        # ---- The run directory is ours before anything in it is read or written ------------
         if jax.process_index() == 0:
             stack.callback(hold(workdir).close)
+        run = facts(config, plan, abstract_params, mesh.shape, jax.devices()[0].device_kind)
+        claim(workdir, config, run)
+        print(describe(config, run, workdir), flush=True)
+
+        # ---- How training starts: continue this run, or from scratch -----------------------
         top1 = {}  # of the evaluations so far, by step
         checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", top1)
         stack.callback(checkpoint.close, checkpoints)
@@ -113,9 +115,8 @@ def train(config, workdir):
             tree = jax.jit(fresh, out_shardings=shardings)()
         state, metrics = tree["state"], tree["metrics"]
         step = saved = start = int(state["step"])
-        log = MetricsLog(workdir, start)
+        log = MetricsLog(workdir, start, top1)
         stack.callback(log.close)
-        top1.update(log.top1)
         progress, clock = Progress(plan.total_steps, start), Clock()
         train_batches = rows(plan.train, config.batch_size, start, plan.total_steps)
         stack.callback(train_batches.close)
@@ -182,7 +183,6 @@ def train(config, workdir):
                 with clock.paused():
                     values = evaluate(state) if due and not stopping else None
                     if values is not None:
-                        top1[step] = values["val_top1"]
                         log.write(step, plan.epoch(step), values)
                         progress.evaluated(step, plan.epoch(step), values)
                     if step != saved:

@@ -18,17 +18,19 @@ from convit_jax.training.rundir import disk_errors, write_whole
 class MetricsLog:
     """DIR/metrics.jsonl and DIR/tensorboard; lines after start_step, of a run cut off, are dropped.
 
-    top1: {step: val_top1} of the evaluations so far. last: the line of the latest one, or None.
+    top1: a dict that gets {step: val_top1} of the evaluations, those of before included. last: the line
+    of the latest one, or None.
 
     Raises:
       UserError: the disk is full.
     """
 
-    def __init__(self, directory, start_step):
+    def __init__(self, directory, start_step, top1):
         self.path = directory / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= start_step]
         evaluations = [line for line in kept if "val_top1" in line]
-        self.top1 = {line["step"]: line["val_top1"] for line in evaluations}
+        self.top1 = top1
+        self.top1.update({line["step"]: line["val_top1"] for line in evaluations})
         self.last = evaluations[-1] if evaluations else None
         with disk_errors(self.path):
             write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -48,9 +48,11 @@ def hold(workdir):
     Two runs in one directory would remove each other's half-written checkpoints.
 
     Raises:
-      UserError: another process is training there.
+      UserError: another process is training there, or the directory cannot be made.
     """
-    handle = (workdir / "lock").open("w")
+    with disk_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = (workdir / "lock").open("w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -89,12 +91,10 @@ def flatten(config):
         config = json.loads(config.to_json_best_effort())
     flat = {}
     for name, value in config.items():
-        inner = (
-            {f"{name}.{key}": item for key, item in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
-        flat.update(inner)
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": item for key, item in value.items()})
+        else:
+            flat[name] = value
     return flat
 
 

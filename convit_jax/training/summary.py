@@ -7,14 +7,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from convit_jax.models.variants import abstract_model, count_macs, count_params
+from convit_jax.models.variants import count_macs, count_params
 from convit_jax.training.optimizer import peak_learning_rate
 
 
-def facts(config, plan, mesh_shape, device_kind):
+def facts(config, plan, params, mesh_shape, device_kind):
     """What a run amounts to, for people and for run.json.
 
-    mesh_shape: {"data": n, "fsdp": m}. device_kind: their name, as JAX gives it.
+    params: nested dict of arrays, or of their shapes. mesh_shape: {"data": n, "fsdp": m}. device_kind:
+    their name, as JAX gives it.
     """
     macs = count_macs(plan.model)
     labels = plan.train.source.labels[plan.train.slots.indices]
@@ -24,7 +25,7 @@ def facts(config, plan, mesh_shape, device_kind):
         "model": config.model.name,
         "image_size": list(plan.model["image_size"]),
         "dtype": plan.model["dtype"],
-        "parameters": count_params(abstract_model(plan.model)[1]),
+        "parameters": count_params(params),
         "macs": macs,
         "flops": 2 * macs,
         "data": config.data.name,

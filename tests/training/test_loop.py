@@ -49,7 +49,7 @@ from pathlib import Path
 from convit_jax.errors import UserError
 from convit_jax.training.metrics import MetricsLog
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-log = MetricsLog(Path({str(tmp_path)!r}), 0)
+log = MetricsLog(Path({str(tmp_path)!r}), 0, {{}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     for step in range(5000):

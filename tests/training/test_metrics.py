@@ -19,12 +19,12 @@ VALUES = {
 
 
 def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path):
-    log = MetricsLog(tmp_path, 0)
+    log = MetricsLog(tmp_path, 0, {})
     for step in (2, 4, 6):
         log.write(step, step / 10, {"train_loss": float(step)})
     log.write(4, 0.4, {"val_top1": 50.0})
     log.close()
-    log = MetricsLog(tmp_path, 4)
+    log = MetricsLog(tmp_path, 4, {})
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4, 4]
     assert log.top1 == {4: 50.0}
     assert log.last == {"step": 4, "epoch": 0.4, "val_top1": 50.0}

@@ -141,8 +141,12 @@ def test_fewer_steps_than_a_run_has_done_are_refused(digits_config, tmp_path):
 
 def test_two_runs_at_once_in_one_directory_are_refused(digits_config, tmp_path):
     train(digits_config, tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    digits_config.steps = 14
     with hold(tmp_path), pytest.raises(UserError, match="another process is training in"):
         train(digits_config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before  # nothing of the other run was touched
+    digits_config.steps = 12
     assert train(digits_config, tmp_path)["step"] == 12
 
 
