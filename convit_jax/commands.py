@@ -49,6 +49,9 @@ def launch(name, main, *, define=lambda: None, config=None, arguments="", interr
         except KeyboardInterrupt:
             print(f"{name}: {interrupted}", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # who reads our output, as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
     app.run(run, flags_parser=parse)
 
