@@ -57,11 +57,10 @@ class Names:
 
     @staticmethod
     def pack(names):
-        """The two arrays of some strings."""
-        encoded = [os.fsencode(name) for name in names]
-        starts = np.zeros(len(encoded) + 1, np.int64)
-        np.cumsum([len(name) for name in encoded], out=starts[1:])
-        return np.frombuffer(b"".join(encoded), np.uint8), starts
+        """The two arrays of some encoded names."""
+        starts = np.zeros(len(names) + 1, np.int64)
+        np.cumsum([len(name) for name in names], out=starts[1:])
+        return np.frombuffer(b"".join(names), np.uint8), starts
 
 
 def make_index(labels, names, **arrays):
@@ -70,9 +69,9 @@ def make_index(labels, names, **arrays):
     labels: n integers. names: n strings, unique. arrays: of one entry a record.
     """
     labels = np.asarray(labels, np.int32)
-    ordered = sorted(zip(labels.tolist(), names, range(len(names)), strict=True))
-    order = np.array([number for _, _, number in ordered], np.int64)
-    text, starts = Names.pack([names[i] for i in order])
+    encoded = np.array([os.fsencode(name) for name in names], np.bytes_)
+    order = np.lexsort((encoded, labels))  # bytes of UTF-8 sort as their characters
+    text, starts = Names.pack(encoded[order].tolist())
     sorted_arrays = {name: array[order] for name, array in arrays.items()}
     return Index({"labels": labels[order], "text": text, "starts": starts, **sorted_arrays})
 

@@ -71,13 +71,13 @@ class TfdsImages:
             print(f"Indexing {info.num_examples:,} images of {self.directory}, {info.name}", file=sys.stderr)
             with tqdm(total=info.num_examples, unit=" images", unit_scale=True, disable=None) as bar:
                 described, arrays = self.records.scan(info.shard_lengths, describe, bar.update)
-            labels, names = zip(*described, strict=True)
-            if min(labels) < 0:
-                raise UserError(
-                    f"the split {info.name} of {self.directory} has no labels: it cannot be used."
-                )
-            files = (name.decode() if name_key else f"{i:08d}" for i, name in enumerate(names))
-            names = [f"{self.class_names[label]}/{file}" for label, file in zip(labels, files, strict=True)]
+            labels, names = np.empty(info.num_examples, np.int32), []
+            for number, (label, name) in enumerate(described):
+                if label < 0:
+                    raise UserError(f"{self.directory} has no labels in {info.name}: it cannot be used.")
+                labels[number] = label
+                file = f"{number:08d}" if name is None else name.decode()
+                names.append(f"{self.class_names[label]}/{file}")
             return make_index(labels, names, **arrays)
 
         self.index = cached_index(self.directory, info.name, fingerprint, build)

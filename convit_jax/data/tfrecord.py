@@ -64,31 +64,30 @@ class TfRecords:
           progress: is told how many records were passed, shard by shard.
 
         Returns:
-          (what describe made of each record, the arrays of the index), in the order of the shards.
+          (iterator over what describe made of each record, the arrays of the index), shard by shard.
 
         Raises:
           UserError: a shard that is missing, cut off or damaged.
         """
 
         def pass_over(path, expected):
-            records = list(scan(path, describe))
-            if len(records) != expected:
+            described, places = [], []
+            for offset, length, what in scan(path, describe):
+                described.append(what)
+                places.append((offset, length))
+            if len(places) != expected:
                 raise UserError(
-                    f"the shard {path} holds {len(records)} records, dataset_info.json counts {expected}: "
+                    f"the shard {path} holds {len(places)} records, dataset_info.json counts {expected}: "
                     "copy it anew."
                 )
-            progress(len(records))
-            return records
+            progress(expected)
+            return described, np.array(places, np.int64).reshape(-1, 2)
 
         with ThreadPoolExecutor(16) as pool:  # to wait for many disks or servers at once
-            shards = list(pool.map(pass_over, self.paths, shard_lengths))
-        offsets, lengths, described = zip(*itertools.chain.from_iterable(shards), strict=True)
-        arrays = {
-            "shard": np.repeat(np.arange(len(shards), dtype=np.int32), shard_lengths),
-            "offset": np.array(offsets, np.int64),
-            "length": np.array(lengths, np.int64),
-        }
-        return described, arrays
+            described, places = zip(*pool.map(pass_over, self.paths, shard_lengths), strict=True)
+        offset, length = np.concatenate(places).T
+        shard = np.repeat(np.arange(len(self.paths), dtype=np.int32), shard_lengths)
+        return itertools.chain.from_iterable(described), dict(shard=shard, offset=offset, length=length)
 
 
 def masked_crc(data):

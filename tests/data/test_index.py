@@ -36,7 +36,7 @@ def rows(index):
 
 @pytest.mark.parametrize("names", [[], [""], ["x"], ["a/1.jpg", "", "a/é😀.png", "z" * 300]])
 def test_names_come_out_as_they_went_in(names):
-    packed = Names(*Names.pack(names))
+    packed = Names(*Names.pack([name.encode() for name in names]))
     assert list(packed) == names
     assert len(packed) == len(names)
     if names:
