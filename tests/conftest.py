@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import jax
@@ -64,6 +65,14 @@ def image_folder(tmp_path):
                 pixels = rng.integers(80 * label, 80 * label + 90, (20, 24, 3), np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{index}.jpg")
     return tmp_path / "images"
+
+
+@pytest.fixture
+def tfds_data(tmp_path):
+    """A fresh copy of tests/golden/tfds.tar.gz: array_record/ and tfrecord/, each a TFDS data directory."""
+    with tarfile.open(ROOT / "tests/golden/tfds.tar.gz") as archive:
+        archive.extractall(tmp_path / "tfds", filter="data")
+    return tmp_path / "tfds"
 
 
 def saved(workdir, step=None):
