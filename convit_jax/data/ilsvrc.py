@@ -86,8 +86,8 @@ def _find(folder, published):
     if not path.is_file():
         expected = {p.tar for p in PUBLISHED.values()}
         others = sorted(file.name for file in folder.iterdir() if ".tar" in file.name.lower())
-        near = get_close_matches(published.tar, [name for name in others if name not in expected], 1, 0.5)
-        instead = f"; if {near[0]} is that file, rename it" if near else ""
+        near = get_close_matches(published.tar, [name for name in others if name not in expected], 1, 0.4)
+        instead = f" ({near[0]} is there: if it is the whole of it, rename it)" if near else ""
         raise UserError(
             f"{folder} has no {published.tar}{instead}: both tars are needed, with the names that "
             "image-net.org/download-images gives them."
@@ -105,7 +105,8 @@ def _members(path):
             rest = tar.fileobj.read(PADDING)
     except tarfile.ReadError as error:
         cut_off = "unexpected end" in str(error)
-        raise UserError(_cut_off(path) if cut_off else f"{path} is not a tar file ({error}).") from error
+        not_tar = f"{path} is not a tar file ({error}): download or copy it again."
+        raise UserError(_cut_off(path) if cut_off else not_tar) from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check the file.") from error
     if len(rest) < tarfile.BLOCKSIZE or len(rest) == PADDING or any(rest):
@@ -134,7 +135,9 @@ def _class_of(path, tar, member, known):
         with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as images:
             first = images.next()
     except tarfile.ReadError as error:
-        raise UserError(f"{name} in {path} is not a tar file ({error}): download the tar again.") from error
+        raise UserError(
+            f"{name} in {path} is cut off or damaged ({error}): download or copy it again."
+        ) from error
     found = first.name if first else "nothing"
     if not re.fullmatch(rf"{wnid}_\d+\.JPEG", posixpath.normpath(found)):
         raise UserError(
@@ -147,9 +150,13 @@ def _check_validation(path, names):
     """Names must be those of the first n images: TFDS gives labels in the order of names."""
     if not names:
         raise UserError(f"{path} holds no image: it is not the tar of the validation images.")
+    if len(names) > PUBLISHED["validation"].images:
+        raise UserError(
+            f"{path} holds {len(names):,} images, more than the validation images that TFDS knows."
+        )
     for number, name in enumerate(names, 1):
         expected = f"ILSVRC2012_val_{number:08d}.JPEG"
-        if name == expected and number <= PUBLISHED["validation"].images:
+        if name == expected:
             continue
         if re.fullmatch(r"ILSVRC2012_val_\d{8}\.JPEG", name):
             raise UserError(

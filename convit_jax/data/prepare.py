@@ -42,7 +42,9 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m convit_jax.data.prepare",
         description="Make the TFDS directory of ImageNet from the two ILSVRC tars.",
+        allow_abbrev=False,
     )
+    parser.error = fail
     tars = " and ".join(published.tar for published in PUBLISHED.values())
     made = f"TFDS data directory; DIR/{NAME}/VERSION is made there"
     parser.add_argument("--tars", metavar="DIR", type=Path, required=True, help=f"folder with {tars}")
@@ -54,10 +56,15 @@ def main():
     try:
         prepare(args.tars.expanduser(), args.output.expanduser(), args.format)
     except UserError as error:
-        sys.exit(f"prepare: {error}")
+        fail(error)
     except KeyboardInterrupt:
         print("prepare: interrupted; what was written has been removed.", file=sys.stderr)
         sys.exit(130)
+
+
+def fail(sentence):
+    """End with a sentence for the user."""
+    sys.exit(f"prepare: {sentence}")
 
 
 def prepare(tars, output, file_format=None):
@@ -74,7 +81,7 @@ def prepare(tars, output, file_format=None):
     since = time.monotonic()
     print(f"Looking through the tars in {tars}")
     contents = look_through(tars)
-    print(f"  {len(contents.classes):,} classes, {contents.validation_images:,} validation images")
+    print(f"  classes {len(contents.classes):,}, validation images {contents.validation_images:,}")
     for sentence in partial(contents):
         print(f"  {sentence}")
     raise_open_files()
@@ -167,9 +174,11 @@ def workspace(output, needed):
             with contextlib.suppress(OSError):  # a file system without locks
                 hold(lock, output)
             stack.callback(shutil.rmtree, work, ignore_errors=True)
-            for left in [entry for entry in work.iterdir() if entry.name != "lock"]:
-                print(f"Removing what an interrupted preparation left: {left}")
-                shutil.rmtree(left)
+            left = [entry for entry in work.iterdir() if entry.name != "lock"]
+            if left:
+                print(f"Removing what an interrupted preparation left in {work}")
+            for entry in left:
+                shutil.rmtree(entry)
             free = shutil.disk_usage(work).free
         except OSError as error:
             raise UserError(
