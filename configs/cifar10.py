@@ -23,6 +23,7 @@ def get_config():
     config.optim.lr = 2e-3
     config.optim.schedule_per = "step"
     config.augment.crop = "pad"
+    config.data.name = "folder"
     config.data.repeats = 1
     config.data.crop_ratio = 1.0
     config.data.mean = (0.4914, 0.4822, 0.4465)

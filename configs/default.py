@@ -63,8 +63,10 @@ def get_config():
     config.augment.label_smoothing = 0.1  # share of the label spread over all classes
 
     config.data = ConfigDict()  # which images, and how they are read
-    config.data.name = "folder"  # folder: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg; or digits
-    config.data.dir = placeholder(str)  # its folder
+    config.data.name = (
+        "imagenet2012"  # a TFDS name; or folder: DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg; or digits
+    )
+    config.data.dir = placeholder(str)  # TFDS's directory (None: $TFDS_DATA_DIR) or the folder
     config.data.sampling_ratio = 1.0  # fraction of each class to train on
     config.data.subset_rule = "first"  # "first" names of each class, as the original; or "random", nested
     config.data.num_classes = placeholder(int)  # keep the first classes only
@@ -73,6 +75,7 @@ def get_config():
     config.data.crop_ratio = 0.875  # evaluation: 224 / 256, the centre of the resized image
     config.data.mean = (0.485, 0.456, 0.406)  # of ImageNet, of pixels in 0..1
     config.data.std = (0.229, 0.224, 0.225)  # likewise
+    config.data.max_unreadable = 10  # images that may fail: replaced in training, left out in the test
     config.data.workers = 8  # loader processes; 0: threads of the training process. Changes no number
 
     config.mesh = ConfigDict()  # how devices are arranged

@@ -7,8 +7,6 @@ workers, and several processes share the slots of a step by rows. Grain runs it.
 
 import dataclasses
 import functools
-import io
-import math
 import multiprocessing
 import os
 import signal
@@ -17,9 +15,11 @@ import threading
 import grain
 import numpy as np
 from absl import flags
-from PIL import Image, UnidentifiedImageError
 
+from convit_jax.data.images import centre_crop, crop_resize, decode, random_resized_crop_box, width_height
 from convit_jax.errors import UserError
+
+TRIES = 10  # images to show instead of one that cannot be read, before giving up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,113 +53,117 @@ def _order(count, seed, epoch):
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
 
 
-def decode(record, name):
-    """A record of a source as a PIL image in RGB, or as the uint8 array that it already is."""
-    if isinstance(record, np.ndarray):
-        return record
-    try:
-        with Image.open(io.BytesIO(record)) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                image = Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # else Pillow warns
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"cannot decode the image {name} ({reason}): replace or remove the file.") from error
-
-
-def random_resized_crop_box(width, height, rng, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """(left, top, right, bottom) of torchvision's RandomResizedCrop in an image of width x height pixels."""
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return left, top, left + w, top + h
-    w, h = width, height  # no luck: the central crop nearest in shape
-    if width / height < ratio[0]:
-        h = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        w = round(height * ratio[1])
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-def centre_crop_box(width, height, size, crop_ratio):
-    """Box in the original image of: resize the short side to size / crop_ratio, centre crop size (h, w)."""
-    scale = min(width / size[1], height / size[0]) * crop_ratio
-    w, h = min(size[1] * scale, width), min(size[0] * scale, height)  # rounding may exceed the image
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
-
-
-def fit(image, size, box):
-    """Cut box out of an image and resize it to size (h, w), bicubic with antialiasing: uint8 [h, w, 3]."""
-    width, height = _width_height(image)
-    if (height, width) == tuple(size) and tuple(box) == (0, 0, width, height):
-        return np.asarray(image)
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box))
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainExample:
-    """Slot -> {"image": uint8 [h, w, 3], "label": int32}, a pure function of (seed, slot)."""
+    """Slots -> {"image": uint8 [n, h, w, 3], "label": int32 [n], "unreadable": int64 [n]}.
+
+    A pure function of (seed, slot). An image that cannot be read is replaced by the next one of the subset,
+    most often of the same class; "unreadable" is then its index in the source, else -1.
+    """
 
     source: object
     slots: Slots
     size: tuple
     crop: str  # "resized": random resized crop here; "pad": whole images, shifted later on the device
 
-    def __call__(self, slot):
-        index = self.slots.example(slot)
-        image = decode(self.source[index], self.source.names[index])
-        if self.crop == "resized":
-            rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
-            box = random_resized_crop_box(*_width_height(image), rng)
-        else:
-            box = (0, 0, *_width_height(image))
-        return {"image": fit(image, self.size, box), "label": self.source.labels[index]}
+    def __call__(self, slots):
+        batch = _empty(len(slots), self.size)
+        wanted = None
+        for row, slot in enumerate(slots):
+            if self.slots.example(slot) != wanted:  # repeats of an image are neighbours, and decoded once
+                wanted = self.slots.example(slot)
+                image, shown = self._readable(wanted)
+            if self.crop == "resized":
+                rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
+                box = random_resized_crop_box(*width_height(image), rng)
+            else:
+                box = (0, 0, *width_height(image))
+            batch["image"][row] = crop_resize(image, self.size, box)
+            batch["label"][row] = self.source.labels[shown]
+            batch["unreadable"][row] = -1 if shown == wanted else wanted
+        return batch
+
+    def _readable(self, wanted):
+        """(decoded image, its index): of the wanted index, or of the first after it that can be read."""
+        subset = self.slots.indices
+        place = int(np.searchsorted(subset, wanted))
+        for attempt in range(TRIES):
+            index = int(subset[(place + attempt) % len(subset)])
+            try:
+                return decode(self.source[index], self.source.names[index]), index
+            except UserError as error:
+                reason = error
+        raise reason
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalExample:
-    """Slot -> the slot-th image of the subset, centre-cropped; past the end an empty one, valid False."""
+    """Slots -> the slot-th images of the subset, centre-cropped; past the end empty ones, "valid" False.
+
+    An image that cannot be read is not valid either; "unreadable" is its index in the source, else -1.
+    """
 
     source: object
     indices: np.ndarray
     size: tuple
     crop_ratio: float
 
-    def __call__(self, slot):
-        if slot >= len(self.indices):
-            return {"image": np.zeros((*self.size, 3), np.uint8), "label": np.int32(0), "valid": np.False_}
-        index = self.indices[slot]
-        image = decode(self.source[index], self.source.names[index])
-        width, height = _width_height(image)
-        box = centre_crop_box(width, height, self.size, self.crop_ratio)
-        return {"image": fit(image, self.size, box), "label": self.source.labels[index], "valid": np.True_}
+    def __call__(self, slots):
+        batch = _empty(len(slots), self.size)
+        batch["valid"] = np.zeros(len(slots), bool)
+        for row, slot in enumerate(slots):
+            if slot >= len(self.indices):
+                continue
+            index = self.indices[slot]
+            try:
+                image = decode(self.source[index], self.source.names[index])
+            except UserError:
+                batch["unreadable"][row] = index
+                continue
+            batch["image"][row] = centre_crop(image, self.size, self.crop_ratio)
+            batch["label"][row] = self.source.labels[index]
+            batch["valid"][row] = True
+        return batch
 
 
-def _width_height(image):
-    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+def _empty(rows, size):
+    return {
+        "image": np.zeros((rows, *size, 3), np.uint8),
+        "label": np.zeros(rows, np.int32),
+        "unreadable": np.full(rows, -1, np.int64),
+    }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """The n-th example of this process -> its example by global slot."""
+class Unreadable:
+    """Counts the images that could not be read, names each one once, and stops at too many.
 
-    example: object
-    batch_size: int
-    process: int
-    processes: int
+    source: of the batches. most: so many different images may fail. say: prints a line.
+    """
 
-    def __call__(self, n):
-        local = self.batch_size // self.processes
-        step, row = divmod(n, local)
-        return self.example(step * self.batch_size + self.process * local + row)
+    def __init__(self, source, most, say):
+        self.source, self.most, self.say = source, most, say
+        self.seen = set()
+
+    def take(self, batch):
+        """A batch without its entry "unreadable", whose images are reported.
+
+        Raises:
+          UserError: more images than allowed have failed.
+        """
+        batch = dict(batch)
+        for index in sorted({*batch.pop("unreadable").tolist()} - {-1} - self.seen):
+            self.seen.add(index)
+            try:
+                decode(self.source[index], self.source.names[index])
+                reason = f"could not read the image {self.source.names[index]} at first: see to the disk."
+            except UserError as error:
+                reason = str(error)
+            if len(self.seen) > self.most:
+                raise UserError(
+                    f"{reason[:-1]}, which is one more than data.max_unreadable={self.most} allows."
+                )
+            self.say(f"{reason} ({len(self.seen)} of at most {self.most} unreadable images; the run goes on)")
+        return batch
 
 
 def batches(example, *, batch_size, start, stop, workers=0, process=0, processes=1):
@@ -175,18 +179,20 @@ def batches(example, *, batch_size, start, stop, workers=0, process=0, processes
       A dict of arrays with a leading axis of batch_size / processes.
     """
     local = batch_size // processes
-    dataset = grain.MapDataset.range(stop * local).map(_Row(example, batch_size, process, processes))
-    dataset = dataset.batch(local)[start:]
-    threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    dataset = dataset.to_iter_dataset(threads)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; we may be in a notebook
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-            worker_init_fn=_prepare_worker,
-        )
-    return iter(dataset)
+    rows = functools.partial(_rows, example, batch_size, process * local, local)
+    dataset = grain.MapDataset.range(stop).map(rows)[start:]
+    if not workers:
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; we may be in a notebook
+        flags.FLAGS.mark_as_parsed()
+    in_worker = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return iter(dataset.to_iter_dataset(in_worker).mp_prefetch(options, worker_init_fn=_prepare_worker))
+
+
+def _rows(example, batch_size, first, count, step):
+    """Rows first .. first + count - 1 of a step."""
+    return example(range(step * batch_size + first, step * batch_size + first + count))
 
 
 def _prepare_worker(worker, workers):

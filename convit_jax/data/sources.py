@@ -1,20 +1,27 @@
 """Where images come from: a Source gives records by index.
 
 A source has `labels` (int32 [n]), `names` (n strings CLASS/FILE, unique) and `class_names`;
-`source[i]` is either the bytes of an image file or a uint8 array [H, W, 3]. Sources pickle, so
-that loader workers can hold them. Two kinds are here: scikit-learn's digits, which need no
-download, and an image folder in torchvision's layout.
+`source[i]` is either the bytes of an image file or a uint8 array [H, W, 3]. Its records are in the order
+(label, name), so that the same images give the same training from whatever they are read. Sources
+pickle, so that loader workers can hold them. Two kinds are here: scikit-learn's digits, which need no
+download, and an image folder in torchvision's layout; TFDS has a module of its own.
 """
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from convit_jax.errors import UserError, nearest
+from convit_jax.data.index import cached_index, make_index
+from convit_jax.data.tfds import TfdsImages
+from convit_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 TEST_DIGITS_PER_CLASS = 36
+LARGE_FOLDER = 10_000  # images; the list of a smaller folder is made in no time
 
 
 class Digits:
@@ -36,6 +43,7 @@ class Digits:
             positions = np.linspace(0, len(of_class) - 1, TEST_DIGITS_PER_CLASS).round().astype(int)
             in_test[of_class[positions]] = True
         chosen = np.flatnonzero(~in_test if split == "train" else in_test)
+        chosen = chosen[np.argsort(labels[chosen], kind="stable")]
         grey = np.round(images[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
         self.images = np.repeat(grey, 3, axis=3)
         self.labels = labels[chosen].astype(np.int32)
@@ -51,8 +59,8 @@ class Digits:
 class ImageFolder:
     """Images below DIRECTORY/train/CLASS and DIRECTORY/val/CLASS (or test/CLASS), as torchvision reads them.
 
-    Classes are the sorted folders of the training split; a class's files are found at any depth,
-    in sorted order. Records are the files' bytes.
+    Classes are the sorted folders of the training split; a class's files are found at any depth. Records
+    are the files' bytes. The list of a large folder is kept (see index.py) until a class folder changes.
     """
 
     def __init__(self, directory, split):
@@ -70,29 +78,58 @@ class ImageFolder:
                     f"{self.root} has {len(unknown)} classes that {train_root} lacks, as {min(unknown)!r}: "
                     "both must use the same class folders."
                 )
-        self.names, labels = [], []
-        for label, class_name in enumerate(self.class_names):
+        self.index = cached_index(
+            self.root,
+            "folder",
+            _folder_fingerprint(self.root, self.class_names),
+            lambda: self._list(complete=self.root == train_root),
+            keep=lambda index: len(index["labels"]) >= LARGE_FOLDER and index["flat"].all(),
+        )
+        if not len(self):
+            raise UserError(f"{self.root} holds no image: expected {self.root}/CLASS/*.jpg.")
+
+    def _list(self, complete):
+        """The index of all images; complete: every class must have one."""
+        names, labels, flat = [], [], []
+        for label, class_name in enumerate(
+            tqdm(self.class_names, "Listing", unit=" classes", disable=None, delay=2)
+        ):
             files = _image_files(self.root / class_name)
-            if not files and self.root == train_root:
+            if not files and complete:
                 raise UserError(
                     f"the class folder {self.root / class_name} holds no image "
                     f"({', '.join(IMAGE_SUFFIXES)}): add some or remove the folder."
                 )
-            self.names += [f"{class_name}/{file}" for file in files]
+            names += [f"{class_name}/{file}" for file in files]
             labels += [label] * len(files)
-        if not self.names:
-            raise UserError(f"{self.root} holds no image: expected {self.root}/CLASS/*.jpg.")
-        self.labels = np.array(labels, np.int32)
+            flat += [os.sep not in file for file in files]
+        return make_index(labels, names, flat=np.array(flat, bool))
+
+    @property
+    def labels(self):
+        return self.index["labels"]
+
+    @property
+    def names(self):
+        return self.index.names
 
     def __len__(self):
-        return len(self.names)
+        return len(self.labels)
 
     def __getitem__(self, index):
         path = self.root / self.names[index]
         try:
             return path.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read the image {path}: {error.strerror}.") from error
+            raise UserError(
+                f"cannot read the image {path} ({error.strerror}): restore or remove it."
+            ) from error
+
+
+def _folder_fingerprint(root, class_names):
+    """Of the class folders' times, which change when a file in them (not deeper) is added or removed."""
+    times = [(name, os.stat(root / name).st_mtime_ns) for name in class_names if (root / name).is_dir()]
+    return hashlib.sha256(json.dumps([class_names, times]).encode()).hexdigest()
 
 
 def _split_folder(directory, split):
@@ -110,13 +147,13 @@ def _split_folder(directory, split):
 
 
 def _image_files(folder):
-    """Sorted paths, relative to folder, of the image files below it."""
+    """Paths, relative to folder, of the image files below it."""
     found = []
-    for where, _, files in sorted(os.walk(folder, followlinks=True)):
+    for where, _, files in os.walk(folder, followlinks=True):
         prefix = os.path.relpath(where, folder)
         found += [
             os.path.normpath(os.path.join(prefix, file))
-            for file in sorted(files)
+            for file in files
             if file.lower().endswith(IMAGE_SUFFIXES)
         ]
     return found
@@ -126,7 +163,7 @@ def open_source(data, split):
     """The source of a config's `data` section; split is "train" or "test".
 
     Raises:
-      UserError: unknown data.name, no data.dir, or nothing usable there.
+      UserError: no such data, or nothing usable there.
     """
     if data.name == "digits":
         return Digits(split)
@@ -134,7 +171,4 @@ def open_source(data, split):
         if not data.dir:
             raise UserError("data.name is folder but data.dir is empty: add --config.data.dir=FOLDER.")
         return ImageFolder(data.dir, split)
-    known = ("digits", "folder")
-    raise UserError(
-        f"data.name is {data.name!r}{nearest(data.name, known)} Give digits, or folder with data.dir."
-    )
+    return TfdsImages(data.name, data.dir, split)

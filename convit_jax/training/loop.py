@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from convit_jax.analysis.curves import plot_curves
-from convit_jax.data.loader import batches
+from convit_jax.data.loader import Unreadable, batches
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.training import checkpoint
@@ -118,6 +118,8 @@ def train(config, workdir):
         log = MetricsLog(workdir, start, top1)
         stack.callback(log.close)
         progress, clock = Progress(plan.total_steps, start), Clock()
+        unreadable = Unreadable(plan.train.source, config.data.max_unreadable, progress.say)
+        unreadable_test = Unreadable(plan.test.source, config.data.max_unreadable, progress.say)
         train_batches = rows(plan.train, config.batch_size, start, plan.total_steps)
         stack.callback(train_batches.close)
         recent = collections.deque()  # a result of each step that is under way
@@ -152,7 +154,7 @@ def train(config, workdir):
                 for batch in rows(plan.test, config.eval_batch_size, 0, plan.eval_steps):
                     if stop.requested:
                         return None
-                    batch = put_batch(batch, mesh)
+                    batch = put_batch(unreadable_test.take(batch), mesh)
                     sums = {name: eval_step(params, sums[name], batch) for name, params in models.items()}
                     under_way.append(sums["val"]["images"])
                     if len(under_way) > AHEAD:
@@ -196,7 +198,7 @@ def train(config, workdir):
             # One step.
             try:
                 with clock.waiting():
-                    batch = put_batch(next(train_batches), mesh)
+                    batch = put_batch(unreadable.take(next(train_batches)), mesh)
             except Exception:
                 if stop.requested:  # the signal reached the loader's workers as well
                     continue

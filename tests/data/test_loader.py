@@ -1,18 +1,13 @@
 """Slots, and the streams that Grain makes of them with threads, workers and processes."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from convit_jax.data.loader import (
-    EvalExample,
-    Slots,
-    TrainExample,
-    batches,
-    centre_crop_box,
-    decode,
-    fit,
-)
+from convit_jax.data.images import centre_crop, decode
+from convit_jax.data.loader import TRIES, EvalExample, Slots, TrainExample, Unreadable, batches
 from convit_jax.data.sources import Digits, ImageFolder
 from convit_jax.errors import UserError
 
@@ -131,7 +126,7 @@ def test_training_batches_run_on_across_the_borders_of_epochs(digits):
 def test_a_training_batch_is_uint8_images_with_their_int32_labels(digits):
     example = TrainExample(digits, Slots(np.arange(360), 0), (8, 8), "pad")
     (batch,) = collect(example, batch_size=16, start=2, stop=3)
-    assert batch.keys() == {"image", "label"}
+    assert batch.keys() == {"image", "label", "unreadable"}
     assert (batch["image"].dtype, batch["image"].shape) == (np.uint8, (16, 8, 8, 3))
     assert (batch["label"].dtype, batch["label"].shape) == (np.int32, (16,))
     shown = [example.slots.example(slot) for slot in range(32, 48)]
@@ -195,26 +190,77 @@ def test_evaluation_of_a_subset_shows_its_images_only(folder):
     assert batch["valid"].tolist() == [True, True, True, False]
     assert batch["label"][:3].tolist() == folder.labels[indices].tolist()
     for row, index in enumerate(indices):
-        image = decode(folder[index], "image")
-        box = centre_crop_box(*image.size, (8, 8), 0.875)
-        np.testing.assert_array_equal(batch["image"][row], fit(image, (8, 8), box))
+        expected = centre_crop(decode(folder[index], "image"), (8, 8), 0.875)
+        np.testing.assert_array_equal(batch["image"][row], expected)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_file_stops_the_stream_with_an_error_that_names_it(workers, tmp_path):
+def break_images(root, *names):
+    for name in names:
+        (root / name).write_bytes(b"not an image")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_training_image_is_replaced_by_the_next_one_and_reported(workers, tmp_path):
+    root = write_folder(tmp_path, images_per_class=4)
+    example = TrainExample(ImageFolder(root, "train"), Slots(np.arange(8), 0, repeats=2), (8, 8), "pad")
+    settings = dict(batch_size=4, start=0, stop=4, workers=workers)
+    whole = {
+        name: np.concatenate([b[name] for b in collect(example, **settings)]) for name in ("image", "label")
+    }
+    assert (np.concatenate([b["unreadable"] for b in collect(example, **settings)]) == -1).all()
+    break_images(root, "train/a/2.png", "train/a/3.png")
+    damaged = collect(example, **settings)
+    wanted = np.array([example.slots.example(slot) for slot in range(16)])
+    unreadable = np.concatenate([b["unreadable"] for b in damaged])
+    np.testing.assert_array_equal(unreadable, np.where(np.isin(wanted, (2, 3)), wanted, -1))
+    for row, index in enumerate(wanted):
+        shown = np.concatenate([b["image"] for b in damaged])[row]
+        if index in (2, 3):  # the next readable one is 4, of the other class
+            assert np.concatenate([b["label"] for b in damaged])[row] == 1
+            np.testing.assert_array_equal(shown, example(range(16))["image"][row])
+        else:
+            np.testing.assert_array_equal(shown, whole["image"][row])
+
+
+def test_when_nothing_can_be_read_any_more_the_stream_ends_with_the_reason(tmp_path):
+    root = write_folder(tmp_path, images_per_class=TRIES)
+    break_images(root, *(f"train/{name}/{n}.png" for name in "ab" for n in range(TRIES)))
+    example = TrainExample(ImageFolder(root, "train"), Slots(np.arange(2 * TRIES), 0), (8, 8), "pad")
+    with pytest.raises(UserError, match=r"cannot decode.*png.*replace or remove"):
+        collect(example, batch_size=4, start=0, stop=1)
+
+
+def test_an_unreadable_test_image_does_not_count(tmp_path):
     root = write_folder(tmp_path, images_per_class=3)
-    (root / "train/b/1.png").write_bytes(b"not an image")
+    break_images(root, "train/b/1.png")
     example = EvalExample(ImageFolder(root, "train"), np.arange(6), (8, 8), 1.0)
-    stream = batches(example, batch_size=2, start=0, stop=3, workers=workers)
-    assert [next(stream)["label"].tolist() for _ in range(2)] == [[0, 0], [0, 1]]
-    with pytest.raises(UserError, match=r"cannot decode.*b/1\.png.*replace or remove"):
-        next(stream)
+    (batch,) = collect(example, batch_size=8, start=0, stop=1)
+    assert batch["valid"].tolist() == [True, True, True, True, False, True, False, False]
+    assert batch["unreadable"].tolist() == [-1, -1, -1, -1, 4, -1, -1, -1]
+
+
+def test_unreadable_images_are_named_once_and_too_many_of_them_stop_the_run(tmp_path):
+    root = write_folder(tmp_path)
+    break_images(root, "train/a/1.png", "train/b/0.png", "train/b/5.png")
+    said = []
+    unreadable = Unreadable(ImageFolder(root, "train"), 2, said.append)
+
+    def batch(*indices):
+        return {"label": np.zeros(4), "unreadable": np.array(indices)}
+
+    for indices in ((-1, -1, -1, -1), (1, 1, -1, 1), (-1, 1, 6, -1)):
+        assert unreadable.take(batch(*indices)).keys() == {"label"}
+    assert len(said) == 2
+    assert re.match(r"cannot decode the image a/1\.png .*\(1 of at most 2", said[0])
+    assert re.match(r"cannot decode the image b/0\.png .*\(2 of at most 2", said[1])
+    with pytest.raises(UserError, match=r"b/5\.png .*one more than data\.max_unreadable=2 allows\.$"):
+        unreadable.take(batch(-1, -1, -1, 11))
 
 
 def test_the_crop_of_a_slot_is_a_function_of_seed_and_slot_alone(folder):
     def crops(seed, slots):
         example = TrainExample(folder, Slots(np.array([3]), seed), (9, 8), "resized")
-        return {slot: example(slot)["image"].tobytes() for slot in slots}
+        return {slot: example([slot])["image"].tobytes() for slot in slots}
 
     forwards = crops(0, range(20))
     assert crops(0, reversed(range(20))) == forwards
@@ -225,12 +271,28 @@ def test_the_crop_of_a_slot_is_a_function_of_seed_and_slot_alone(folder):
 def test_without_the_resized_crop_the_whole_image_is_resized(folder):
     example = TrainExample(folder, Slots(np.array([3]), 0), (9, 8), "pad")
     whole = decode(folder[3], "image").resize((8, 9), Image.Resampling.BICUBIC)
-    for slot in range(3):
-        np.testing.assert_array_equal(example(slot)["image"], np.asarray(whole))
+    for image in example(range(3))["image"]:
+        np.testing.assert_array_equal(image, np.asarray(whole))
 
 
 def test_repeats_of_an_image_differ_in_their_crops(folder):
     example = TrainExample(folder, Slots(np.arange(12), 0, repeats=3), (8, 8), "resized")
-    three = [example(slot) for slot in range(3)]
-    assert len({int(e["label"]) for e in three}) == 1
-    assert len({e["image"].tobytes() for e in three}) == 3
+    three = example(range(3))
+    assert len({*three["label"].tolist()}) == 1
+    assert len({image.tobytes() for image in three["image"]}) == 3
+
+
+def test_neighbouring_repeats_read_their_image_once(folder):
+    class Counting:
+        labels, names, reads = folder.labels, folder.names, 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return folder[index]
+
+    source = Counting()
+    batch = TrainExample(source, Slots(np.arange(12), 0, repeats=3), (8, 8), "resized")(range(12))
+    assert source.reads == 4
+    alone = TrainExample(folder, Slots(np.arange(12), 0, repeats=3), (8, 8), "resized")
+    for slot in range(12):
+        np.testing.assert_array_equal(alone([slot])["image"][0], batch["image"][slot])

@@ -1,6 +1,7 @@
 """Sources: the digits' fixed split, image folders as torchvision reads them, what is said of bad ones."""
 
 import io
+import os
 import pickle
 import re
 from types import SimpleNamespace
@@ -10,11 +11,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from convit_jax.data import sources
 from convit_jax.data.sources import Digits, ImageFolder, open_source
 from convit_jax.errors import UserError
 
 FILES = {  # in the order in which they must come, with the order of creation shuffled by the fixture
-    "train": ["B/1.png", "B/10.png", "B/2.PNG", "a/x.jpg", "a/deep/er/c.jpeg", "a/deep/y.bmp", "c/z.webp"],
+    "train": ["B/1.png", "B/10.png", "B/2.PNG", "a/deep/er/c.jpeg", "a/deep/y.bmp", "a/x.jpg", "c/z.webp"],
     "val": ["B/3.jpg", "c/1.JPG", "c/2.jpg"],
 }
 LABELS = {"train": [0, 0, 0, 1, 1, 1, 2], "val": [0, 2, 2]}
@@ -50,7 +52,7 @@ def test_digits_are_split_in_1437_and_360_with_36_of_each_class_in_the_test(digi
 def test_the_two_digit_splits_share_nothing_and_together_are_the_whole_data_set(digits):
     train, test = digits
     pixels, labels = load_digits(return_X_y=True)
-    numbers = [int(name.split("/")[1]) for name in train.names + test.names]
+    numbers = [int(name.split("/")[1]) for name in [*train.names, *test.names]]
     assert sorted(numbers) == list(range(1797))
     np.testing.assert_array_equal(np.concatenate([train.labels, test.labels]), labels[numbers])
     shown = np.concatenate([train.images, test.images])
@@ -59,7 +61,7 @@ def test_the_two_digit_splits_share_nothing_and_together_are_the_whole_data_set(
 
 
 def test_the_split_of_the_digits_is_the_one_that_results_are_reported_on(digits):
-    numbers = [int(name.split("/")[1]) for name in digits[1].names]
+    numbers = sorted(int(name.split("/")[1]) for name in digits[1].names)
     assert numbers[180:184] == [905, 907, 915, 926]
     assert sum(numbers) == 323_155
     assert Digits("test").names == digits[1].names
@@ -77,14 +79,14 @@ def test_a_digit_is_a_grey_uint8_rgb_image_and_carries_its_class_in_its_name(dig
         )
 
 
-def test_a_folder_is_read_in_sorted_order_of_classes_then_folders_then_files(folder):
+def test_a_folder_is_read_in_sorted_order_of_classes_then_names(folder):
     train, val = ImageFolder(folder, "train"), ImageFolder(folder, "test")
     assert train.class_names == val.class_names == ("B", "a", "c")
     assert [name for name in train.names if name[0] == "B"] == ["B/1.png", "B/10.png", "B/2.PNG"]
-    assert [name for name in train.names if name[0] == "a"] == ["a/x.jpg", "a/deep/y.bmp", "a/deep/er/c.jpeg"]
+    assert [name for name in train.names if name[0] == "a"] == ["a/deep/er/c.jpeg", "a/deep/y.bmp", "a/x.jpg"]
     assert len(train) == len(FILES["train"])
-    assert sorted(train.names) == sorted(FILES["train"])
-    assert val.names == FILES["val"]
+    assert list(train.names) == FILES["train"]
+    assert list(val.names) == FILES["val"]
     assert train.labels.tolist() == LABELS["train"]
     assert val.labels.tolist() == LABELS["val"]
     assert val.labels.dtype == np.int32
@@ -99,9 +101,9 @@ def test_a_record_is_the_bytes_of_the_file_that_its_name_names(folder):
 
 
 def test_the_held_out_images_are_in_val_or_in_test(folder):
-    before = ImageFolder(folder, "test").names
+    before = list(ImageFolder(folder, "test").names)
     (folder / "val").rename(folder / "test")
-    assert ImageFolder(folder, "test").names == before
+    assert list(ImageFolder(folder, "test").names) == before
 
 
 @pytest.mark.parametrize("kind", ["digits", "folder"])
@@ -109,7 +111,7 @@ def test_a_source_survives_pickling(kind, folder):
     source = open_source(SimpleNamespace(name=kind, dir=str(folder)), "train")
     copy = pickle.loads(pickle.dumps(source))
     assert len(copy) == len(source)
-    assert copy.names == source.names
+    assert list(copy.names) == list(source.names)
     np.testing.assert_array_equal(copy.labels, source.labels)
     np.testing.assert_array_equal(np.asarray(copy[3]), np.asarray(source[3]))
 
@@ -209,14 +211,32 @@ def test_a_folder_without_data_dir_asks_for_it(directory):
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("digit", "digits"), ("Folder", "folder"), ("folders", "folder")]
+    ("typed", "meant"), [("digit", "digits"), ("Folder", "folder"), ("imagenet", "imagenet2012")]
 )
-def test_a_mistyped_data_name_is_answered_with_the_nearest_and_with_all_choices(typed, meant):
-    with pytest.raises(UserError, match=rf"{typed}.*did you mean '{meant}'.*digits.*folder"):
-        open_source(SimpleNamespace(name=typed, dir=None), "train")
+def test_a_mistyped_data_name_is_answered_with_the_nearest(typed, meant, tmp_path):
+    with pytest.raises(UserError, match=rf"data\.name is '{typed}', did you mean '{meant}'\? There is no"):
+        open_source(SimpleNamespace(name=typed, dir=str(tmp_path)), "train")
 
 
-def test_a_data_name_near_to_none_is_answered_with_the_choices():
-    with pytest.raises(UserError, match=r"'quux'.*digits.*folder") as caught:
-        open_source(SimpleNamespace(name="quux", dir=None), "train")
-    assert "did you mean" not in str(caught.value)
+def test_the_list_of_a_large_folder_is_kept_until_a_file_comes_or_goes(folder, monkeypatch):
+    for file in (folder / "train/a/deep").rglob("*.*"):  # a flat folder, as ImageNet's
+        file.unlink()
+    monkeypatch.setattr(sources, "LARGE_FOLDER", 3)
+    names = list(ImageFolder(folder, "train").names)
+    assert list(folder.glob("train/.convit_jax-folder.index"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "walk", None)
+        kept = ImageFolder(folder, "train")
+        assert list(kept.names) == names
+        assert list(pickle.loads(pickle.dumps(kept)).names) == names
+    write_image(folder / "train/a/new.jpg")
+    assert list(ImageFolder(folder, "train").names) == sorted([*names, "a/new.jpg"])
+    (folder / "train/a/new.jpg").unlink()
+    assert list(ImageFolder(folder, "train").names) == names
+
+
+def test_the_list_of_a_folder_with_folders_in_its_classes_is_made_anew(folder, monkeypatch):
+    monkeypatch.setattr(sources, "LARGE_FOLDER", 3)
+    before = len(ImageFolder(folder, "train"))
+    write_image(folder / "train/a/deep/er/new.jpg")
+    assert len(ImageFolder(folder, "train")) == before + 1

@@ -8,10 +8,10 @@ from PIL import Image
 from scipy.stats import ks_2samp, kstest
 from sklearn.datasets import load_sample_image
 
-from convit_jax.data.loader import (
-    centre_crop_box,
+from convit_jax.data.images import (
+    centre_crop,
+    crop_resize,
     decode,
-    fit,
     random_resized_crop_box,
 )
 from convit_jax.errors import UserError
@@ -55,7 +55,6 @@ BROKEN = {
     "truncated png": encoded(COLOUR, "PNG")[:-30],
     "header of a jpeg": encoded(COLOUR, "JPEG")[:10],
     "header of a gif": b"GIF89a",
-    "nothing": b"",
     "text": b"404: not found",
 }
 
@@ -80,6 +79,14 @@ def test_a_file_that_is_no_image_is_refused_by_name(kind):
         decode(BROKEN[kind], "dog/7.jpg")
     with pytest.raises(UserError, match=r"^[^<>]*$"):  # no Python object in the message
         decode(BROKEN[kind], "dog/7.jpg")
+
+
+def test_an_empty_file_and_a_decompression_bomb_are_called_so(monkeypatch):
+    with pytest.raises(UserError, match=r"dog/7\.jpg \(it is empty, 0 bytes\)"):
+        decode(b"", "dog/7.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UserError, match=r"dog/7\.jpg .*decompression bomb"):
+        decode(encoded(COLOUR, "PNG"), "dog/7.jpg")
 
 
 def defined_crops(width, height, count, scale, ratio):
@@ -127,59 +134,62 @@ def test_images_too_narrow_for_any_crop_fall_back_to_the_central_one(width, heig
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "size", "crop_ratio"),
+    ("width", "height", "size", "crop_ratio", "resized"),
     [
-        (630, 420, (224, 224), 0.875),  # resized to 384 x 256
-        (280, 420, (224, 224), 0.875),  # 256 x 384
-        (400, 400, (96, 96), 0.75),  # 128 x 128
-        (448, 320, (160, 224), 0.8),  # 280 x 200
-        (630, 420, (224, 224), 1.0),  # 336 x 224
-        (210, 140, (224, 224), 0.875),  # enlarged to 384 x 256
-        (640, 427, (224, 224), 0.875),  # 383.7 x 256, rounded to 384
+        (630, 420, (224, 224), 0.875, (384, 256)),
+        (280, 420, (224, 224), 0.875, (256, 384)),
+        (400, 400, (96, 96), 0.75, (128, 128)),
+        (448, 320, (160, 224), 0.8, (280, 200)),
+        (630, 420, (224, 224), 1.0, (336, 224)),
+        (210, 140, (224, 224), 0.875, (384, 256)),
+        (640, 427, (224, 224), 0.875, (383, 256)),  # 383.7, cut as torchvision's Resize does
+        (500, 375, (224, 224), 0.9, (330, 248)),  # 248.9, cut as timm does; 330.7
+        (427, 333, (384, 384), 1.0, (492, 384)),
     ],
 )
 @pytest.mark.parametrize("photo", ["china.jpg", "flower.jpg"])
-def test_the_centre_crop_equals_resizing_the_short_side_and_cropping(photo, width, height, size, crop_ratio):
+def test_the_centre_crop_equals_resizing_the_short_side_and_cropping(
+    photo, width, height, size, crop_ratio, resized
+):
     image = Image.fromarray(load_sample_image(photo)).crop((0, 0, width, height))
-    scale = max(round(size[0] / crop_ratio) / height, round(size[1] / crop_ratio) / width)
-    resized = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
-    left, top = round((resized.width - size[1]) / 2), round((resized.height - size[0]) / 2)
-    literal = np.asarray(resized.crop((left, top, left + size[1], top + size[0])))
-    ours = fit(image, size, centre_crop_box(width, height, size, crop_ratio))
-    assert ours.shape == (*size, 3)
-    assert np.sqrt(np.mean((ours.astype(float) - literal) ** 2)) < 2.55  # a PSNR of 40 dB
+    left, top = (
+        round((resized[0] - size[1]) / 2),
+        round((resized[1] - size[0]) / 2),
+    )  # torchvision's CenterCrop
+    crop = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + size[1], top + size[0]))
+    np.testing.assert_array_equal(centre_crop(image, size, crop_ratio), np.asarray(crop))
 
 
-@pytest.mark.parametrize("crop_ratio", [1.0, 0.875])
-@pytest.mark.parametrize("size", [224, 384])
-def test_the_centre_crop_of_no_image_leaves_its_borders(size, crop_ratio):
-    image = Image.new("RGB", (1300, 1300))
-    for side in range(1, 1300):
-        left, top, right, bottom = centre_crop_box(side, side, (size, size), crop_ratio)
-        assert left >= 0 <= top
-        assert right <= side >= bottom
-    assert fit(image.crop((0, 0, 253, 253)), (224, 224), centre_crop_box(253, 253, (224, 224), 1.0)).shape
+@pytest.mark.parametrize("crop_ratio", [1.0, 0.9, 0.875])
+def test_the_centre_crop_of_no_image_leaves_its_borders(crop_ratio):
+    for width in range(1, 80):
+        for height in (1, 7, 50, width):
+            image = np.full((height, width, 3), 200, np.uint8)
+            for size in ((8, 8), (9, 14)):
+                crop = centre_crop(image, size, crop_ratio)
+                assert crop.shape == (*size, 3)
+                assert crop.min() == 200  # no black from outside
 
 
 @pytest.mark.parametrize("as_array", [True, False], ids=["array", "image"])
 def test_an_image_of_the_right_size_passes_untouched(as_array):
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     image = pixels if as_array else Image.fromarray(pixels)
-    np.testing.assert_array_equal(fit(image, (24, 32), centre_crop_box(32, 24, (24, 32), 1.0)), pixels)
+    np.testing.assert_array_equal(centre_crop(image, (24, 32), 1.0), pixels)
+    np.testing.assert_array_equal(crop_resize(image, (24, 32), (0, 0, 32, 24)), pixels)
 
 
-def test_arrays_and_images_are_fitted_alike():
+def test_arrays_and_images_are_cut_and_resized_alike():
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    for size in ((16, 16), (24, 32)):
-        box = centre_crop_box(32, 24, size, 0.875)
-        fitted = fit(pixels, size, box)
-        assert (fitted.dtype, fitted.shape) == (np.uint8, (*size, 3))
-        assert size == (16, 16) or (fitted != pixels).any()
-        np.testing.assert_array_equal(fitted, fit(Image.fromarray(pixels), size, box))
+    image = Image.fromarray(pixels)
+    expected = np.asarray(image.crop((3, 2, 25, 20)).resize((16, 12), Image.Resampling.BICUBIC))
+    for one in (pixels, image):
+        np.testing.assert_array_equal(crop_resize(one, (12, 16), (3, 2, 25, 20)), expected)
+        assert centre_crop(one, (16, 16), 0.875).shape == (16, 16, 3)
 
 
-def test_the_part_of_an_image_outside_the_box_hardly_counts():
+def test_the_part_of_an_image_outside_the_box_does_not_count():
     pixels = np.zeros((40, 40, 3), np.uint8)
     pixels[10:30, 20:40] = 255
-    assert fit(Image.fromarray(pixels), (8, 8), (22, 12, 38, 28)).min() == 255
-    assert fit(Image.fromarray(pixels), (8, 8), (0, 0, 18, 40)).max() == 0
+    assert crop_resize(Image.fromarray(pixels), (8, 8), (20, 10, 40, 30)).min() == 255
+    assert crop_resize(Image.fromarray(pixels), (8, 8), (0, 0, 20, 40)).max() == 0
