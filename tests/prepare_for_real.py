@@ -34,6 +34,20 @@ kill = lambda *_: os.kill(os.getpid(), signal.{signal})
 {patch}
 prepare.main()
 """
+FULL = """
+def full(*_):
+    raise OSError(28, os.strerror(28))
+Progress._end = full
+"""
+CUT_OFF = """
+build = prepare.build
+def cut_off(*arguments):
+    directory = build(*arguments)
+    file = next(directory.glob("*-train.*"))
+    os.truncate(file, file.stat().st_size - 1000)
+    return directory
+prepare.build = cut_off
+"""
 
 
 def records(directory, split):
@@ -122,10 +136,10 @@ def killed_without_a_trace(work, tars):
     assert os.listdir(output) == ["imagenet2012"]
 
 
-def refused(work, tars, sentence, patch=""):
+def refused(work, tars, sentence, patch="", file_format=None):
     """One sentence, and nothing is left."""
     output = work / "refused"
-    status, out, err = run(tars, output, patch=patch)
+    status, out, err = run(tars, output, file_format, patch)
     assert status == 1, (status, out, err)
     assert err.count("\n") == 1, err
     assert sentence in err, err
@@ -149,8 +163,9 @@ def main():
         write_ilsvrc(tars, files, validation_files)
         prepared_as_expected(work, tars, train, validation)
         killed_without_a_trace(work, tars)
-        full = "def full(*_): raise OSError(28, os.strerror(28))\nProgress._end = full"
-        refused(work, tars, "is full (at 1/4 reading train after 24 images): make room", full)
+        refused(work, tars, "is full (at 1/4 reading train after 24 images): make room", FULL)
+        for file_format, said in (("array_record", "cannot be read back"), ("tfrecord", "bytes, not")):
+            refused(work, tars, said, CUT_OFF, file_format)
         write_ilsvrc(tars, {**files, "n99999999_1.JPEG": b""}, validation_files)
         refused(work, tars, "n99999999.tar, no class of ImageNet's 1,000")
         write_ilsvrc(tars, dict.fromkeys(files.keys() - {CMYK, PNG}, b"no image"), validation_files)

@@ -89,17 +89,32 @@ def prepare(tars, output, file_format=None):
         file_format = file_format or FORMATS[0]
         directory = build(work, contents, file_format)
         print("Checking what was written")
-        counts = check(directory, contents, file_format)
+        try:
+            counts = check(directory, contents, file_format)
+        except UserError:
+            raise
+        except Exception as error:  # of TFDS, TensorFlow, the disk
+            raise UserError(f"what TFDS wrote cannot be read back ({brief(error)}).") from error
         os.sync()  # the files before the name that says that they are whole
         target = output / NAME / directory.name
         target.parent.mkdir(exist_ok=True)
         directory.rename(target)
     print(f"Done in {timedelta(seconds=round(time.monotonic() - since))}: {target}")
     for split, count in counts.items():
-        whole = PUBLISHED[split].images
-        note = "all of ImageNet's" if count == whole else f"a part of ImageNet's {whole:,}"
-        print(f"  {split:<10} {count:>9,} images, {note}")
+        print(f"  {split:<10} {count:>9,} images, {share(count, contents.bytes[split], PUBLISHED[split])}")
     print(f"  next       python train.py --config=configs/convit_s.py --config.data.dir={output}")
+
+
+def share(count, tar_bytes, published):
+    """What so many images are of ImageNet's."""
+    if count == published.images:
+        return "all of ImageNet's"
+    if tar_bytes == published.bytes:
+        return (
+            f"not ImageNet's {published.images:,}, though {published.tar} has the published size: it is "
+            "damaged, compare its checksum with the published one"
+        )
+    return f"a part of ImageNet's {published.images:,}"
 
 
 def already_there(output, file_format):
@@ -241,10 +256,14 @@ def quiet_tfds():
 
 def stopped(error, progress, output):
     """What stopped TFDS and where, in one sentence."""
-    said = " ".join(str(error).split())
-    if any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT)):
+    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
         return f"the disk of {output} is full ({progress.place()}): make room and start again."
-    return f"TFDS stopped {progress.place()} ({type(error).__name__}: {said[-300:]})."
+    return f"TFDS stopped {progress.place()} ({brief(error)})."
+
+
+def brief(error):
+    """A foreign error in one line, which TFDS begins with whole examples: its end."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
 
 
 def check(directory, contents, file_format):

@@ -84,6 +84,15 @@ def test_what_was_built_and_checked_gets_its_name_and_is_found_again(
     )
 
 
+def test_too_few_images_in_a_tar_of_the_published_size_are_damage_and_in_another_a_part():
+    train = module.PUBLISHED["train"]
+    assert module.share(1_281_167, train.bytes, train) == "all of ImageNet's"
+    assert module.share(1_281_166, train.bytes, train).endswith(
+        "has the published size: it is damaged, compare its checksum with the published one"
+    )
+    assert module.share(1_281_166, train.bytes - 10240, train) == "a part of ImageNet's 1,281,167"
+
+
 @pytest.mark.parametrize("where", ["build", "check"])
 @pytest.mark.parametrize("wrong", [UserError("TFDS made no train split."), KeyboardInterrupt()])
 def test_what_goes_wrong_leaves_nothing(tars, built, tmp_path, where, wrong):
