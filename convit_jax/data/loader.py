@@ -7,6 +7,7 @@ workers, and several processes share the slots of a step by rows. Grain runs it.
 
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -181,13 +182,20 @@ def batches(example, *, batch_size, start, stop, workers=0, process=0, processes
     local = batch_size // processes
     rows = functools.partial(_rows, example, batch_size, process * local, local)
     dataset = grain.MapDataset.range(stop).map(rows)[start:]
-    if not workers:
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
-    if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; we may be in a notebook
-        flags.FLAGS.mark_as_parsed()
-    in_worker = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(dataset.to_iter_dataset(in_worker).mp_prefetch(options, worker_init_fn=_prepare_worker))
+    threads, ahead = (1, 1) if workers else (2, 4)
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; we may be in a notebook
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_prepare_worker)
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+        del iterator, dataset
+        gc.collect()  # Grain holds the last batches in reference cycles: their shared memory would outlive us
 
 
 def _rows(example, batch_size, first, count, step):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,7 @@ class TfdsImages:
             return label, features[name_key].bytes_list.value[0] if name_key else None
 
         def build():
-            print(
-                f"Indexing {info.num_examples:,} images of {self.directory} ({info.name}), once", flush=True
-            )
+            print(f"Indexing {info.num_examples:,} images of {self.directory}, {info.name}", file=sys.stderr)
             with tqdm(total=info.num_examples, unit=" images", unit_scale=True, disable=None) as bar:
                 described, arrays = self.records.scan(info.shard_lengths, describe, bar.update)
             labels, names = zip(*described, strict=True)

@@ -206,6 +206,7 @@ def train(config, workdir):
             began = time.monotonic()
             with jax.transfer_guard("disallow"):  # nothing may slip in from the host by accident
                 state, metrics = train_step(state, metrics, batch)
+            del batch  # its memory is free when the step is done, not one step later
             step += 1
             recent.append(metrics["images"])
             if step == start + 1:

@@ -5,7 +5,7 @@ import math
 
 from convit_jax.data.loader import EvalExample, Slots, TrainExample
 from convit_jax.data.sources import open_source
-from convit_jax.data.subsample import select
+from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings
 
@@ -45,15 +45,12 @@ def make_plan(config, *, devices):
     """
     _check(config, devices)
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
-    subset = dict(
-        classes=len(source.class_names),
-        num_classes=config.data.num_classes,
-        rule=config.data.subset_rule,
-        seed=config.seed,
+    indices = training_subset(config, source)
+    classes = len(source.class_names)
+    test_indices = select(
+        held_out.labels, held_out.names, classes=classes, num_classes=config.data.num_classes
     )
-    indices = select(source.labels, source.names, sampling_ratio=config.data.sampling_ratio, **subset)
-    test_indices = select(held_out.labels, held_out.names, **subset)
-    classes = config.data.num_classes or len(source.class_names)
+    classes = config.data.num_classes or classes
     model = model_settings(**model_arguments(config, classes))
     if model["num_classes"] < classes:
         raise UserError(

@@ -1,11 +1,16 @@
 """Subsets: the original's rule to the image, and the random rule's nesting and independence."""
 
+import hashlib
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from convit_jax.data.subsample import select
+from convit_jax.data.tfds import TfdsImages
 from convit_jax.errors import UserError
 
 
@@ -142,3 +147,17 @@ def test_the_fraction_that_the_message_asks_for_is_enough(size):
         select(labels, names, sampling_ratio=0.5 / size)
     enough = float(str(caught.value).split("give at least ")[1].rstrip("."))
     assert 1 <= len(select(labels, names, sampling_ratio=enough)) <= 2
+
+
+def test_the_command_lists_a_subset_with_the_hash_of_its_lines(tfds_data):
+    command = [sys.executable, "-m", "convit_jax.data.subsample", "--config=configs/convit_s.py"]
+    command += [f"--config.data.dir={tfds_data / 'tfrecord'}", "--config.data.name=cifar10"]
+    command += ["--config.data.sampling_ratio=0.5", "--list"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    *lines, summary = done.stdout.splitlines(keepends=True)
+    source = TfdsImages("cifar10", tfds_data / "tfrecord", "train")
+    expected = [source.names[index] for index in select(source.labels, source.names, sampling_ratio=0.5)]
+    assert [line.rstrip("\n") for line in lines] == expected
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert summary.startswith("# 10 of 20 images in 10 classes of cifar10, ratio 0.5, rule first")
+    assert summary.endswith(f"sha256 {digest}\n")

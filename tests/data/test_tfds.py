@@ -128,12 +128,12 @@ def test_workers_read_the_same_batches(kind, tfds_data):
 
 def test_the_index_is_made_once_said_so_and_made_anew_when_a_shard_changes(root, capsys):
     TfdsImages("imagenet2012", root, "train")
-    assert "Indexing 24 images of" in capsys.readouterr().out
+    assert "Indexing 24 images of" in capsys.readouterr().err
     TfdsImages("imagenet2012", root, "train")
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     os.utime(shard(root), (1, 1))
     TfdsImages("imagenet2012", root, "train")
-    assert "Indexing 24 images of" in capsys.readouterr().out
+    assert "Indexing 24 images of" in capsys.readouterr().err
 
 
 def cut(path):

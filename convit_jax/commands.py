@@ -1,0 +1,130 @@
+"""How every command starts: flags in, one sentence out when something is wrong.
+
+A command defines its own flags, may take --config with overrides of any field, and runs under
+`launch`, which prints a UserError alone and ends with exit status 1.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from convit_jax.errors import UserError, nearest
+
+ROOT = Path(__file__).parents[1]  # where configs/ is
+
+
+def launch(name, main, *, define=lambda: None, config=None, arguments="", interrupted="interrupted."):
+    """Read the command line and run a command; never returns.
+
+    Args:
+      name: of the command, at the head of its messages, as "train.py".
+      main: main(arguments), the list of what is no flag; absl's flags.FLAGS are parsed. Its UserError
+        is printed alone; what it returns is the exit status, None for 0.
+      define: defines the command's own flags.
+      config: None: no flag --config. Else the config file without one, relative to the clone, or "" for none.
+      arguments: what is expected besides flags, as "SOURCE TARGET"; empty if nothing.
+      interrupted: the end of the sentence after Ctrl-C.
+    """
+
+    def fail(sentence):
+        sys.exit(f"{name}: {sentence}")
+
+    def parse(argv):
+        try:
+            return _parse(argv, define, config, arguments)
+        except UserError as error:
+            fail(str(error))
+
+    def run(argv):
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # else Orbax tells of every file it writes
+        try:
+            return main(argv[1:])
+        except UserError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            print(f"{name}: {interrupted}", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # who reads our output, as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    app.run(run, flags_parser=parse)
+
+
+def config_file():
+    """The path given to --config, and what follows its colon (configs/ablations.py:b), or ""."""
+    path, _, row = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return path, row
+
+
+def _parse(argv, define, config, arguments):
+    """Define and read the flags: argv without them. Raises UserError for what is wrong with them."""
+    try:
+        if config is not None:
+            # Not at import: ml_collections reads the command line as soon as the flag is defined.
+            config_flags.DEFINE_config_file(
+                "config",
+                os.path.relpath(ROOT / config) if config else None,
+                "Config file; --config.FIELD=VALUE changes a field of it.",
+            )
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # for --help
+        define()
+        rest = flags.FLAGS(argv)
+        if config is not None and flags.FLAGS.config is not None:
+            flags.FLAGS.config.lock()  # raises if the file could not be loaded
+    except (AttributeError, KeyError) as error:
+        sentence = _unknown_field(argv) or _unknown_in_file(error)
+        if sentence is None:
+            raise
+        raise UserError(sentence) from error
+    except OSError as error:
+        path = re.search(r"--?config[= ](\S+)", " ".join(argv))[1]
+        files = sorted(os.path.relpath(file) for file in ROOT.glob("configs/[!_]*.py"))
+        raise UserError(
+            f"there is no config file {path!r}{nearest(path, files)} The files are: {', '.join(files)}."
+        ) from error
+    except flags.Error as error:
+        message = str(error).strip()
+        own = re.search(r"UserError: (.*)", message)  # raised by a config file itself
+        flag = re.search(r"Unknown command line flag '([\w.]+)'", message)
+        if flag and config is not None and flag[1] in _fields():
+            message = f"there is no flag --{flag[1]}, did you mean --config.{flag[1]}?"
+        raise UserError(own[1] if own else message) from error
+    if len(rest) > 1 and not arguments:
+        raise UserError(f"unexpected argument {rest[1]!r}: flags look like --config.epochs=10.")
+    return rest
+
+
+def _fields():
+    """Names of all config fields, as "optim.lr"."""
+    from configs import default
+    from convit_jax.training.rundir import flatten
+
+    return list(flatten(default.get_config()))
+
+
+def _unknown_field(argv):
+    """The sentence for the first --config.FIELD=VALUE whose field no config has, or None."""
+    known = _fields()
+    fields = [arg.removeprefix("--config.").split("=")[0] for arg in argv if arg.startswith("--config.")]
+    for unknown in fields:
+        if unknown not in known:
+            inside = [name for name in known if name.endswith(f".{unknown}")]
+            hint = f", did you mean {inside[0]!r}?" if inside else nearest(unknown, known)
+            return f"the config has no field {unknown!r}{hint} configs/default.py explains all of them."
+    return None
+
+
+def _unknown_in_file(error):
+    """The sentence for a field that a config file sets but no config has, or None for another error."""
+    key = re.search(r'Key "(\w+)" does not exist', str(error))
+    near = re.search(r'Did you mean "(\w+)"', str(error))
+    if key is None:
+        return None
+    hint = f", did you mean {near[1]!r}?" if near else "."
+    return f"the config file sets {key[1]!r}, which is no field{hint} configs/default.py has them all."
