@@ -1,5 +1,6 @@
 # make train: set up and train a small ConViT on real images.   make test: set up and run all tests.
-# make lint:  style.   make clean: remove the environment.   ARGS="..." is passed on to each command.
+# make test-prepare: set up TensorFlow in .venv-prepare, run the real preparation of ImageNet on miniature tars.
+# make lint:  style.   make clean: remove the environments.   ARGS="..." is passed on to each command.
 PYTHON ?= python3
 ifneq ($(strip $(ARG)$(arg)$(args)),)
 $(error arguments go into ARGS, as in: make train ARGS="--config.epochs=20")
@@ -12,12 +13,15 @@ train: .venv/ready
 test: .venv/ready-to-test
 	$(BIN)/python -m pytest $(ARGS)
 
+test-prepare: .venv-prepare/ready
+	.venv-prepare/bin/python -m tests.prepare_for_real
+
 lint: .venv/ready-to-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-prepare
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ConViT needs Python 3.11 or later, $(PYTHON) is " + sys.version.split()[0] + ": give another one as make PYTHON=python3.12")'
@@ -29,4 +33,9 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt -c constraints.txt
 	@touch $@
 
-.PHONY: train test lint clean
+.venv-prepare/ready: requirements-prepare.txt constraints.txt
+	$(PYTHON) -m venv .venv-prepare
+	.venv-prepare/bin/pip install --quiet --disable-pip-version-check -r requirements-prepare.txt -c constraints.txt
+	@touch $@
+
+.PHONY: train test test-prepare lint clean

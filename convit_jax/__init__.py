@@ -1,6 +1,13 @@
 """ConViT in JAX: vision transformers whose attention starts as a convolution and learns to let go."""
 
-from convit_jax.models.variants import create_model, list_models
-
 __all__ = ["create_model", "list_models"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name):
+    """The public names come when they are asked for: preparing data needs no JAX."""
+    if name not in __all__:
+        raise AttributeError(f"module 'convit_jax' has no attribute {name!r}")
+    from convit_jax.models import variants
+
+    return getattr(variants, name)

@@ -1,7 +1,7 @@
 """Makes tfds.tar.gz: tiny TFDS directories for the tests, in both file formats, by TFDS's own builders.
 
     pip install -r requirements-prepare.txt "scikit-learn>=1.7,<2"
-    python tests/golden/make_tfds.py
+    python -m tests.golden.make_tfds
 
 All images are crops of scikit-learn's two sample photos. The archive holds ROOT/{array_record,tfrecord}/ with
     imagenet2012/5.1.0            6 classes of 4, 8 for validation, two shards a split
@@ -12,7 +12,6 @@ All images are crops of scikit-learn's two sample photos. The archive holds ROOT
 import gzip
 import io
 import itertools
-import tarfile
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -21,6 +20,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+from tests.tars import archive, write_ilsvrc
 
 HERE = Path(__file__).parent
 FORMATS = ("array_record", "tfrecord")
@@ -41,17 +42,6 @@ def crop(mode="RGB", kind="JPEG", size=None):
     return file.getvalue()
 
 
-def archive(files):
-    """The bytes of a tar of {name: bytes}."""
-    target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode="w") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return target.getvalue()
-
-
 def labels(file):
     """The lines of a list that TFDS ships."""
     return Path(tfds.core.tfds_path(file)).read_text().split()
@@ -66,12 +56,11 @@ def imagenet_tars(folder):
         names = [name for name in MENDED if name.startswith(wnid)]
         # Numbers are not padded with zeros, so that sorted order is not the order of numbers.
         names += [f"{wnid}_{number}.JPEG" for number in rng.choice(12000, 4 - len(names), replace=False)]
-        files = {name: crop(*MENDED.get(name, ("RGB", "JPEG"))) for name in names}
-        train[f"{wnid}.tar"] = archive(files)
+        train.update({name: crop(*MENDED.get(name, ("RGB", "JPEG"))) for name in names})
     modes = ["RGB", "L", "RGB", "CMYK", "RGB", "RGB", "RGB", "RGB"]
-    validation = {f"ILSVRC2012_val_{i:08d}.JPEG": crop(mode) for i, mode in enumerate(modes, 1)}
-    (folder / "ILSVRC2012_img_train.tar").write_bytes(archive(train))
-    (folder / "ILSVRC2012_img_val.tar").write_bytes(archive(validation))
+    write_ilsvrc(
+        folder, train, {f"ILSVRC2012_val_{i:08d}.JPEG": crop(mode) for i, mode in enumerate(modes, 1)}
+    )
 
 
 def imagenette_folder(folder):
