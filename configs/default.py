@@ -63,9 +63,7 @@ def get_config():
     config.augment.label_smoothing = 0.1  # share of the label spread over all classes
 
     config.data = ConfigDict()  # which images, and how they are read
-    config.data.name = (
-        "imagenet2012"  # a TFDS name; or folder: DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg; or digits
-    )
+    config.data.name = "imagenet2012"  # a TFDS name; or folder: DIR/{train,val}/CLASS/*.jpg; or digits
     config.data.dir = placeholder(str)  # TFDS's directory (None: $TFDS_DATA_DIR) or the folder
     config.data.sampling_ratio = 1.0  # fraction of each class to train on
     config.data.subset_rule = "first"  # "first" names of each class, as the original; or "random", nested

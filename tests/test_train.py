@@ -31,9 +31,11 @@ def says(*arguments):
         ("--epochs=3", "there is no flag --epochs, did you mean --config.epochs?"),
         ("--config.data.dir=/tmp", "data.dir is set but data.name is digits, which needs none"),
         ("epochs=3", "unexpected argument 'epochs=3': flags look like --config.epochs=10."),
+        ("--config.data.name=folder", "data.name is folder but data.dir is empty: add --config.data.dir="),
+        ("--config=configs/convit_s.py", "there is no TFDS data set 'imagenet2012' in "),
         (
-            "--config=configs/convit_s.py",
-            "data.name is folder but data.dir is empty: add --config.data.dir=FOLDER.",
+            "--config.data.name=digit",
+            "data.name is 'digit', did you mean 'digits'? there is no TFDS data set",
         ),
         ("--config.model.name=convit_smal", "there is no model 'convit_smal', did you mean 'convit_small'?"),
     ],
@@ -61,7 +63,8 @@ def test_a_config_file_that_is_not_there_is_named_from_any_directory(tmp_path):
 def test_an_empty_image_folder_is_named(tmp_path):
     (tmp_path / "train").mkdir()
     train = tmp_path / "train"
-    said = says("--config=configs/convit_s.py", f"--config.data.dir={tmp_path}", f"--workdir={tmp_path}/run")
+    flags = ("--config=configs/convit_s.py", "--config.data.name=folder", f"--config.data.dir={tmp_path}")
+    said = says(*flags, f"--workdir={tmp_path}/run")
     assert (
         said == f"train.py: {train} has no class folders: put the images of each class into {train}/CLASS/."
     )

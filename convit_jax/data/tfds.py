@@ -182,7 +182,7 @@ def _not_found(name, short, given, directory):
     ending += f"; there is {short}/{others[0]}" if others else ""
     how = f"prepare it with {PREPARE}, " if short == "imagenet2012" else ""
     return (
-        f"{mistyped}There is no TFDS data set {name!r} in {given}{where}: expected "
+        f"{mistyped}there is no TFDS data set {name!r} in {given}{where}: expected "
         f"{given}/{short}/VERSION/features.json{ending}. Set --config.data.dir to TFDS's directory, {how}"
         "or use an image folder with --config.data.name=folder."
     )

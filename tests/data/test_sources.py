@@ -214,7 +214,7 @@ def test_a_folder_without_data_dir_asks_for_it(directory):
     ("typed", "meant"), [("digit", "digits"), ("Folder", "folder"), ("imagenet", "imagenet2012")]
 )
 def test_a_mistyped_data_name_is_answered_with_the_nearest(typed, meant, tmp_path):
-    with pytest.raises(UserError, match=rf"data\.name is '{typed}', did you mean '{meant}'\? There is no"):
+    with pytest.raises(UserError, match=rf"data\.name is '{typed}', did you mean '{meant}'\? there is no"):
         open_source(SimpleNamespace(name=typed, dir=str(tmp_path)), "train")
 
 
