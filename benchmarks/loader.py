@@ -8,6 +8,7 @@ rates move with the machine. PYTHON is an interpreter with PyTorch and timm.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import statistics
@@ -54,7 +55,10 @@ transform = create_transform(
 files = [path.read_bytes() for path in map(Path, sys.stdin.read().split("\\n"))]
 done, began = 0, time.perf_counter()
 while time.perf_counter() - began < SECONDS:
-    image = transform(Image.open(io.BytesIO(files[done % len(files)])).convert("RGB"))
+    try:
+        transform(Image.open(io.BytesIO(files[done % len(files)])).convert("RGB"))
+    except ValueError:  # posterize to 0 bits, which Pillow refuses
+        pass
     done += 1
 print(done / (time.perf_counter() - began))
 """
@@ -98,8 +102,11 @@ def in_this_process(files, repeats):
 
 def in_workers(files, count):
     """Whole batches from worker processes."""
-    for _ in batches(examples(files, 3, SIZE), batch_size=BATCH, start=0, stop=10**6, workers=count):
-        yield BATCH
+    with contextlib.closing(
+        batches(examples(files, 3, SIZE), batch_size=BATCH, start=0, stop=10**6, workers=count)
+    ) as stream:
+        for _ in stream:
+            yield BATCH
 
 
 def rate(program, files, seconds):
@@ -115,7 +122,9 @@ def rate(program, files, seconds):
     done, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         done += next(stream)
-    return done / (time.perf_counter() - began)
+    result = done / (time.perf_counter() - began)
+    stream.close()
+    return result
 
 
 def memory(count):
