@@ -142,6 +142,8 @@ def train(config, workdir):
                 "images_per_second": images_per_second,
                 "data_wait": data_wait,
             }
+            if unreadable.seen:
+                values["unreadable_images"] = len(unreadable.seen)
             log.write(last_step, plan.epoch(last_step), values)
             progress.update(last_step, plan.epoch(last_step), values)
 

@@ -14,6 +14,7 @@ from convit_jax.errors import UserError
 MAY_CHANGE = (
     "steps",
     "data.dir",
+    "data.max_unreadable",
     "data.workers",
     "mesh.data",
     "mesh.fsdp",

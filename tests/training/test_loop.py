@@ -155,14 +155,34 @@ def test_it_learns_an_image_folder(digits_config, image_folder, tmp_path):
     assert train(digits_config, tmp_path / "run")["val_top1"] > 99
 
 
-def test_an_unreadable_image_stops_the_run_by_name_and_what_was_saved_stays(
-    digits_config, image_folder, tmp_path
+def test_unreadable_images_are_named_and_counted_and_the_run_goes_on(
+    digits_config, image_folder, tmp_path, capsys
 ):
     digits_config.data.name, digits_config.data.dir = "folder", str(image_folder)
     digits_config.batch_size, digits_config.eval_batch_size = 6, 4
     (image_folder / "train/bee/3.jpg").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"bee/3\.jpg"):
+    (image_folder / "val/cat/1.jpg").write_bytes(b"")
+    last = train(digits_config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert said.count("cannot decode the image bee/3.jpg (of no known format)") == 1
+    assert said.count("cannot decode the image cat/1.jpg (it is empty, 0 bytes)") == 1
+    assert last["step"] == 6
+    assert last["val_top1"] in [pytest.approx(100 * hits / 5) for hits in range(6)]  # of 6 images
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-2]["unreadable_images"] == 1
+
+
+def test_too_many_unreadable_images_stop_the_run_and_what_was_saved_stays(
+    digits_config, image_folder, tmp_path
+):
+    digits_config.data.name, digits_config.data.dir = "folder", str(image_folder)
+    digits_config.batch_size, digits_config.eval_batch_size = 6, 4
+    digits_config.checkpoint_every, digits_config.steps = 1, 4
+    train(digits_config, tmp_path / "run")
+    digits_config.steps, digits_config.data.max_unreadable = 12, 0
+    (image_folder / "train/bee/3.jpg").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"bee/3\.jpg .* than data\.max_unreadable=0 allows"):
         train(digits_config, tmp_path / "run")
+    assert saved(tmp_path / "run")["state"]["step"] >= 4
 
 
 def test_the_loader_of_a_run_draws_only_the_images_of_its_subset(digits_config, tmp_path, monkeypatch):
