@@ -1,7 +1,7 @@
 """Reads .pth, .pt and .safetensors without PyTorch and without running anything.
 
     zip stream (PyTorch >= 1.6)      archive.py: data.pkl, and a member data/KEY per storage
-    older stream (PyTorch 0.1.10+)   pickles of a magic number, version, machine, object, keys; then the storages
+    older stream (PyTorch >= 0.1.10) pickles: magic number, version, machine, object, keys; then the storages
     safetensors                      safetensors_file.py
 
 The kind is told by the file's first bytes, not by its name. The pickle is interpreted as data
@@ -11,6 +11,7 @@ is what is asked for, never more than the file. What is wrong is said in one sen
 """
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 
 from convit_jax.errors import UserError
 from convit_jax.pytorch import allowed, safetensors_file
-from convit_jax.pytorch.allowed import NumpyArray, NumpyType
+from convit_jax.pytorch.allowed import NumpyArray, NumpyType, Ordered
 from convit_jax.pytorch.archive import Archive
 from convit_jax.pytorch.tensors import Storage, Tensor, read_bytes, to_native
 from convit_jax.pytorch.unpickler import Call, Unpickler, quoted
@@ -41,8 +42,8 @@ def read(path):
     Raises:
       UserError: it cannot be read, is damaged, or holds more than tensors and plain containers.
     """
-    with opened(path) as (tree, fetch):
-        return Plain(fetch, os.path.getsize(path)).value(tree)
+    with opened(path) as (tree, plain):
+        return plain.value(tree)
 
 
 def read_state_dict(path, key=None):
@@ -55,22 +56,21 @@ def read_state_dict(path, key=None):
     Raises:
       UserError: as read; or the file holds no state dict there, and the sentence says what it holds.
     """
-    with opened(path) as (tree, fetch):
-        found = find_state_dict(tree, key)
-        tensors = Plain(fetch, os.path.getsize(path)).value(found)
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
+    with opened(path) as (tree, plain):
+        tensors = plain.value(find_state_dict(tree, key))
+    while any(all(name.startswith(prefix) for name in tensors) for prefix in PREFIXES):
+        tensors = {name.partition(".")[2]: array for name, array in tensors.items()}
     return tensors
 
 
 @contextlib.contextmanager
 def opened(path):
-    """(tree, fetch) of a file: its object with unread tensors, and storage -> its bytes, uint8 [n]."""
+    """(tree, plain) of a file: its object, in which tensors are not read yet, and a Plain to read them."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            yield open_any(file, size)
+            tree, fetch = open_any(file, size)
+            yield tree, Plain(fetch, size)
     except UserError as error:
         raise UserError(f"cannot read {path}: {error}") from error
     except OSError as error:
@@ -80,7 +80,7 @@ def opened(path):
 
 
 def open_any(file, size):
-    """(tree, fetch) by the kind of file that its first bytes tell."""
+    """(object, fetch) of a file, by the kind that its first bytes tell; fetch(storage) -> uint8 [n]."""
     head = read_bytes(file, 0, min(size, 512)).tobytes()
     file.seek(0)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -106,7 +106,7 @@ def open_any(file, size):
 
 
 def open_zip(file, size):
-    """(tree, fetch) of PyTorch's zip format."""
+    """(object, fetch) of PyTorch's zip format."""
     archive = Archive(file, size)
     pickles = [name for name in archive.members if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -129,7 +129,7 @@ def open_zip(file, size):
             raise UserError(f"its storage {quoted(key)} is missing: it is damaged.")
         if member.size != root_storage.nbytes:
             raise UserError(
-                f"its storage {quoted(key)} should have {root_storage.nbytes:,} bytes and has {member.size:,}."
+                f"its storage {quoted(key)} has {member.size:,} bytes and needs {root_storage.nbytes:,}."
             )
         storages.setdefault(key, root_storage)
         return storage
@@ -138,14 +138,12 @@ def open_zip(file, size):
         data = archive.read(f"{root}data/{storage.key}")
         return data if order == sys.byteorder else to_native(data, storages[storage.key].dtype)
 
-    member = archive.members[pickles[0]]
-    archive.read(pickles[0])  # verifies its checksum
-    file.seek(member.start)
-    return Unpickler(file, member.size, allowed.find, persistent).load(), fetch
+    program = archive.read(pickles[0])
+    return Unpickler(io.BytesIO(program), len(program), allowed.find, persistent).load(), fetch
 
 
 def open_stream(file, size):
-    """(tree, fetch) of the older format, in which storages come last, each after its number of elements."""
+    """(object, fetch) of the older format, in which storages come last, each after its number of elements."""
     storages = {}
 
     def persistent(identity):
@@ -165,8 +163,8 @@ def open_stream(file, size):
     keys = unpickler.load()
     if (
         type(keys) is not list
-        or {*map(quoted, keys)} != {*map(quoted, storages)}
-        or len(keys) != len(storages)
+        or not all(type(key) is str for key in keys)
+        or sorted(keys) != sorted(storages)
     ):
         raise UserError("its list of storages does not fit its tensors: it is damaged.")
     places, place = {}, size - unpickler.left
@@ -275,7 +273,10 @@ def described(tree):
     """What a file holds, for a sentence: 'epoch (int), args (Namespace), ...'."""
     if not isinstance(tree, dict):
         return f"one {type(tree).__name__}"
-    entries = [f"{quoted(name)} ({type(value).__name__})" for name, value in tree.items()]
+    words = {Tensor: "tensor", Ordered: "dictionary", dict: "dictionary", NumpyArray: "array"}
+    entries = [
+        f"{quoted(name)} ({words.get(type(value), type(value).__name__)})" for name, value in tree.items()
+    ]
     if not entries:
         return "an empty dictionary"
     return ", ".join(entries[:8]) + (f" and {len(entries) - 8} more" if len(entries) > 8 else "")

@@ -66,7 +66,7 @@ def write_zip(file, tensors):
 
 
 def add(archive, name, data):
-    """A stored member; its header is padded, as PyTorch's is, so that data begins at multiples of ALIGNMENT."""
+    """A stored member; its header is padded, as PyTorch's is, so that data begins aligned."""
     info = zipfile.ZipInfo(f"archive/{name}")
     wide = len(data) >= 2**31  # needs 20 bytes of header more
     front = archive.fp.tell() + 30 + len(info.filename) + 20 * wide + 4
