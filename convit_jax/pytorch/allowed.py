@@ -114,7 +114,8 @@ def encode(text, encoding):
     return text.encode("latin1")
 
 
-def byte_array(data=b"", encoding="latin-1"):
+def byte_string(data=b"", encoding="latin-1"):
+    """bytes and bytearray as protocol 2 has them; never of a number, which would be a length."""
     if type(data) not in (bytes, str):
         raise TypeError
     return encode(data, encoding) if type(data) is str else data
@@ -217,7 +218,8 @@ CALLS = {
     "types.SimpleNamespace": namespace,
     "builtins.set": set_of,
     "builtins.frozenset": set_of,
-    "builtins.bytearray": byte_array,
+    "builtins.bytes": byte_string,
+    "builtins.bytearray": byte_string,
     "builtins.complex": complex_number,
     "_codecs.encode": encode,
     "torch.Size": size,

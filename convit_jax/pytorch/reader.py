@@ -22,7 +22,7 @@ from convit_jax.errors import UserError
 from convit_jax.pytorch import allowed, safetensors_file
 from convit_jax.pytorch.allowed import NumpyArray, NumpyType, Ordered
 from convit_jax.pytorch.archive import Archive
-from convit_jax.pytorch.tensors import Storage, Tensor, read_bytes, to_native
+from convit_jax.pytorch.tensors import Storage, Tensor, read_all, read_bytes, to_native
 from convit_jax.pytorch.unpickler import Call, Unpickler, quoted
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -57,7 +57,9 @@ def read_state_dict(path, key=None):
       UserError: as read; or the file holds no state dict there, and the sentence says what it holds.
     """
     with opened(path) as (tree, plain):
-        tensors = plain.value(find_state_dict(tree, key))
+        found = find_state_dict(tree, key)
+        plain.read_ahead(found.values())
+        tensors = plain.value(found)
     while any(all(name.startswith(prefix) for name in tensors) for prefix in PREFIXES):
         tensors = {name.partition(".")[2]: array for name, array in tensors.items()}
     return tensors
@@ -195,6 +197,11 @@ class Plain:
     def __init__(self, fetch, size):
         self.fetch, self.data, self.done = fetch, {}, {}
         self.bytes_left = 4 * size + 2**24
+
+    def read_ahead(self, items):
+        """Read the storages of many tensors at once."""
+        storages = {item.storage.key: item.storage for item in items if isinstance(item, Tensor)}
+        self.data.update(zip(storages, read_all(self.fetch, storages.values()), strict=True))
 
     def value(self, item):
         return self.convert(item, 0)[0]

@@ -8,12 +8,13 @@ it reports what is wrong in Rust's terms, and reads each tensor through a copy.
 
 import json
 import math
+import sys
 
 import numpy as np
 
 from convit_jax.errors import UserError
 from convit_jax.pytorch import dtypes
-from convit_jax.pytorch.tensors import read_bytes
+from convit_jax.pytorch.tensors import read_all, read_bytes, to_native
 from convit_jax.pytorch.unpickler import quoted
 
 MAX_HEADER = 10_000_000  # of a ConViT: 30,000
@@ -38,14 +39,18 @@ def read(file, size):
         place = end
     if place != size - 8 - length:
         raise UserError(f"its header describes {place:,} bytes of data, the file has {size - 8 - length:,}.")
-    tensors = {}
-    for begin, end, name in spans:
+
+    def tensor(span):
+        begin, end, name = span
         dtype, shape = dtypes.SAFETENSORS[entries[name]["dtype"]], entries[name]["shape"]
         data = read_bytes(file, 8 + length + begin, end - begin)
         if dtype.kind == "b" and data.max(initial=0) > 1:
             raise UserError(f"{quoted(name)} holds booleans other than 0 and 1.")
-        tensors[name] = data.view(dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
-    return tensors
+        if sys.byteorder == "big":
+            to_native(data, dtype)
+        return data.view(dtype).reshape(shape)
+
+    return dict(zip(entries, read_all(tensor, spans), strict=True))
 
 
 def parse(header):
