@@ -196,7 +196,7 @@ def storage_id(identity):
     """("storage", type, key, location, number of elements[, view]): the Storage that is meant."""
     kind, dtype, key, _location, count, *rest = identity
     if kind != "storage":
-        raise UserError(f"its pickle refers to a {quoted(kind)} outside of it; only storages are read.")
+        raise UserError(f"its pickle refers to {quoted(kind)} outside of it; only storages are read.")
     if not isinstance(dtype, np.dtype) or type(key) is not str or type(count) is not int or count < 0:
         raise UserError("its pickle is damaged (a storage with wrong properties).")
     storage = Storage(key, dtype, count * dtype.itemsize)

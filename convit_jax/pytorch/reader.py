@@ -208,6 +208,8 @@ class Plain:
 
     def convert(self, item, level):
         """(plain value, number of values in it, its depth)."""
+        if isinstance(item, (str, bytes, int, float, complex, type(None))):
+            return item, 1, 0
         if id(item) in self.done:
             return self.done[id(item)][1:]
         if level > MAX_DEPTH:

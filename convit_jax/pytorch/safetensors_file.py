@@ -86,7 +86,8 @@ def check(name, entry):
             raise UserError(f"the header's entry of {quoted(name)} has no proper shape and data_offsets.")
     if not isinstance(dtype, str) or dtype not in dtypes.SAFETENSORS:
         raise UserError(f"{quoted(name)} has the element type {quoted(dtype)}, which is not known here.")
-    if len(offsets) != 2 or len(shape) > 64:
+    # An empty tensor's other sizes have no bytes to be checked against, but must be sizes that NumPy takes.
+    if len(offsets) != 2 or len(shape) > 64 or math.prod(n or 1 for n in shape) >= 2**56:
         raise UserError(f"the header's entry of {quoted(name)} has no proper shape and data_offsets.")
     nbytes = math.prod(shape) * dtypes.SAFETENSORS[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
@@ -95,7 +96,7 @@ def check(name, entry):
 
 
 def write(file, tensors):
-    """Write {name: array} to an open file: the header in the order of names, wider types' data first.
+    """Write {name: array} to an open file: the header in the dictionary's order, wider types' data first.
 
     So every tensor begins at a multiple of its element's size, as the format's own writer does it.
     """

@@ -121,7 +121,7 @@ class Unpickler:
         line = self.stream.readline(min(MAX_LINE, self.left))
         self.left -= len(line)
         if not line.endswith(b"\n"):
-            raise UserError("its pickle is damaged (a name has no end).")
+            raise UserError("its pickle is cut off or damaged (a name has no end).")
         return line[:-1].decode()
 
     def items(self):

@@ -35,9 +35,9 @@ def write(path, tensors):
     writers = {".pth": write_zip, ".pt": write_zip, ".safetensors": safetensors_file.write}
     if path.suffix not in writers:
         raise UserError(f"{path} does not end in .pth, .pt or .safetensors: give a name that does.")
-    tensors = {name: np.asarray(array) for name, array in tensors.items()}
+    tensors = {name: native(np.asarray(array)) for name, array in tensors.items()}
     for name, array in tensors.items():
-        if array.dtype.newbyteorder("=") not in TORCH_NAMES:
+        if array.dtype not in TORCH_NAMES:
             raise UserError(f"PyTorch has no element type for {name!r} ({array.dtype}): convert it first.")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -53,6 +53,11 @@ def write(path, tensors):
     finally:
         with contextlib.suppress(OSError):
             os.unlink(beside)
+
+
+def native(array):
+    """The array in this machine's byte order, which tells apart the same element types."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def write_zip(file, tensors):
@@ -87,7 +92,7 @@ def state_dict_pickle(tensors):
         pickle.MARK,
     ]
     for number, (name, array) in enumerate(tensors.items()):
-        torch_name, storage = TORCH_NAMES[array.dtype.newbyteorder("=")]
+        torch_name, storage = TORCH_NAMES[array.dtype]
         strides = [int(np.prod(array.shape[axis + 1 :], dtype=np.int64)) for axis in range(array.ndim)]
         # The newer types have no storage class: their storage counts bytes and the type comes last.
         count = array.size if storage else array.nbytes
