@@ -3,8 +3,9 @@
     python -m benchmarks.convert --checkpoint=convit_base.pth --peer=PYTHON [--model=NAME] [--repeats=5]
 
 PYTHON is an interpreter that has torch and timm; the checkpoint is a state dict of timm's MODEL. A
-process imports what it needs, notes its memory, does its job once and reports the seconds and
-by how much its memory had grown at the highest (VmHWM of Linux). The table gives medians.
+process imports what it needs, notes its memory, does its job once and reports the seconds, those
+of the processor (all threads, for when others use the machine too), and by how much its memory
+had grown at the highest (VmHWM of Linux). The table gives medians.
 """
 
 import argparse
@@ -84,16 +85,17 @@ def megabytes(field):
 
 
 def measure(name, checkpoint, model):
-    """Do a job once in this process; prints {"seconds": ..., "megabytes": ...}."""
+    """Do a job once in this process; prints {"seconds": ..., "processor": ..., "megabytes": ...}."""
     function, _, modules = JOBS[name]
     for module in modules:
         __import__(module)
     before = megabytes("VmRSS")
     job = function(checkpoint, model)
-    start = time.perf_counter()
+    start, start_processor = time.perf_counter(), time.process_time()
     result = job()
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "megabytes": megabytes("VmHWM") - before}))
+    seconds, processor = time.perf_counter() - start, time.process_time() - start_processor
+    grown = megabytes("VmHWM") - before
+    print(json.dumps({"seconds": seconds, "processor": processor, "megabytes": grown}))
     del result
 
 
@@ -126,9 +128,11 @@ def main():
     print(f"{arguments.checkpoint}: {size:.0f} MB, {arguments.repeats} repeats, median (smallest to largest)")
     for name, runs in results.items():
         seconds = sorted(run["seconds"] for run in runs)
+        processor = statistics.median(run["processor"] for run in runs)
         memory = statistics.median(run["megabytes"] for run in runs)
         print(
             f"{name:38} {statistics.median(seconds):7.3f} s ({seconds[0]:.3f} to {seconds[-1]:.3f})"
+            f"  processor {processor:.3f} s"
             f"  {memory:6.0f} MB ({memory / size:.2f} x the file)"
         )
 

@@ -6,6 +6,7 @@ state, costs nothing; and every size is checked against the storage before memor
 """
 
 import math
+import mmap
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -47,15 +48,14 @@ class Tensor:
             raise UserError("a tensor's offset, shape and strides must be whole numbers, none negative.")
         if len(self.shape) != len(self.strides) or len(self.shape) > 64:
             raise UserError(f"a tensor has {len(self.shape)} dimensions and {len(self.strides)} strides.")
-        if (
-            math.prod(size or 1 for size in self.shape) >= 2**56
-        ):  # an empty one may still be too large for NumPy
-            raise UserError(f"a tensor has the shape {self.shape}, which is not of this world.")
+        extent = math.prod(size or 1 for size in self.shape)  # an empty one may still be too large for NumPy
+        if extent >= 2**56:
+            raise UserError(f"a tensor has the shape {str(self.shape)[:80]}, which no memory holds.")
         span = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         last = self.offset + span + 1 if math.prod(self.shape) else 0
         if last * self.dtype.itemsize > self.storage.nbytes:
             raise UserError(
-                f"a tensor of shape {self.shape} reaches {last * self.dtype.itemsize:,} bytes into "
+                f"a tensor of shape {str(self.shape)[:80]} reaches {last * self.dtype.itemsize:,} bytes into "
                 f"its storage of {self.storage.nbytes:,}."
             )
 
@@ -78,13 +78,25 @@ class Tensor:
         return -array if self.negative else array
 
 
+def fresh(nbytes):
+    """Memory that nobody has used, uint8 [nbytes].
+
+    From 4 MB on NumPy asks the system for huge pages, whose making costs more than the reading: 0.7
+    instead of 0.3 s of processor time for the 346 MB of ConViT-B (2 cores, fresh processes). Memory
+    that is mapped for the purpose has small ones.
+    """
+    if nbytes < 2**22:
+        return np.empty(nbytes, np.uint8)
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+
+
 def read_bytes(file, offset, nbytes, crc=0):
     """`nbytes` from a place in an open file, as uint8 [nbytes]; the caller knows that the file has them.
 
     A CRC-32 other than 0 is verified, piece by piece while the piece is still in the processor's cache.
     Safe in several threads.
     """
-    data = np.empty(nbytes, np.uint8)
+    data = fresh(nbytes)
     view, done, found = memoryview(data), 0, 0
     while done < nbytes:
         piece = view[done : done + PIECE]

@@ -72,7 +72,7 @@ TENSORS = {
     "a text for a shape": (tensor(0, "a", (1,), False, {}), "_rebuild_tensor_v2 with wrong arguments"),
     "a stride missing": (tensor(0, (2, 2), (1,), False, {}), "2 dimensions and 1 strides"),
     "65 dimensions": (tensor(0, (1,) * 65, (1,) * 65, False, {}), "65 dimensions"),
-    "empty and endless": (tensor(0, (0, 2**31, 2**31), (0,) * 3, False, {}), "not of this world"),
+    "empty and endless": (tensor(0, (0, 2**31, 2**31), (0,) * 3, False, {}), "which no memory holds"),
     "one number a billion times": (tensor(0, (2**30,), (0,), False, {}), "far more than the file's size"),
     "arguments missing": (tensor(0), "_rebuild_tensor_v2 with wrong arguments"),
     "neg of a real": (tensor(0, (4,), (1,), False, {}, {"neg": True}), "_v2 with wrong arguments"),
