@@ -1,31 +1,23 @@
 """Reads .pth, .pt and .safetensors without PyTorch and without running anything.
 
-    zip stream (PyTorch >= 1.6)      archive.py: data.pkl, and a member data/KEY per storage
-    older stream (PyTorch >= 0.1.10) pickles: magic number, version, machine, object, keys; then the storages
-    safetensors                      safetensors_file.py
-
-The kind is told by the file's first bytes, not by its name. The pickle is interpreted as data
-(unpickler.py, allowed.py) and gives tensors that know where their numbers lie; those that are
-asked for are then read, each storage once, straight into the array that is handed on. So memory
-is what is asked for, never more than the file. What is wrong is said in one sentence.
+The kind of file is told by its first bytes, not by its name. A pickle is interpreted as data
+(torch_file.py, unpickler.py, allowed.py) and gives tensors that know where their numbers lie; those
+that are asked for are then read, each storage once, straight into the array that is handed on. So
+memory is what is asked for, never more than the file. What is wrong is said in one sentence.
 """
 
 import contextlib
-import io
 import os
 import re
-import sys
 
 import numpy as np
 
 from convit_jax.errors import UserError
-from convit_jax.pytorch import allowed, safetensors_file
+from convit_jax.pytorch import safetensors_file, torch_file
 from convit_jax.pytorch.allowed import NumpyArray, NumpyType, Ordered
-from convit_jax.pytorch.archive import Archive
-from convit_jax.pytorch.tensors import Storage, Tensor, read_all, read_bytes, to_native
-from convit_jax.pytorch.unpickler import Call, Unpickler, quoted
+from convit_jax.pytorch.tensors import Storage, Tensor, read_all, read_bytes
+from convit_jax.pytorch.unpickler import Call, quoted
 
-MAGIC = 0x1950A86A20F9469CFC6C
 MAX_DEPTH = 100  # of containers in containers
 MAX_VALUES = 10_000_000  # all values, those of a container that stands in several places counted each time
 PLACES = ("model", "state_dict", "model_state_dict")  # where checkpoints keep the model's state dict
@@ -89,7 +81,7 @@ def open_any(file, size):
     if not head:
         raise UserError("it is empty: fetch it again.")
     if head.startswith(b"PK\x03\x04"):
-        return open_zip(file, size)
+        return torch_file.open_zip(file, size)
     if head[8:9] == b"{" and b"\0" in head[:8]:  # a text has no zero byte, the header's length has some
         return safetensors_file.read(file, size), None
     if head.startswith(b"version https://git-lfs"):
@@ -103,88 +95,8 @@ def open_any(file, size):
             "it has the tar format of PyTorch before 2017: load and save it with a newer PyTorch."
         )
     if head.startswith(b"\x80"):
-        return open_stream(file, size)
+        return torch_file.open_stream(file, size)
     raise UserError("it is neither a PyTorch checkpoint (.pth, .pt) nor a safetensors file, or is damaged.")
-
-
-def open_zip(file, size):
-    """(object, fetch) of PyTorch's zip format."""
-    archive = Archive(file, size)
-    pickles = [name for name in archive.members if name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise UserError("it is a zip archive, but not one that torch.save has written (no data.pkl).")
-    root = pickles[0].removesuffix("data.pkl")
-    if f"{root}constants.pkl" in archive.members:
-        raise UserError("it is a TorchScript program: load it with PyTorch and save its state_dict().")
-    order = "little"
-    if f"{root}byteorder" in archive.members:
-        order = archive.read(f"{root}byteorder").tobytes().decode(errors="replace")
-    if order not in ("little", "big"):
-        raise UserError(f"its byte order is {quoted(order)}, neither little nor big.")
-    storages = {}
-
-    def persistent(identity):
-        root_storage, storage = allowed.storage_id(identity)
-        key = root_storage.key
-        member = archive.members.get(f"{root}data/{key}")
-        if member is None:
-            raise UserError(f"its storage {quoted(key)} is missing: it is damaged.")
-        if member.size != root_storage.nbytes:
-            raise UserError(
-                f"its storage {quoted(key)} has {member.size:,} bytes and needs {root_storage.nbytes:,}."
-            )
-        storages.setdefault(key, root_storage)
-        return storage
-
-    def fetch(storage):
-        data = archive.read(f"{root}data/{storage.key}")
-        return data if order == sys.byteorder else to_native(data, storages[storage.key].dtype)
-
-    program = archive.read(pickles[0])
-    return Unpickler(io.BytesIO(program), len(program), allowed.find, persistent).load(), fetch
-
-
-def open_stream(file, size):
-    """(object, fetch) of the older format, in which storages come last, each after its number of elements."""
-    storages = {}
-
-    def persistent(identity):
-        root_storage, storage = allowed.storage_id(identity)
-        known = storages.setdefault(root_storage.key, root_storage)
-        if known.nbytes != root_storage.nbytes:
-            raise UserError(f"its storage {quoted(known.key)} is said to have two different sizes.")
-        return storage
-
-    unpickler = Unpickler(file, size, allowed.find, persistent)
-    if unpickler.load() != MAGIC:
-        raise UserError("it is a pickle, but not one that torch.save has written.")
-    if unpickler.load() != 1001:
-        raise UserError("it is of an unknown version of PyTorch's older format.")
-    unpickler.load()  # the machine that wrote it; the numbers are always little-endian
-    tree = unpickler.load()
-    keys = unpickler.load()
-    if (
-        type(keys) is not list
-        or not all(type(key) is str for key in keys)
-        or sorted(keys) != sorted(storages)
-    ):
-        raise UserError("its list of storages does not fit its tensors: it is damaged.")
-    places, place = {}, size - unpickler.left
-    for key in keys:
-        storage = storages[key]
-        if place + 8 + storage.nbytes > size:
-            raise UserError(f"it is cut off in storage {quoted(key)}: fetch it again.")
-        count = int.from_bytes(read_bytes(file, place, 8).tobytes(), "little", signed=True)
-        if count * storage.dtype.itemsize != storage.nbytes:
-            raise UserError(f"its storage {quoted(key)} has {count:,} elements, its tensors say otherwise.")
-        places[key] = place + 8
-        place += 8 + storage.nbytes
-
-    def fetch(storage):
-        data = read_bytes(file, places[storage.key], storages[storage.key].nbytes)
-        return data if sys.byteorder == "little" else to_native(data, storages[storage.key].dtype)
-
-    return tree, fetch
 
 
 class Plain:

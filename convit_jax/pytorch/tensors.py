@@ -44,7 +44,7 @@ class Tensor:
 
     def __post_init__(self):
         numbers = (self.offset, *self.shape, *self.strides)
-        if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        if not all(type(number) is int and 0 <= number < 2**56 for number in numbers):
             raise UserError("a tensor's offset, shape and strides must be whole numbers, none negative.")
         if len(self.shape) != len(self.strides) or len(self.shape) > 64:
             raise UserError(f"a tensor has {len(self.shape)} dimensions and {len(self.strides)} strides.")

@@ -1,6 +1,6 @@
 """Reads mutated checkpoints: python tests/pytorch/fuzz.py [--files=2000] [--seed=0]
 
-Every file must end in arrays or in a UserError, within a second and 256 MB; a file that does
+Every file must end in arrays or in a UserError, within ten seconds and 256 MB; one that does
 otherwise is kept and named. Most mutations change bytes; the checksums of most zip files are
 mended, so that what was changed is looked at. Others repeat, drop and exchange whole
 instructions of the pickle in a sound zip file, which leads deeper into the reader.
@@ -8,6 +8,7 @@ instructions of the pickle in a sound zip file, which leads deeper into the read
 
 import argparse
 import collections
+import contextlib
 import io
 import itertools
 import pickletools
@@ -171,6 +172,8 @@ def main():
             signal.alarm(SECONDS)
             start = time.perf_counter()
             try:
+                with contextlib.suppress(UserError):
+                    check(reader.read_state_dict(path))
                 check(reader.read(path))
                 counts["read"] += 1
             except UserError as error:

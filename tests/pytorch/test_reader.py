@@ -12,7 +12,7 @@ from conftest import ROOT
 from forgery import storage, tensor, value
 
 from convit_jax.errors import UserError
-from convit_jax.pytorch import dtypes, reader, writer
+from convit_jax.pytorch import dtypes, reader, torch_file, writer
 
 GOLDEN = ROOT / "tests/golden"
 KINDS = ("kinds_zip.pth", "kinds_zip_protocol_5.pth", "kinds_stream.pth")
@@ -156,11 +156,11 @@ def test_no_module_of_pytorch_is_imported():
 
 
 def test_streams_that_lie(refused):
-    head = b"".join(pickle.dumps(part, 2) for part in (reader.MAGIC, 1001, {}))
+    head = b"".join(pickle.dumps(part, 2) for part in (torch_file.MAGIC, 1001, {}))
     body = tensor(0, (4,), (1,), False, {}, of=storage(4, more=b"N"))
     keys, numbers = pickle.dumps(["0"], 2), struct.pack("<q", 4) + bytes(16)
     refused(pickle.dumps("weights", 2), "a pickle, but not one that torch.save has written")
-    refused(pickle.dumps(reader.MAGIC, 2) + pickle.dumps(2000, 2), "unknown version")
+    refused(pickle.dumps(torch_file.MAGIC, 2) + pickle.dumps(2000, 2), "unknown version")
     for false in (["1"], ["0", "0"], [], [["0"]], {"0": 1}, 7):
         refused(head + body + pickle.dumps(false, 2) + numbers, "list of storages does not fit")
     refused(head + body + keys + numbers[:-1], "cut off in storage '0'")
@@ -176,7 +176,7 @@ def test_streams_that_lie(refused):
 
 
 def test_views_of_storages_in_the_oldest_streams(tmp_path):
-    head = b"".join(pickle.dumps(part, 2) for part in (reader.MAGIC, 1001, {}))
+    head = b"".join(pickle.dumps(part, 2) for part in (torch_file.MAGIC, 1001, {}))
     body = tensor(1, (2,), (1,), False, {}, of=storage(6, more=value(("v", 2, 4))))
     numbers = struct.pack("<q", 6) + np.arange(6, dtype="<f4").tobytes()
     (tmp_path / "old.pt").write_bytes(head + body + pickle.dumps(["0"], 2) + numbers)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from forgery import call, named, program, storage, tensor, torch_zip, value
 
-from convit_jax.pytorch import reader
+from convit_jax.pytorch import reader, torch_file
 
 CALLS = """
 os.system posix.system nt.system subprocess.Popen builtins.eval builtins.exec builtins.getattr
@@ -56,7 +56,7 @@ def test_pickled_attacks(refused, protocol):
 def test_attacks_in_every_part_of_the_older_stream(refused):
     attack = pickle.dumps(Attack(os.system, "touch ran"), 2)
     stream = b""
-    for part in (reader.MAGIC, 1001, {}, {}, []):
+    for part in (torch_file.MAGIC, 1001, {}, {}, []):
         refused(stream + attack, r"it asks for posix\.system")
         stream += pickle.dumps(part, 2)
 
@@ -70,6 +70,7 @@ TENSORS = {
     "a truth for a size": (tensor(0, (True,), (1,), False, {}), "must be whole numbers"),
     "a size of 2**70": (tensor(0, (2**70,), (0,), False, {}), "must be whole numbers"),
     "a text for a shape": (tensor(0, "a", (1,), False, {}), "_rebuild_tensor_v2 with wrong arguments"),
+    "a stride of 2**61": (tensor(0, (1,), (2**61,), False, {}), "must be whole numbers"),
     "a stride missing": (tensor(0, (2, 2), (1,), False, {}), "2 dimensions and 1 strides"),
     "65 dimensions": (tensor(0, (1,) * 65, (1,) * 65, False, {}), "65 dimensions"),
     "empty and endless": (tensor(0, (0, 2**31, 2**31), (0,) * 3, False, {}), "which no memory holds"),
