@@ -1,0 +1,141 @@
+"""Reading a checkpoint: time and memory next to PyTorch's, in processes of their own, in turn.
+
+    python -m benchmarks.convert --checkpoint=convit_base.pth --peer=PYTHON [--model=NAME] [--repeats=5]
+
+PYTHON is an interpreter that has torch and timm; the checkpoint is a state dict of timm's MODEL. A
+process imports what it needs, notes its memory, does its job once and reports the seconds, those
+of the processor (all threads, for when others use the machine too), and by how much its memory
+had grown at the highest (VmHWM of Linux). The table gives medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(checkpoint, model):
+    """Ours: the state dict as arrays."""
+    from convit_jax.pytorch import reader
+
+    return lambda: reader.read_state_dict(checkpoint)
+
+
+def convert_file(checkpoint, model):
+    """Ours: read, and write as safetensors."""
+    from convit_jax.pytorch import reader, writer
+
+    def job():
+        with tempfile.TemporaryDirectory() as folder:
+            writer.write(Path(folder) / "weights.safetensors", reader.read_state_dict(checkpoint))
+
+    return job
+
+
+def torch_load(checkpoint, model):
+    """PyTorch: the state dict as tensors."""
+    import torch
+
+    return lambda: torch.load(checkpoint, weights_only=True)
+
+
+def torch_load_state_dict(checkpoint, model):
+    """PyTorch: the same, copied into a model of timm; making that counts as memory, not as time."""
+    import timm
+    import torch
+
+    network = timm.create_model(model)
+    return lambda: network.load_state_dict(torch.load(checkpoint, weights_only=True))
+
+
+def torch_convert_file(checkpoint, model):
+    """PyTorch: read, and write as safetensors."""
+    import torch
+    from safetensors.torch import save_file
+
+    def job():
+        with tempfile.TemporaryDirectory() as folder:
+            save_file(torch.load(checkpoint, weights_only=True), Path(folder) / "weights.safetensors")
+
+    return job
+
+
+JOBS = {  # name: (function, whether it needs the other interpreter, modules whose memory does not count)
+    "read_state_dict": (read, False, ["numpy", "convit_jax.pytorch.reader"]),
+    "torch.load": (torch_load, True, ["torch"]),
+    "torch.load + load_state_dict": (torch_load_state_dict, True, ["torch", "timm"]),
+    "read_state_dict + write .safetensors": (convert_file, False, ["numpy", "convit_jax.pytorch.writer"]),
+    "torch.load + save_file .safetensors": (torch_convert_file, True, ["torch", "safetensors.torch"]),
+}
+
+
+def megabytes(field):
+    """VmRSS or VmHWM of this process, in MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise OSError(f"no {field} in /proc/self/status: this benchmark needs Linux.")
+
+
+def measure(name, checkpoint, model):
+    """Do a job once in this process; prints {"seconds": ..., "processor": ..., "megabytes": ...}."""
+    function, _, modules = JOBS[name]
+    for module in modules:
+        __import__(module)
+    before = megabytes("VmRSS")
+    job = function(checkpoint, model)
+    start, start_processor = time.perf_counter(), time.process_time()
+    result = job()
+    seconds, processor = time.perf_counter() - start, time.process_time() - start_processor
+    grown = megabytes("VmHWM") - before
+    print(json.dumps({"seconds": seconds, "processor": processor, "megabytes": grown}))
+    del result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--peer")
+    parser.add_argument("--model", default="convit_base")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        return measure(arguments.job, arguments.checkpoint, arguments.model)
+    size = os.path.getsize(arguments.checkpoint) / 1e6
+    results = {name: [] for name, (_, is_peer, _) in JOBS.items() if arguments.peer or not is_peer}
+    for _ in range(arguments.repeats):
+        for name in results:
+            python = arguments.peer if JOBS[name][1] else sys.executable
+            command = [python, __file__, f"--checkpoint={arguments.checkpoint}", f"--model={arguments.model}"]
+            environment = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            }
+            done = subprocess.run(
+                [*command, f"--job={name}"], env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                sys.exit(f"{name} failed:\n{done.stderr}")
+            results[name].append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{arguments.checkpoint}: {size:.0f} MB, {arguments.repeats} repeats, median (smallest to largest)")
+    for name, runs in results.items():
+        seconds = sorted(run["seconds"] for run in runs)
+        processor = statistics.median(run["processor"] for run in runs)
+        memory = statistics.median(run["megabytes"] for run in runs)
+        print(
+            f"{name:38} {statistics.median(seconds):7.3f} s ({seconds[0]:.3f} to {seconds[-1]:.3f})"
+            f"  processor {processor:.3f} s"
+            f"  {memory:6.0f} MB ({memory / size:.2f} x the file)"
+        )
+
+
+if __name__ == "__main__":
+    main()
