@@ -32,6 +32,7 @@ COMMON = dict(
     in_chans=3,
     depth=12,
     mlp_ratio=4.0,
+    distilled=False,
     conv_init=True,
     locality_strength=1.0,
     gate_init=1.0,
@@ -160,4 +161,6 @@ def count_macs(settings):
 
     gpsa = block(patches) + patches * (rows + columns) * dim
     patch_embed = patches * s["patch_size"] ** 2 * s["in_chans"] * dim
-    return patch_embed + local * gpsa + (depth - local) * block(patches + 1) + dim * s["num_classes"]
+    heads = 2 if s["distilled"] else 1  # each with a token of its own
+    plain = block(patches + heads)
+    return patch_embed + local * gpsa + (depth - local) * plain + heads * dim * s["num_classes"]

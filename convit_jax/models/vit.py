@@ -2,7 +2,8 @@
 
 The first `local_up_to_layer` blocks are GPSA and see the patches only; then the class
 token joins, and plain self-attention follows (ConViT, Fig. 4). With 0 GPSA blocks, query,
-key and value biases and a position embedding for the class token it is DeiT.
+key and value biases and a position embedding for the class token it is DeiT; `distilled`
+adds DeiT's distillation token, which goes beside the class token and has a head of its own.
 Equal blocks hold their parameters stacked along a leading axis [L, ...] and run under
 `jax.lax.scan`; `model.blocks[i]` gives one of them by its number in the original.
 """
@@ -98,7 +99,9 @@ class VisionTransformer(nnx.Module):
       in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
       qkv_bias: biases of query, key, value (DeiT).
       local_up_to_layer: number of GPSA blocks before the class token joins, 0 to depth - 1.
-      pos_embed_class_token: the position embedding has an entry for the class token (DeiT).
+      pos_embed_class_token: the position embedding has an entry for the class token (DeiT), and for the
+        distillation token.
+      distilled: a distillation token with its own head; logits are the mean of both heads.
       conv_init, locality_strength, gate_init: see GatedPositionalSelfAttention.
       drop_rate, attn_drop_rate: dropout. drop_path_rate: of the last block, rising linearly from 0.
       dtype: "float32" or "bfloat16", of the arithmetic; parameters, softmax, gates, norms and
@@ -121,6 +124,7 @@ class VisionTransformer(nnx.Module):
         qkv_bias,
         local_up_to_layer,
         pos_embed_class_token,
+        distilled,
         conv_init,
         locality_strength,
         gate_init,
@@ -136,6 +140,7 @@ class VisionTransformer(nnx.Module):
         self.image_size, self.patch_size, self.in_chans = image_size, patch_size, in_chans
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.depth, self.local_up_to_layer, self.dtype = depth, local_up_to_layer, dtype
+        self.distilled = distilled
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
         self.remat, self.scan_unroll = remat, scan_unroll
 
@@ -178,7 +183,8 @@ class VisionTransformer(nnx.Module):
                 )
             )(keys)
 
-        positions = self.grid[0] * self.grid[1] + int(pos_embed_class_token)
+        extra_tokens = 2 if distilled else 1
+        positions = self.grid[0] * self.grid[1] + extra_tokens * int(pos_embed_class_token)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, dtype=dtype, rngs=rngs)
         self.pos_embed = nnx.Param(TRUNC_NORMAL(rngs.params(), (1, positions, embed_dim)))
         self.cls_token = nnx.Param(TRUNC_NORMAL(rngs.params(), (1, 1, embed_dim)))
@@ -186,6 +192,9 @@ class VisionTransformer(nnx.Module):
         self.sa_blocks = stack(plain, range(local_up_to_layer, depth))
         self.norm = layer_norm(embed_dim, dtype=jnp.float32, rngs=rngs)
         self.head = linear(embed_dim, num_classes, dtype=jnp.float32, rngs=rngs)
+        if distilled:
+            self.dist_token = nnx.Param(TRUNC_NORMAL(rngs.params(), (1, 1, embed_dim)))
+            self.head_dist = linear(embed_dim, num_classes, dtype=jnp.float32, rngs=rngs)
 
     @property
     def blocks(self):
@@ -201,7 +210,7 @@ class VisionTransformer(nnx.Module):
         return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], params))
 
     def _embed(self, images, key):
-        """Patches [B, N, D] and class token [B, 1, D], with their position embedding."""
+        """Patches [B, N, D], class (and distillation) token [B, 1 or 2, D], with their position embedding."""
         if images.ndim != 4 or images.shape[1:] != (*self.image_size, self.in_chans):
             expected = (*self.image_size, self.in_chans)
             raise ValueError(
@@ -210,17 +219,18 @@ class VisionTransformer(nnx.Module):
             )
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images are {images.dtype}, this model takes normalised floats: convert them")
-        patches_key, class_key = split_key(key, 2)
+        patches_key, tokens_key = split_key(key, 2)
         patches = self.patch_embed(images.astype(self.dtype))
         patches = patches + self.pos_embed[:, -patches.shape[1] :].astype(self.dtype)
-        class_token = self.cls_token[...]
+        tokens = self.cls_token[...]
+        if self.distilled:
+            tokens = jnp.concatenate([tokens, self.dist_token[...]], axis=1)
         if self.pos_embed.shape[1] > patches.shape[1]:
-            class_token = class_token + self.pos_embed[:, :1]
-        class_token = jnp.broadcast_to(class_token, (images.shape[0], 1, class_token.shape[-1]))
-        class_token = class_token.astype(self.dtype)
+            tokens = tokens + self.pos_embed[:, : tokens.shape[1]]
+        tokens = jnp.broadcast_to(tokens, (images.shape[0], *tokens.shape[1:])).astype(self.dtype)
         if self.local_up_to_layer == 0:  # the original's ConViT drops the patches only
-            class_token = dropout(class_token, self.drop_rate, class_key)
-        return dropout(patches, self.drop_rate, patches_key), class_token
+            tokens = dropout(tokens, self.drop_rate, tokens_key)
+        return dropout(patches, self.drop_rate, patches_key), tokens
 
     def _run(self, stack, first, x, key):
         """Scan x [B, N, D] through a stack whose first block has the number `first`."""
@@ -242,26 +252,43 @@ class VisionTransformer(nnx.Module):
             body = jax.checkpoint(body, prevent_cse=False)
         return jax.lax.scan(body, x, (params, numbers, rates), unroll=min(self.scan_unroll, count))[0]
 
+    def _final_tokens(self, images, key):
+        """Class (and distillation) token after the last norm, float32 [B, 1 or 2, D]."""
+        embed_key, block_key = split_key(key, 2)
+        x, tokens = self._embed(images, embed_key)
+        x = self._run(self.gpsa_blocks, 0, x, block_key)
+        x = jnp.concatenate([tokens, x], axis=1)
+        x = self._run(self.sa_blocks, self.local_up_to_layer, x, block_key)
+        return self.norm(x[:, : tokens.shape[1]])
+
     def features(self, images, *, key=None):
         """Class token after the last norm, float32 [B, D]. Arguments as for a call."""
-        embed_key, block_key = split_key(key, 2)
-        x, class_token = self._embed(images, embed_key)
-        x = self._run(self.gpsa_blocks, 0, x, block_key)
-        x = jnp.concatenate([class_token, x], axis=1)
-        x = self._run(self.sa_blocks, self.local_up_to_layer, x, block_key)
-        return self.norm(x[:, 0])
+        return self._final_tokens(images, key)[:, 0]
+
+    def both_logits(self, images, *, key=None):
+        """(logits of the class token, logits of the distillation token), float32 [B, num_classes] each.
+
+        For a distilled model: in training the first learn the labels, the second the teacher.
+        """
+        tokens = self._final_tokens(images, key)
+        return self.head(tokens[:, 0]), self.head_dist(tokens[:, 1])
 
     def __call__(self, images, *, key=None):
         """Logits, float32 [B, num_classes]. key: of dropout and stochastic depth, None in evaluation."""
+        if self.distilled:
+            class_logits, distillation_logits = self.both_logits(images, key=key)
+            return (class_logits + distillation_logits) / 2
         return self.head(self.features(images, key=key))
 
     def attention_maps(self, images):
-        """List over blocks of attention, float32 [B, H, N, N]; once it joined, the class token is token 0."""
-        x, class_token = self._embed(images, None)
+        """List over blocks of attention, float32 [B, H, N, N]; once it joined, the class token is token 0,
+        the distillation token token 1.
+        """
+        x, tokens = self._embed(images, None)
         maps = []
         for number, block in enumerate(self.blocks):
             if number == self.local_up_to_layer:
-                x = jnp.concatenate([class_token, x], axis=1)
+                x = jnp.concatenate([tokens, x], axis=1)
             maps.append(block.attn.attention_maps(block.norm1(x)))
             x = block(x)
         return maps

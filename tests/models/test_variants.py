@@ -38,9 +38,21 @@ def test_exact_parameter_count_and_cost(name):
     assert abs(count_macs(settings) / 1e9 - gmacs) < 0.07 * gmacs + 0.3
 
 
-@pytest.mark.parametrize("name", ["convit_tiny", "deit_tiny"])
-def test_macs_are_those_of_the_compiled_program(name):
-    settings = model_settings(name, num_classes=10, image_size=(64, 32), patch_size=8, scan_unroll=12)
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("deit_tiny", 5_910_800), ("deit_small", 22_436_432), ("deit_base", 87_338_192)],  # timm's
+)
+def test_exact_parameter_count_with_a_distillation_token(name, params):
+    assert count_params(abstract_model(model_settings(name, distilled=True))[1]) == params
+
+
+@pytest.mark.parametrize(
+    ("name", "distilled"), [("convit_tiny", False), ("deit_tiny", False), ("deit_tiny", True)]
+)
+def test_macs_are_those_of_the_compiled_program(name, distilled):
+    settings = model_settings(
+        name, num_classes=10, image_size=(64, 32), patch_size=8, scan_unroll=12, distilled=distilled
+    )
     graphdef, params = abstract_model(settings)
     images = jax.ShapeDtypeStruct((1, 64, 32, 3), np.float32)
     lowered = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x)).lower(params, images)

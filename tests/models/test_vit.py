@@ -50,6 +50,18 @@ def test_scanned_blocks_equal_the_blocks_one_by_one(name):
     np.testing.assert_allclose(features, one_by_one(params, images()), atol=1e-5)
 
 
+def test_the_distillation_token_has_its_own_head_and_logits_are_the_mean_of_both():
+    model = small("deit_tiny", distilled=True)
+    class_logits, distillation_logits = run(model, images(), method="both_logits")
+    np.testing.assert_allclose(run(model, images()), (class_logits + distillation_logits) / 2, atol=1e-6)
+    assert (class_logits != distillation_logits).all()
+    assert model.pos_embed.shape == (1, 2 + 6, 16)
+    assert [maps.shape for maps in run(model, images(), method="attention_maps")] == [(3, 4, 8, 8)] * 4
+    other = small("deit_tiny", distilled=True)
+    other.dist_token[...] += jnp.arange(16.0)
+    assert (run(other, images(), method="both_logits")[1] != distillation_logits).all()
+
+
 @pytest.mark.parametrize("setting", [{"remat": True}, {"scan_unroll": 4}])
 def test_remat_and_unrolling_change_no_gradient(setting):
     def gradient(model):
