@@ -17,6 +17,8 @@ def get_config():
     config.batch_size = 1024  # images a step, over all devices and processes
     config.accumulate = 1  # do a step in so many micro-batches, for memory
 
+    config.init_from = placeholder(str)  # start from these weights: whatever convit_jax.load_pretrained takes
+
     config.model = ConfigDict()  # the arguments of convit_jax.create_model; None: the model's own
     config.model.name = "convit_small"  # one of convit_jax.list_models()
     config.model.image_size = FieldReference(224, field_type=object)  # pixels; (height, width) if oblong

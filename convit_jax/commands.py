@@ -72,8 +72,9 @@ def _parse(argv, define, config, arguments):
                 os.path.relpath(ROOT / config) if config else None,
                 "Config file; --config.FIELD=VALUE changes a field of it.",
             )
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # for --help
         define()
+        for flag in flags.FLAGS.get_flags_for_module(__name__):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help shows it
         rest = flags.FLAGS(argv)
         if config is not None and flags.FLAGS.config is not None:
             flags.FLAGS.config.lock()  # raises if the file could not be loaded
@@ -92,7 +93,9 @@ def _parse(argv, define, config, arguments):
         message = str(error).strip()
         own = re.search(r"UserError: (.*)", message)  # raised by a config file itself
         flag = re.search(r"Unknown command line flag '([\w.]+)'", message)
-        if flag and config is not None and flag[1] in _fields():
+        if flag and flag[1].startswith("config.") and config == "":
+            message = f"--{flag[1]} changes a config: add --config=FILE before it."
+        elif flag and config is not None and flag[1] in _fields():
             message = f"there is no flag --{flag[1]}, did you mean --config.{flag[1]}?"
         raise UserError(own[1] if own else message) from error
     if len(rest) > 1 and not arguments:
@@ -128,3 +131,41 @@ def _unknown_in_file(error):
         return None
     hint = f", did you mean {near[1]!r}?" if near else "."
     return f"the config file sets {key[1]!r}, which is no field{hint} configs/default.py has them all."
+
+
+def define_weights(*, checkpoint=True, new_head=False):
+    """Flags of commands that load weights; with checkpoint --checkpoint, with new_head --num_classes too."""
+    if checkpoint:
+        flags.DEFINE_string(
+            "checkpoint",
+            None,
+            "A .pth, .pt or .safetensors file, a converted directory, a run directory, a Hub id, or the "
+            "authors' name of a published model.",
+        )
+    if new_head:
+        flags.DEFINE_integer("num_classes", None, "Replace the head by a new one, untrained.")
+        flags.DEFINE_integer("seed", 0, "Of the new head.")
+    flags.DEFINE_string("image_size", None, "Resize the position embedding for such images: 384, or 224x448.")
+    flags.DEFINE_integer("heads", None, "Number of heads, where no shape and no table tells it.")
+    flags.DEFINE_enum("which", "best", ["best", "latest"], "Which checkpoint of a run directory.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the arithmetic: float32, or as trained.")
+    flags.DEFINE_bool("ema", False, "Take the moving average of the weights in a run or a checkpoint.")
+
+
+def load_weights(source=None):
+    """The Pretrained that the flags of define_weights ask for."""
+    from convit_jax.pretrained import behaving, load
+
+    values = flags.FLAGS
+    source = source or values.checkpoint
+    if source is None:
+        raise UserError("say with --checkpoint=PATH which weights to take; --help tells what may be given.")
+    new_head = {name: values[name].value for name in ("num_classes", "seed") if name in values}
+    size = re.fullmatch(r"(\d+)(?:x(\d+))?", values.image_size) if values.image_size else None
+    if values.image_size and size is None:
+        raise UserError(f"--image_size is {values.image_size!r}: give 384, or HEIGHTxWIDTH as 224x448.")
+    size = size and (int(size[1]), int(size[2] or size[1]))
+    loaded = load(
+        source, image_size=size, num_heads=values.heads, which=values.which, ema=values.ema, **new_head
+    )
+    return behaving(loaded, dtype=values.dtype) if values.dtype else loaded

@@ -100,7 +100,20 @@ def assert_same(one, other, **tolerance):
 
 def run_train(*arguments, **kwargs):
     """train.py in a process of its own, on one device: a CompletedProcess with text output."""
+    return run_python("train.py", *arguments, **kwargs)
+
+
+def run_python(*arguments, **kwargs):
+    """Python in the clone, on one device, warnings as errors: a CompletedProcess with text output."""
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
     warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
-    command = [sys.executable, *warnings, "train.py", *arguments]
+    command = [sys.executable, *warnings, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)
+
+
+def says(*arguments):
+    """What a command (run_python) prints to the error stream when it refuses; never a trace."""
+    done = run_python(*arguments, timeout=100)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]

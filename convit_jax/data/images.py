@@ -50,7 +50,7 @@ def random_resized_crop_box(width, height, rng, *, scale=(0.08, 1.0), ratio=(3 /
     return left, top, left + w, top + h
 
 
-def centre_crop(image, size, crop_ratio):
+def centre_crop(image, size, crop_ratio, interpolation="bicubic"):
     """Resize the short side to size / crop_ratio, then cut the centre of size (h, w): uint8 [h, w, 3].
 
     Rounded as torchvision and timm round, and in two passes as they do: one resampling of the box that
@@ -62,15 +62,15 @@ def centre_crop(image, size, crop_ratio):
         resized_h, resized_w = max(short_h, short_w * height // width), short_w
     else:
         resized_h, resized_w = short_h, max(short_w, short_h * width // height)
-    resized = crop_resize(image, (resized_h, resized_w), (0, 0, width, height))
+    resized = crop_resize(image, (resized_h, resized_w), (0, 0, width, height), interpolation)
     top, left = round((resized_h - h) / 2), round((resized_w - w) / 2)
     return resized[top : top + h, left : left + w]
 
 
-def crop_resize(image, size, box):
-    """Cut box (left, top, right, bottom) out of an image and resize it, bicubic with antialiasing.
+def crop_resize(image, size, box, interpolation="bicubic"):
+    """Cut box (left, top, right, bottom) out of an image and resize it, with antialiasing.
 
-    size: (h, w) of the result, uint8 [h, w, 3].
+    size: (h, w) of the result, uint8 [h, w, 3]. interpolation: one of Pillow's, in lower case.
     """
     width, height = width_height(image)
     whole = tuple(box) == (0, 0, width, height)
@@ -79,7 +79,7 @@ def crop_resize(image, size, box):
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     cut = image if whole else image.crop(box)
-    return np.asarray(cut.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    return np.asarray(cut.resize((size[1], size[0]), Image.Resampling[interpolation.upper()]))
 
 
 def width_height(image):

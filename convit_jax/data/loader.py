@@ -108,6 +108,7 @@ class EvalExample:
     indices: np.ndarray
     size: tuple
     crop_ratio: float
+    interpolation: str = "bicubic"
 
     def __call__(self, slots):
         batch = _empty(len(slots), self.size)
@@ -121,7 +122,7 @@ class EvalExample:
             except UserError:
                 batch["unreadable"][row] = index
                 continue
-            batch["image"][row] = centre_crop(image, self.size, self.crop_ratio)
+            batch["image"][row] = centre_crop(image, self.size, self.crop_ratio, self.interpolation)
             batch["label"][row] = self.source.labels[index]
             batch["valid"][row] = True
         return batch

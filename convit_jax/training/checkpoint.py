@@ -39,6 +39,11 @@ def open_checkpoints(directory, top1):
     )
 
 
+def any_in(directory):
+    """Whether a directory holds a checkpoint; one takes its name, the step, when it is whole."""
+    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+
+
 def save(checkpoints, step, tree):
     """Start writing a tree of arrays as the checkpoint of a step; waits only for the one before.
 

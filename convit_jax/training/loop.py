@@ -16,7 +16,9 @@ from convit_jax.analysis.curves import plot_curves
 from convit_jax.data.loader import Unreadable, batches
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
+from convit_jax.pretrained import load_into
 from convit_jax.training import checkpoint
+from convit_jax.training.evaluation import evaluate
 from convit_jax.training.metrics import Clock, MetricsLog, Progress
 from convit_jax.training.optimizer import make_optimizer, make_schedule
 from convit_jax.training.plan import make_plan
@@ -68,8 +70,8 @@ def train(config, workdir):
     )
     optimizer = make_optimizer(config.optim, schedule, abstract_params)
 
-    def fresh():
-        params = initial_params(plan.model, config.seed)
+    def fresh(params=None):
+        params = initial_params(plan.model, config.seed) if params is None else params
         state = new_state(params, optimizer, ema=config.optim.ema_decay > 0)
         return {"state": state, "metrics": train_metrics()}
 
@@ -99,11 +101,14 @@ def train(config, workdir):
         # ---- The run directory is ours before anything in it is read or written ------------
         if jax.process_index() == 0:
             stack.callback(hold(workdir).close)
+        start_from = None
+        if config.init_from and not checkpoint.any_in(workdir / "checkpoints"):
+            start_from = load_into(config.init_from, plan.model, config.seed)  # before the config is written
         run = facts(config, plan, abstract_params, mesh.shape, jax.devices()[0].device_kind)
         claim(workdir, config, run)
         print(describe(config, run, workdir), flush=True)
 
-        # ---- How training starts: continue this run, or from scratch -----------------------
+        # ---- How training starts: continue this run; from init_from; from scratch ----------
         top1 = {}  # of the evaluations so far, by step
         checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", top1)
         stack.callback(checkpoint.close, checkpoints)
@@ -112,7 +117,10 @@ def train(config, workdir):
             tree = checkpoint.restore(checkpoints, shapes, shardings)
             print(f"Continuing at step {checkpoints.latest.step}", flush=True)
         else:
-            tree = jax.jit(fresh, out_shardings=shardings)()
+            if start_from is not None:
+                print("; ".join([f"Starting from {config.init_from}", *start_from.changes]), flush=True)
+            tree = jax.jit(fresh, out_shardings=shardings)(start_from and start_from.params())
+            start_from = None  # its memory
         state, metrics = tree["state"], tree["metrics"]
         step = saved = start = int(state["step"])
         log = MetricsLog(workdir, start, top1)
@@ -147,31 +155,14 @@ def train(config, workdir):
             log.write(last_step, plan.epoch(last_step), values)
             progress.update(last_step, plan.epoch(last_step), values)
 
-        def evaluate(state):
-            """Exact top-1, top-5 (per cent) and loss of the weights and of their average; None if stopped."""
+        def evaluate_now(state):
+            """{"val_top1": per cent, ...} of the weights and of their average; None if stopped."""
             models = {"val": state["params"]} | ({"val_ema": state["ema"]} if "ema" in state else {})
-            sums = dict.fromkeys(models, no_eval)
-            under_way = collections.deque()
-            try:
-                for batch in rows(plan.test, config.eval_batch_size, 0, plan.eval_steps):
-                    if stop.requested:
-                        return None
-                    batch = put_batch(unreadable_test.take(batch), mesh)
-                    sums = {name: eval_step(params, sums[name], batch) for name, params in models.items()}
-                    under_way.append(sums["val"]["images"])
-                    if len(under_way) > AHEAD:
-                        jax.block_until_ready(under_way.popleft())
-            except Exception:
-                if stop.requested:  # the signal reached the loader's workers as well
-                    return None
-                raise
-            values = {}
-            for name, counts in jax.device_get(sums).items():
-                loss, best, best5, images = (counts[key].item() for key in ("loss", "top1", "top5", "images"))
-                values[f"{name}_top1"] = 100 * best / images
-                values[f"{name}_top5"] = 100 * best5 / images
-                values[f"{name}_loss"] = loss / images
-            return values
+            test_batches = rows(plan.test, config.eval_batch_size, 0, plan.eval_steps)
+            readable = map(unreadable_test.take, test_batches)
+            results = evaluate(models, readable, eval_step, no_eval, mesh, stopped=lambda: stop.requested)
+            names = ("top1", "top5", "loss")
+            return results and {f"{m}_{name}": results[m][name] for m in models for name in names}
 
         # ---- Training ----------------------------------------------------------------------
         while True:
@@ -185,7 +176,7 @@ def train(config, workdir):
                     report(*windows.popleft())
                 check_finite(jax.device_get(metrics), checkpoints)
                 with clock.paused():
-                    values = evaluate(state) if due and not stopping else None
+                    values = evaluate_now(state) if due and not stopping else None
                     if values is not None:
                         log.write(step, plan.epoch(step), values)
                         progress.evaluated(step, plan.epoch(step), values)

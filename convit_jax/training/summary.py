@@ -30,6 +30,7 @@ def facts(config, plan, params, mesh_shape, device_kind):
         "flops": 2 * macs,
         "data": config.data.name,
         "classes": plan.model["num_classes"],
+        "class_names": list(plan.train.source.class_names)[: plan.model["num_classes"]],
         "train_images": len(labels),
         "train_images_per_class": [int(per_class.min()), int(per_class.max())],
         "train_images_available": len(plan.train.source),

@@ -9,62 +9,42 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from convit_jax import create_model
+from convit_jax import pretrained
+from convit_jax.models.variants import abstract_model
+from convit_jax.pytorch.weights import to_state_dict
 
 GOLDEN = ROOT / "tests/golden"
-SUFFIXES = {"kernel": "weight", "scale": "weight"}
-
-
-def original_tensors():
-    """The state dict of convit_golden.safetensors, {name: array}."""
-    data = (GOLDEN / "convit_golden.safetensors").read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    return {
-        name: np.frombuffer(body[slice(*entry["data_offsets"])], np.float32).reshape(entry["shape"])
-        for name, entry in header.items()
-    }
-
-
-def original(path, tensors, local_blocks=3, depth=4):
-    """The original's tensor for a parameter of ours, {path of keys} -> array in our layout."""
-
-    def layout(tensor):
-        if tensor.ndim == 4:
-            return tensor.transpose(2, 3, 1, 0)  # convolution: OIHW -> HWIO
-        return tensor.T if tensor.ndim == 2 else tensor
-
-    names = [SUFFIXES.get(key.key, key.key) for key in path]
-    blocks = {"gpsa_blocks": range(local_blocks), "sa_blocks": range(local_blocks, depth)}.get(names[0])
-    if blocks is None:
-        return layout(tensors[".".join(names)])
-    return np.stack([layout(tensors[".".join(["blocks", str(i), *names[1:]])]) for i in blocks])
+FILES = ("convit_golden.safetensors", "convit_golden.pth", "convit_golden_training.pth")
 
 
 @pytest.fixture(scope="module")
 def golden():
     """(graphdef, params of the original, reference values, images NHWC)."""
-    sizes = json.loads((GOLDEN / "convit_golden_config.json").read_text())
-    names = (
-        "patch_size",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "local_up_to_layer",
-        "locality_strength",
-        "qkv_bias",
-    )
-    model = create_model(
-        "convit_tiny", num_classes=10, image_size=sizes["img_size"], **{name: sizes[name] for name in names}
-    )
-    graphdef, params = nnx.split(model)
-    tensors = original_tensors()
-    params = nnx.to_pure_dict(params)
-    filled = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(original(path, tensors)), params)
-    assert jax.tree.map(jnp.shape, filled) == jax.tree.map(jnp.shape, params)
+    loaded = pretrained.load(GOLDEN / FILES[0])
     with np.load(GOLDEN / "convit_golden_io.npz") as reference:
         reference = dict(reference)
-    return graphdef, filled, reference, reference["images_nchw"].transpose(0, 2, 3, 1)
+    params = jax.tree.map(jnp.asarray, loaded.params())
+    return (
+        abstract_model(loaded.settings)[0],
+        params,
+        reference,
+        reference["images_nchw"].transpose(0, 2, 3, 1),
+    )
+
+
+def test_the_architecture_is_that_of_the_original():
+    sizes = json.loads((GOLDEN / "convit_golden_config.json").read_text())
+    settings = pretrained.load(GOLDEN / FILES[0]).settings
+    assert settings["image_size"] == (sizes["img_size"], sizes["img_size"])
+    for name in ("patch_size", "embed_dim", "depth", "num_heads", "local_up_to_layer", "qkv_bias"):
+        assert settings[name] == sizes[name], name
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_logits_of_every_kind_of_file(golden, file):
+    _, _, reference, images = golden
+    model = pretrained.load_pretrained(GOLDEN / file)
+    np.testing.assert_allclose(model(images), reference["logits"], atol=1e-5)
 
 
 def test_maps_features_and_logits(golden):
@@ -93,17 +73,8 @@ def test_loss_and_gradients(golden):
     np.testing.assert_allclose(loss, reference["loss_for_labels_1_2_3"], rtol=1e-5)
     norm = jnp.sqrt(sum(jnp.sum(grad**2) for grad in jax.tree.leaves(grads)))
     np.testing.assert_allclose(norm, reference["grad_norm"], rtol=1e-5)
-    tensors = {name[5:]: value for name, value in reference.items() if name.startswith("grad.")}
-    assert len(tensors) == 9
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        names = [SUFFIXES.get(key.key, key.key) for key in path]
-        for block in range(4):
-            stack = {"gpsa_blocks": 0, "sa_blocks": 3}.get(names[0])
-            name = ".".join(names if stack is None else ["blocks", str(block), *names[1:]])
-            if name in tensors and (stack is None or 0 <= block - stack < grad.shape[0]):
-                ours = grad if stack is None else grad[block - stack]
-                theirs = tensors.pop(name)
-                theirs = theirs.transpose(2, 3, 1, 0) if theirs.ndim == 4 else theirs
-                theirs = theirs.T if theirs.ndim == 2 else theirs
-                np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max() + 1e-6)
-    assert not tensors, f"not compared: {list(tensors)}"
+    expected = {name[5:]: value for name, value in reference.items() if name.startswith("grad.")}
+    assert len(expected) == 9
+    grads = to_state_dict(grads)
+    for name, theirs in expected.items():
+        np.testing.assert_allclose(grads[name], theirs, atol=1e-5 * np.abs(theirs).max() + 1e-6)

@@ -1,0 +1,49 @@
+"""Exact top-1, top-5 and loss over a whole split: every image counts once, whatever the batch and devices."""
+
+import collections
+
+import jax
+
+from convit_jax.training.sharding import put_batch
+
+AHEAD = 2  # batches that the host may be ahead of the device
+
+
+def evaluate(models, batches, eval_step, zero, mesh, *, stopped=lambda: False, progress=lambda batches: None):
+    """Evaluate one or several sets of weights in one pass over the images.
+
+    Args:
+      models: {name: params}. batches: iterable of this process's rows, as `loader.batches` gives them.
+      eval_step: of step.make_eval_step, compiled. zero: step.eval_metrics(), on the devices.
+      stopped: asked before each batch. progress: told the number of batches that are done.
+
+    Returns:
+      {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count}}, or None if stopped.
+    """
+    sums = dict.fromkeys(models, zero)
+    under_way = collections.deque()
+    try:
+        for number, batch in enumerate(batches):
+            if stopped():
+                return None
+            batch = put_batch(batch, mesh)
+            sums = {name: eval_step(params, sums[name], batch) for name, params in models.items()}
+            del batch  # its memory, which the loader shares with its workers, is free when the step is done
+            under_way.append(jax.tree.leaves(sums)[0])
+            if len(under_way) > AHEAD:
+                jax.block_until_ready(under_way.popleft())
+                progress(number + 1 - AHEAD)
+    except Exception:
+        if stopped():  # the signal reached the loader's workers as well
+            return None
+        raise
+    results = {}
+    for name, counts in jax.device_get(sums).items():
+        loss, best, best5, images = (counts[key].item() for key in ("loss", "top1", "top5", "images"))
+        results[name] = {
+            "top1": 100 * best / images,
+            "top5": 100 * best5 / images,
+            "loss": loss / images,
+            "images": images,
+        }
+    return results
