@@ -1,0 +1,155 @@
+"""Top-1, top-5 and loss of weights over a whole test split, exactly.
+
+    python -m convit_jax.evaluate --checkpoint=convit_small --config=configs/convit_s.py \\
+        --config.data.dir=IMAGENET
+    python -m convit_jax.evaluate --checkpoint=runs/convit_s
+
+Preprocessing (crop, interpolation, mean, std) comes with the weights, the images from the `data` section
+of --config; a run directory's own config serves if none is given.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+
+from convit_jax.commands import define_weights, launch, load_weights
+from convit_jax.errors import UserError
+
+
+def main(_):
+    """Evaluate what the flags say."""
+    import jax
+    from ml_collections import ConfigDict
+
+    from convit_jax.data.loader import EvalExample, Unreadable, batches
+    from convit_jax.data.sources import open_source
+    from convit_jax.data.subsample import select
+    from convit_jax.models.variants import abstract_model
+    from convit_jax.pretrained import describe
+    from convit_jax.training.evaluation import evaluate
+    from convit_jax.training.loop import use_compilation_cache
+    from convit_jax.training.sharding import make_mesh, replicated
+    from convit_jax.training.step import eval_metrics, make_eval_step
+
+    loaded = load_weights()
+    config = flags.FLAGS.config or run_config(flags.FLAGS.checkpoint)
+    use_compilation_cache(config.compilation_cache)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+
+    # ---- The images, and what the weights call their classes -------------------------------
+    source = open_source(config.data, "test")
+    names = source.class_names[: config.data.num_classes]
+    new_labels = match_classes(names, loaded)
+    indices = select(
+        source.labels,
+        source.names,
+        classes=len(source.class_names),
+        num_classes=config.data.num_classes,
+        rule=config.data.subset_rule,
+        seed=config.seed,
+    )
+    how = loaded.preprocessing
+    example = EvalExample(source, indices, loaded.settings["image_size"], how.crop_ratio, how.interpolation)
+    batch_size = math.ceil(min(config.eval_batch_size, len(indices)) / mesh.size) * mesh.size
+    steps = math.ceil(len(indices) / batch_size)
+    rows = batches(
+        example,
+        batch_size=batch_size,
+        start=0,
+        stop=steps,
+        workers=min(config.data.workers, steps // 4),
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    say(describe(loaded))
+    say(f"{len(indices):,} images of {len(names)} classes in batches of {batch_size}; {how.words()}")
+
+    # ---- One pass over them ----------------------------------------------------------------
+    graphdef, _ = abstract_model(loaded.settings)
+    normalization = ConfigDict({"data": {"mean": how.mean, "std": how.std}})
+    step = jax.jit(make_eval_step(graphdef, normalization), out_shardings=replicated(mesh))
+    zero = jax.jit(eval_metrics, out_shardings=replicated(mesh))()
+    params = jax.device_put(loaded.params(), replicated(mesh))
+    unreadable = Unreadable(source, config.data.max_unreadable, say)
+
+    def relabelled(batch):
+        return {**unreadable.take(batch), "label": new_labels[batch["label"]]}
+
+    progress = Progress(len(indices), batch_size)
+    result = evaluate({"": params}, map(relabelled, rows), step, zero, mesh, progress=progress)[""]
+    progress(steps)
+    say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
+
+
+def run_config(checkpoint):
+    """The config of a run directory."""
+    from ml_collections import ConfigDict
+
+    file = Path(checkpoint).expanduser() / "config.json"
+    if not (file.parent / "checkpoints").is_dir():
+        raise UserError(
+            f"{checkpoint} is no run directory and says nothing of images: add --config=configs/convit_s.py "
+            "--config.data.dir=IMAGES, or another config with a data section."
+        )
+    return ConfigDict(json.loads(file.read_text()))
+
+
+def match_classes(names, loaded):
+    """The weights' label of each of the data's, int32: by name where both know their names, else in order.
+
+    names: of the data's classes.
+
+    Raises:
+      UserError: more classes than the weights have, or fewer without names in common.
+    """
+    import numpy as np
+
+    theirs = {name: label for label, name in enumerate(loaded.class_names or ())}
+    if all(name in theirs for name in names):
+        return np.array([theirs[name] for name in names], np.int32)
+    known = loaded.settings["num_classes"]
+    if len(names) > known or (theirs and len(names) < known):
+        raise UserError(
+            f"the data has {len(names)} classes, as {names[0]!r}, and the weights have {known}: give weights "
+            "and images of the same classes, or name the folders as the weights' classes."
+        )
+    return np.arange(len(names), dtype=np.int32)
+
+
+class Progress:
+    """Tells how far an evaluation is: a live line in a terminal, a line every tenth of it in a file."""
+
+    def __init__(self, images, batch_size):
+        self.images, self.batch_size, self.said = images, batch_size, 0
+        self.began, self.first = time.monotonic(), 0  # images done when the clock was started
+
+    def __call__(self, batches):
+        """So many batches are done."""
+        done = min(batches * self.batch_size, self.images)
+        seconds = time.monotonic() - self.began
+        rate = (done - self.first) / max(seconds, 1e-9)
+        if self.first == 0:  # the first batch waited for the compiler
+            self.began, self.first = time.monotonic(), done
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{done}/{self.images} images  {rate:.0f} img/s", end="", flush=True)
+            if done == self.images:
+                print()
+        elif done == self.images or done - self.said >= self.images / 10:
+            say(f"{done}/{self.images} images  {rate:.0f} img/s")
+            self.said = done
+
+
+def say(text):
+    """A line, from the first of several processes."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    launch("evaluate", main, define=define_weights, config="")

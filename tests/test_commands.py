@@ -1,0 +1,38 @@
+"""What the commands say of mistakes in their flags."""
+
+import pytest
+from conftest import ROOT, run_python, says
+
+WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "sentence"),
+    [
+        ("evaluate", [], "say with --checkpoint=PATH which weights to take"),
+        (
+            "evaluate",
+            [WEIGHTS, "--config.data.dir=x"],
+            "--config.data.dir changes a config: add --config=FILE",
+        ),
+        ("evaluate", [WEIGHTS], "{weights} is no run directory and says nothing of images: add --config="),
+        ("evaluate", [WEIGHTS, "photo.jpg"], "unexpected argument 'photo.jpg'"),
+        ("predict", [WEIGHTS], "give at least one IMAGE"),
+        (
+            "predict",
+            [WEIGHTS, "--checkpiont=x"],
+            "Unknown command line flag 'checkpiont'. Did you mean: checkpoint",
+        ),
+        ("export", [WEIGHTS, "--platforms=cpu,gpu", "x"], "there is no platform 'gpu': choose of cpu, cuda"),
+        ("export", [WEIGHTS], "give one OUTPUT, not 0 arguments"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(command, arguments, sentence):
+    expected = sentence.format(weights=WEIGHTS.removeprefix("--checkpoint="))
+    assert says("-m", f"convit_jax.{command}", *arguments).startswith(f"{command}: {expected}")
+
+
+def test_help_shows_the_flags_of_a_command():
+    done = run_python("-m", "convit_jax.evaluate", "--help")
+    for flag in ("--checkpoint:", "--config:", "--which:", "--heads:"):
+        assert flag in done.stdout

@@ -1,0 +1,55 @@
+"""python -m convit_jax.evaluate: the numbers of the training, labels matched, unreadable images."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_python
+
+from convit_jax import pretrained
+from convit_jax.errors import UserError
+from convit_jax.evaluate import match_classes
+from convit_jax.training.loop import train
+from convit_jax.weight_formats import save
+
+
+def last_line(*arguments):
+    done = run_python("-m", "convit_jax.evaluate", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(digits_config, tmp_path):
+    result = train(digits_config, tmp_path / "run")
+    expected = "top-1 {val_top1:.3f}  top-5 {val_top5:.3f}  loss {val_loss:.3f}  images 360".format(**result)
+    assert last_line(f"--checkpoint={tmp_path}/run") == expected
+    save(pretrained.load(tmp_path / "run"), tmp_path / "w")
+    config = ["--config=configs/digits.py", "--config.eval_batch_size=77"]
+    assert last_line(f"--checkpoint={tmp_path}/w", *config) == expected
+
+
+def test_images_in_folders(image_folder, tmp_path):
+    loaded = pretrained.load(ROOT / "tests/golden/convit_golden.pth", num_classes=3)
+    save(loaded, tmp_path / "w")
+    (image_folder / "val/bee/0.jpg").write_bytes(b"not an image")
+    data = [f"--config.data.{field}" for field in ("name=folder", f"dir={image_folder}", "workers=0")]
+    done = run_python(
+        "-m", "convit_jax.evaluate", f"--checkpoint={tmp_path}/w", "--config=configs/convit_ti.py", *data
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bee/0.jpg" in done.stdout  # left out, and said
+    assert re.fullmatch(
+        r"top-1 \d+\.000  top-5 100\.000  loss \d\.\d{3}  images 5", done.stdout.splitlines()[-1]
+    )
+
+
+def test_labels_are_matched_by_name_where_names_are_known():
+    weights = SimpleNamespace(settings={"num_classes": 4}, class_names=("a", "b", "c", "d"))
+    np.testing.assert_array_equal(match_classes(("b", "d"), weights), [1, 3])
+    np.testing.assert_array_equal(match_classes(("w", "x", "y", "z"), weights), [0, 1, 2, 3])
+    for names in (("x", "y"), ("v", "w", "x", "y", "z")):
+        with pytest.raises(UserError, match=f"the data has {len(names)} classes, as '{names[0]}', and"):
+            match_classes(names, weights)
+    weights.class_names = None
+    np.testing.assert_array_equal(match_classes(("x", "y"), weights), [0, 1])
