@@ -97,7 +97,8 @@ def from_tensors(tensors, source, wanted, *, trained_at=None, preprocessing=None
 
 def from_hub(path, file, source, wanted):
     """The Pretrained of a directory with timm's config.json; file: of the weights in it."""
-    with _config(path / "config.json") as config:
+    with _understood(path / "config.json") as config_file:
+        config = json.loads(config_file.read_text())
         config = {**config, **config.get("pretrained_cfg", {})}
         given = {"crop_ratio": "crop_pct", "interpolation": "interpolation", "mean": "mean", "std": "std"}
         preprocessing = _preprocessing(
@@ -117,7 +118,8 @@ def from_hub(path, file, source, wanted):
 
 def from_converted(path):
     """The Pretrained of a directory that `save` wrote."""
-    with _config(path / "config.json") as config:
+    with _understood(path / "config.json") as config_file:
+        config = json.loads(config_file.read_text())
         settings = model_settings("convit_tiny", **config["model"])  # every setting is given
         preprocessing = _preprocessing(config["preprocessing"])
         class_names = tuple(config["class_names"]) if config["class_names"] else None
@@ -129,15 +131,14 @@ def from_run(path, which, ema):
     """The Pretrained of a run directory: architecture and preprocessing of its config."""
     from convit_jax.training.saved import read_run  # Orbax takes a second, and files do without it
 
-    params, config, run = read_run(path, which, ema)
-    given = {name: value for name, value in config["model"].items() if value is not None}
-    return Pretrained(
-        weights.to_state_dict(params),
-        model_settings(**{"num_classes": run["classes"], **given}),
-        _preprocessing({name: config["data"][name] for name in ("crop_ratio", "mean", "std")}),
-        tuple(run["class_names"]),
-        str(path),
-    )
+    params = read_run(path, which, ema)
+    with _understood(path / "config.json") as config_file, _understood(path / "run.json") as run_file:
+        config, run = json.loads(config_file.read_text()), json.loads(run_file.read_text())
+        given = {name: value for name, value in config["model"].items() if value is not None}
+        settings = model_settings(**{"num_classes": run["classes"], **given})
+        preprocessing = _preprocessing({name: config["data"][name] for name in ("crop_ratio", "mean", "std")})
+        class_names = tuple(run["class_names"])
+    return Pretrained(weights.to_state_dict(params), settings, preprocessing, class_names, str(path))
 
 
 def save(loaded, directory):
@@ -167,14 +168,14 @@ def _preprocessing(given):
 
 
 @contextlib.contextmanager
-def _config(path):
-    """What a config.json holds; what is wrong with it while it is used is said in a sentence."""
+def _understood(path):
+    """The path of a JSON file; what turns out to be wrong with it inside is said in a sentence."""
     try:
-        yield json.loads(path.read_text())
+        yield path
     except UserError:
         raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path} is not as it should be ({type(error).__name__}: {error}): convert or download the "
+            f"{path} is not as it should be ({type(error).__name__}: {error}): make, convert or download the "
             "weights again."
         ) from error

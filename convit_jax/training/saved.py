@@ -1,9 +1,4 @@
-"""What a run directory has kept: the parameters of a checkpoint, with the config and facts of the run.
-
-Reads only, so that it may look into a run that is still going.
-"""
-
-import json
+"""The parameters that a run directory has kept; reads only, so the run may still be going."""
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -13,7 +8,7 @@ from convit_jax.training.metrics import read_metrics
 
 
 def read_run(directory, which="best", ema=False):
-    """(params, config, facts) of a run directory: nested dicts, of numpy arrays and as in its JSON files.
+    """The parameters in a run directory, a nested dict of numpy arrays.
 
     Args:
       which: "best", by val_top1 among the checkpoints that are there, or "latest".
@@ -31,20 +26,24 @@ def read_run(directory, which="best", ema=False):
     top1 = {line["step"]: line[score] for line in read_metrics(directory / "metrics.jsonl") if score in line}
     step = max(steps, key=lambda step: (top1.get(step, -1.0) if which == "best" else 0.0, step))
 
-    path = directory / "checkpoints" / str(step)
-    shapes = ocp.metadata(path).metadata
+    path = (directory / "checkpoints" / str(step)).absolute()
     part = "ema" if ema else "params"
-    if part not in shapes["state"]:
-        raise UserError(
-            f"the run in {directory} kept no moving average of its weights: leave ema out, or train with "
-            "--config.optim.ema_decay=0.9999."
-        )
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    skip = jax.tree.map(lambda _: ..., shapes)  # leaves that are not read
-    wanted = {**skip, "state": {**skip["state"]}}
-    wanted["state"][part] = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes["state"][part]
+    try:
+        shapes = ocp.metadata(path).metadata
+        wanted = jax.tree.map(lambda _: ..., shapes)  # leaves that are not read
+        if part in wanted["state"]:
+            wanted["state"][part] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+                shapes["state"][part],
+            )
+            return jax.device_get(ocp.load(path, wanted)["state"][part])
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the checkpoint {path} cannot be read ({reason}): take another one with which=latest or best."
+        ) from error
+    raise UserError(
+        f"the run in {directory} kept no moving average of its weights: leave ema out, or train with "
+        "--config.optim.ema_decay=0.9999."
     )
-    params = jax.device_get(ocp.load(path.absolute(), wanted)["state"][part])
-    config, facts = (json.loads((directory / name).read_text()) for name in ("config.json", "run.json"))
-    return params, config, facts
