@@ -38,7 +38,7 @@ NAMES = flags.DEFINE_list("models", list(MODELS), "Models of timm.")
 # What the peer runs: python -c WRITER DIR MODEL, then python -c CHECKER DIR MODEL.
 WRITER = """
 import sys, numpy as np
-try: import timm_here  # see the project's notes on timm beside a CPU build of PyTorch
+try: import timm_here  # beside a build of PyTorch that misses torchvision's operators
 except ImportError: pass
 import timm, torch
 folder, name = sys.argv[1:]
