@@ -26,6 +26,7 @@ if __name__ == "__main__":
         main,
         define=define,
         config="configs/digits.py",
+        processes=True,
         # Before the loop takes signals over, or the second one.
         interrupted="interrupted; what was saved stays, the same command continues.",
     )

@@ -17,7 +17,9 @@ from convit_jax.errors import UserError, nearest
 ROOT = Path(__file__).parents[1]  # where configs/ is
 
 
-def launch(name, main, *, define=lambda: None, config=None, arguments="", interrupted="interrupted."):
+def launch(
+    name, main, *, define=lambda: None, config=None, arguments="", processes=False, interrupted="interrupted."
+):
     """Read the command line and run a command; never returns.
 
     Args:
@@ -27,6 +29,7 @@ def launch(name, main, *, define=lambda: None, config=None, arguments="", interr
       define: defines the command's own flags.
       config: None: no flag --config. Else the config file without one, relative to the clone, or "" for none.
       arguments: what is expected besides flags, as "SOURCE TARGET"; empty if nothing.
+      processes: whether several processes may run the command as one; adds the flags that say which.
       interrupted: the end of the sentence after Ctrl-C.
     """
 
@@ -35,6 +38,8 @@ def launch(name, main, *, define=lambda: None, config=None, arguments="", interr
 
     def parse(argv):
         try:
+            if processes:
+                define_processes()
             return _parse(argv, define, config, arguments)
         except UserError as error:
             fail(str(error))
@@ -43,7 +48,7 @@ def launch(name, main, *, define=lambda: None, config=None, arguments="", interr
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # else Orbax tells of every file it writes
         try:
-            return main(argv[1:])
+            return as_one_of_several(main, argv[1:]) if processes else main(argv[1:])
         except UserError as error:
             fail(str(error))
         except KeyboardInterrupt:
@@ -54,6 +59,36 @@ def launch(name, main, *, define=lambda: None, config=None, arguments="", interr
             return 0
 
     app.run(run, flags_parser=parse)
+
+
+def define_processes():
+    """Flags of commands that several processes may run as one."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes join.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+    flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes.")
+    flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds of silence after which a process counts as gone.")
+
+
+def as_one_of_several(main, arguments):
+    """Join the other processes, if there are any, and run main."""
+    from convit_jax.training.processes import Everywhere, ends_all, is_first, join
+
+    values = flags.FLAGS
+    join(
+        values.coordinator,
+        values.num_processes,
+        values.process_id,
+        start_timeout=values.start_timeout,
+        heartbeat=values.heartbeat_timeout,
+    )
+    try:
+        with ends_all():
+            return main(arguments)
+    except Everywhere:
+        if is_first():
+            raise
+        sys.exit(1)
 
 
 def config_file():

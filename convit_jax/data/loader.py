@@ -68,7 +68,7 @@ class TrainExample:
     crop: str  # "resized": random resized crop here; "pad": whole images, shifted later on the device
 
     def __call__(self, slots):
-        batch = _empty(len(slots), self.size)
+        batch = empty(len(slots), self.size)
         wanted = None
         for row, slot in enumerate(slots):
             if self.slots.example(slot) != wanted:  # repeats of an image are neighbours, and decoded once
@@ -111,7 +111,7 @@ class EvalExample:
     interpolation: str = "bicubic"
 
     def __call__(self, slots):
-        batch = _empty(len(slots), self.size)
+        batch = empty(len(slots), self.size)
         batch["valid"] = np.zeros(len(slots), bool)
         for row, slot in enumerate(slots):
             if slot >= len(self.indices):
@@ -128,7 +128,7 @@ class EvalExample:
         return batch
 
 
-def _empty(rows, size):
+def empty(rows, size):
     return {
         "image": np.zeros((rows, *size, 3), np.uint8),
         "label": np.zeros(rows, np.int32),

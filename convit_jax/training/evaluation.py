@@ -15,7 +15,7 @@ def evaluate(models, batches, eval_step, zero, mesh, *, stopped=lambda: False, p
     Args:
       models: {name: params}. batches: iterable of this process's rows, as `loader.batches` gives them.
       eval_step: of step.make_eval_step, compiled. zero: step.eval_metrics(), on the devices.
-      stopped: asked before each batch. progress: told the number of batches that are done.
+      stopped: asked before each batch, by all processes alike. progress: told how many batches are done.
 
     Returns:
       {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count}}, or None if stopped.
@@ -34,7 +34,7 @@ def evaluate(models, batches, eval_step, zero, mesh, *, stopped=lambda: False, p
                 jax.block_until_ready(under_way.popleft())
                 progress(number + 1 - AHEAD)
     except Exception:
-        if stopped():  # the signal reached the loader's workers as well
+        if jax.process_count() == 1 and stopped():  # the signal reached the loader's workers as well
             return None
         raise
     results = {}

@@ -7,24 +7,38 @@ randomness in (seed, step), so a run that was cut off continues bit for bit.
 
 import collections
 import contextlib
+import io
 import time
 from pathlib import Path
 
 import jax
 
 from convit_jax.analysis.curves import plot_curves
-from convit_jax.data.loader import Unreadable, batches
+from convit_jax.data.loader import Unreadable, batches, empty
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.pretrained import load_into
 from convit_jax.training import checkpoint
 from convit_jax.training.evaluation import evaluate
-from convit_jax.training.metrics import Clock, MetricsLog, Progress
+from convit_jax.training.metrics import Clock, Evaluations, MetricsLog, Progress
 from convit_jax.training.optimizer import make_optimizer, make_schedule
 from convit_jax.training.plan import make_plan
-from convit_jax.training.rundir import claim, hold
+from convit_jax.training.processes import (
+    Everywhere,
+    check_same,
+    ends_all,
+    from_first,
+    introduce,
+    is_first,
+    phase,
+    say,
+    several,
+    together,
+    warn,
+)
+from convit_jax.training.rundir import MAY_DIFFER, claim, flatten, hold
 from convit_jax.training.sharding import gather, make_mesh, put_batch, replicated, state_shardings
-from convit_jax.training.signals import StopSignals
+from convit_jax.training.signals import AgreedStop, StopSignals, with_votes
 from convit_jax.training.step import (
     FINE,
     eval_metrics,
@@ -48,7 +62,7 @@ def train(config, workdir):
 
     Returns:
       The last line of metrics.jsonl with an evaluation (step, epoch, val_top1 and val_top5 in per
-      cent, val_loss), or None if a signal stopped the run before its end.
+      cent, val_loss), or None if a signal stopped the run before its end. Process 0 alone writes and prints.
 
     Raises:
       UserError: a config, data or disk that cannot work, or a loss that is not finite.
@@ -58,7 +72,13 @@ def train(config, workdir):
 
     # ---- What to do, checked before anything expensive -------------------------------------
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    plan = make_plan(config, devices=mesh.size)
+    introduce(mesh)
+    phase("reading the lists of images")
+    with together():
+        plan = make_plan(config, devices=mesh.size)
+    data = {"training images": len(plan.train.slots.indices), "test images": len(plan.test.indices)}
+    settings = {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
+    check_same({**data, "workdir": str(workdir), **settings})
 
     # ---- Model, optimizer, compiled steps --------------------------------------------------
     graphdef, abstract_params = abstract_model(plan.model)
@@ -78,9 +98,11 @@ def train(config, workdir):
     shapes = jax.eval_shape(fresh)
     shardings = state_shardings(mesh, shapes)
     train_step = jax.jit(
-        make_train_step(graphdef, optimizer, schedule, config, plan.model["num_classes"], gather(mesh)),
+        with_votes(
+            make_train_step(graphdef, optimizer, schedule, config, plan.model["num_classes"], gather(mesh))
+        ),
         donate_argnums=0,
-        out_shardings=(shardings["state"], shardings["metrics"]),
+        out_shardings=(shardings["state"], shardings["metrics"], replicated(mesh)),
     )
     eval_step = jax.jit(make_eval_step(graphdef, config, gather(mesh)), out_shardings=replicated(mesh))
     no_metrics, no_eval = jax.jit(lambda: (train_metrics(), eval_metrics()), out_shardings=replicated(mesh))()
@@ -97,46 +119,58 @@ def train(config, workdir):
             processes=jax.process_count(),
         )
 
-    with StopSignals() as stop, contextlib.ExitStack() as stack:
+    with StopSignals() as signals, contextlib.ExitStack() as stack:
+        stop = AgreedStop(signals, mesh)
         # ---- The run directory is ours before anything in it is read or written ------------
-        if jax.process_index() == 0:
-            stack.callback(hold(workdir).close)
-        start_from = None
-        if config.init_from and not checkpoint.any_in(workdir / "checkpoints"):
-            start_from = load_into(config.init_from, plan.model, config.seed)  # before the config is written
+        phase(f"taking {workdir}")
         run = facts(config, plan, abstract_params, mesh.shape, jax.devices()[0].device_kind)
-        claim(workdir, config, run)
-        print(describe(config, run, workdir), flush=True)
+        with together():
+            if is_first():
+                stack.callback(hold(workdir).close)
+        start_from = None
+        with together():  # before the config is written
+            if config.init_from and not from_first(checkpoint.any_in(workdir / "checkpoints")):
+                start_from = load_into(config.init_from, plan.model, config.seed)
+        with together():
+            if is_first():
+                claim(workdir, config, run)
+        say(describe(config, run, workdir))
 
         # ---- How training starts: continue this run; from init_from; from scratch ----------
         top1 = {}  # of the evaluations so far, by step
+        phase("opening the checkpoints")
         checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", top1)
         stack.callback(checkpoint.close, checkpoints)
-        if checkpoints.latest is not None:
-            check_not_beyond(checkpoints.latest.step, plan.total_steps, workdir)
-            tree = checkpoint.restore(checkpoints, shapes, shardings)
-            print(f"Continuing at step {checkpoints.latest.step}", flush=True)
+        latest = from_first(checkpoints.latest and checkpoints.latest.step)
+        if latest is not None:
+            check_not_beyond(latest, plan.total_steps, workdir)
+            tree = checkpoint.restore(checkpoints, shapes, shardings, latest)
+            say(f"Continuing at step {latest}")
         else:
             if start_from is not None:
-                print("; ".join([f"Starting from {config.init_from}", *start_from.changes]), flush=True)
+                say("; ".join([f"Starting from {config.init_from}", *start_from.changes]))
             tree = jax.jit(fresh, out_shardings=shardings)(start_from and start_from.params())
             start_from = None  # its memory
         state, metrics = tree["state"], tree["metrics"]
         step = saved = start = int(state["step"])
-        log = MetricsLog(workdir, start, top1)
+        log = MetricsLog(workdir, start, top1) if is_first() else Evaluations(top1)
         stack.callback(log.close)
-        progress, clock = Progress(plan.total_steps, start), Clock()
-        unreadable = Unreadable(plan.train.source, config.data.max_unreadable, progress.say)
-        unreadable_test = Unreadable(plan.test.source, config.data.max_unreadable, progress.say)
+        log.recall(from_first(log.lines))
+        progress = Progress(plan.total_steps, start, None if is_first() else io.StringIO())
+        clock = Clock()
+        tell = progress.say if is_first() else warn
+        unreadable = Unreadable(plan.train.source, config.data.max_unreadable, tell)
+        unreadable_test = Unreadable(plan.test.source, config.data.max_unreadable, tell)
         train_batches = rows(plan.train, config.batch_size, start, plan.total_steps)
         stack.callback(train_batches.close)
+        stack.enter_context(ends_all())
         recent = collections.deque()  # a result of each step that is under way
         windows = collections.deque()  # closed windows of log_every steps, not yet reported
 
         def settle(most):
             """Wait until at most so many steps are under way."""
             while len(recent) > most:
-                jax.block_until_ready(recent.popleft())
+                stop.count(recent.popleft())
                 clock.count(config.batch_size)
 
         def report(last_step, sums, images_per_second, data_wait):
@@ -160,7 +194,7 @@ def train(config, workdir):
             models = {"val": state["params"]} | ({"val_ema": state["ema"]} if "ema" in state else {})
             test_batches = rows(plan.test, config.eval_batch_size, 0, plan.eval_steps)
             readable = map(unreadable_test.take, test_batches)
-            results = evaluate(models, readable, eval_step, no_eval, mesh, stopped=lambda: stop.requested)
+            results = evaluate(models, readable, eval_step, no_eval, mesh, stopped=stop.ask)
             names = ("top1", "top5", "loss")
             return results and {f"{m}_{name}": results[m][name] for m in models for name in names}
 
@@ -168,10 +202,12 @@ def train(config, workdir):
         while True:
             # Where it is due, evaluate and save. A signal saves at once; what it left without an
             # evaluation gets it when the run continues.
-            stopping = stop.requested
+            stopping = stop.requested or stop.given_up
             due = step in plan.eval_at and step not in top1
             if due or stopping or step % config.checkpoint_every == 0:
                 settle(0)
+                stop.raise_if_given_up()
+                stopping = stop.requested
                 while windows:
                     report(*windows.popleft())
                 check_finite(jax.device_get(metrics), checkpoints)
@@ -192,16 +228,21 @@ def train(config, workdir):
             try:
                 with clock.waiting():
                     batch = put_batch(unreadable.take(next(train_batches)), mesh)
-            except Exception:
+            except Exception as error:
                 if stop.requested:  # the signal reached the loader's workers as well
                     continue
-                raise
+                if not (several() and isinstance(error, UserError)):
+                    raise
+                # The others are under way: go on with them until all know of it.
+                stop.error = error
+                blank = empty(config.batch_size // jax.process_count(), plan.train.size)
+                batch = put_batch(unreadable.take(blank), mesh)
             began = time.monotonic()
             with jax.transfer_guard("disallow"):  # nothing may slip in from the host by accident
-                state, metrics = train_step(state, metrics, batch)
+                state, metrics, votes = train_step(state, metrics, batch, stop.votes())
             del batch  # its memory is free when the step is done, not one step later
             step += 1
-            recent.append(metrics["images"])
+            recent.append(votes)
             if step == start + 1:
                 settle(0)
                 progress.first_step(time.monotonic() - began)
@@ -216,7 +257,7 @@ def train(config, workdir):
                 report(*windows.popleft())
 
     # ---- The end ---------------------------------------------------------------------------
-    curves = plot_curves(workdir)
+    curves = plot_curves(workdir) if is_first() else None
     if stopping:
         where = f", saved in {workdir}" if step else ", before the first step"
         progress.say(f"Stopped by {stopping} at step {step}{where}. The same command continues.")
@@ -228,7 +269,7 @@ def train(config, workdir):
 def check_not_beyond(latest, total, workdir):
     """Refuse to continue a run that has gone further than it shall go."""
     if latest > total:
-        raise UserError(
+        raise Everywhere(
             f"the run in {workdir} is at step {latest:,}, beyond the {total:,} that it shall go: "
             "raise steps, leave it out, or give another --workdir."
         )
@@ -240,7 +281,7 @@ def check_finite(sums, checkpoints):
     if bad_step != FINE:
         latest = checkpoints.latest
         kept = f"step {latest.step} is saved" if latest else "no checkpoint was saved before it"
-        raise UserError(
+        raise Everywhere(
             f"The loss or its gradient stopped being finite at step {bad_step + 1}; {kept} in "
             f"{checkpoints.directory}. Start again with another --workdir and a lower optim.lr, "
             "optim.clip_norm=1, or model.dtype=float32."

@@ -15,11 +15,38 @@ from tensorboardX.summary import scalar
 from convit_jax.training.rundir import disk_errors, write_whole
 
 
-class MetricsLog:
-    """DIR/metrics.jsonl and DIR/tensorboard; lines after start_step, of a run cut off, are dropped.
+class Evaluations:
+    """The evaluations of a run: all that those of several processes keep that write no log.
 
-    top1: a dict that gets {step: val_top1} of the evaluations, those of before included. last: the line
-    of the latest one, or None.
+    top1: a dict that gets {step: val_top1} of each. lines: theirs, in the log. last: the latest one, or None.
+    """
+
+    def __init__(self, top1):
+        self.top1, self.lines = top1, []
+
+    @property
+    def last(self):
+        return self.lines[-1] if self.lines else None
+
+    def recall(self, lines):
+        """Start from these lines of a log, of which those of evaluations matter."""
+        self.lines = [line for line in lines if "val_top1" in line]
+        self.top1.update({line["step"]: line["val_top1"] for line in self.lines})
+
+    def write(self, step, epoch, values):
+        """One line for a step; values is {name: float}."""
+        line = {"step": step, "epoch": round(epoch, 4), **values}
+        if "val_top1" in values:
+            self.lines.append(line)
+            self.top1[step] = values["val_top1"]
+        return line
+
+    def close(self):
+        """Nothing is open."""
+
+
+class MetricsLog(Evaluations):
+    """DIR/metrics.jsonl and DIR/tensorboard; lines after start_step, of a run cut off, are dropped.
 
     Raises:
       UserError: the disk is full.
@@ -28,14 +55,12 @@ class MetricsLog:
     def __init__(self, directory, start_step, top1):
         self.path = directory / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= start_step]
-        evaluations = [line for line in kept if "val_top1" in line]
-        self.top1 = top1
-        self.top1.update({line["step"]: line["val_top1"] for line in evaluations})
-        self.last = evaluations[-1] if evaluations else None
+        super().__init__(top1)
+        self.recall(kept)
         with disk_errors(self.path):
             write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             (directory / "tensorboard").mkdir(exist_ok=True)
-            self.lines = self.path.open("a", buffering=1)
+            self.file = self.path.open("a", buffering=1)
             # The writer below SummaryWriter: that one's thread would die of a full disk and block us.
             self.board = EventsWriter(str(directory / "tensorboard" / "events"))
             self._event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -45,20 +70,17 @@ class MetricsLog:
 
     def write(self, step, epoch, values):
         """One line for a step; values is {name: float}."""
-        line = {"step": step, "epoch": round(epoch, 4), **values}
+        line = super().write(step, epoch, values)
         with disk_errors(self.path):
-            self.lines.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps(line) + "\n")
             for name, value in values.items():
                 self._event(step=step, summary=scalar(name, value))
             self.board.flush()
-        if "val_top1" in values:
-            self.top1[step] = values["val_top1"]
-            self.last = line
 
     def close(self):
         """Close both files; what was written is already there."""
         with contextlib.suppress(OSError):  # a full disk has been said before
-            self.lines.close()
+            self.file.close()
             self.board.close()
 
 

@@ -22,7 +22,8 @@ MAY_CHANGE = (
     "checkpoint_every",
     "compilation_cache",
 )
-
+# What each of several processes may have its own of.
+MAY_DIFFER = ("data.dir", "data.workers", "compilation_cache")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -3,6 +3,8 @@
 The rule for the state: an array is cut along its largest axis that fsdp divides, else copied.
 """
 
+import collections
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -13,10 +15,12 @@ from convit_jax.errors import UserError
 def make_mesh(data, fsdp):
     """Mesh of data x fsdp devices; data = -1 takes all that there are.
 
+    The devices of one process are neighbours, those of process 0 the first: so are the rows of a batch.
+
     Raises:
       UserError: the devices at hand cannot be arranged so.
     """
-    devices = jax.devices()
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if fsdp < 1 or (data < 1 and data != -1):
         raise UserError(
             f"mesh.data is {data} and mesh.fsdp {fsdp}: they are counts of devices (data=-1: all)."
@@ -29,6 +33,17 @@ def make_mesh(data, fsdp):
         raise UserError(
             f"mesh.data x mesh.fsdp is {data} x {fsdp} devices, but there are {len(devices)}: "
             "lower them, or set mesh.data=-1 to take all."
+        )
+    if jax.process_count() > 1 and data * fsdp != len(devices):
+        raise UserError(
+            f"mesh.data x mesh.fsdp is {data} x {fsdp}, but the {jax.process_count()} processes have "
+            f"{len(devices)} devices, and each must take part: set mesh.data=-1."
+        )
+    each = collections.Counter(device.process_index for device in devices)
+    if len({*each.values()}) > 1:
+        raise UserError(
+            f"process {min(each, key=each.get)} has {min(each.values())} devices and process "
+            f"{max(each, key=each.get)} has {max(each.values())}: give each process as many."
         )
     grid = np.array(devices[: data * fsdp]).reshape(data, fsdp)
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
