@@ -237,9 +237,10 @@ def train(config, workdir):
                 stop.error = error
                 blank = empty(config.batch_size // jax.process_count(), plan.train.size)
                 batch = put_batch(unreadable.take(blank), mesh)
+            votes = stop.votes()
             began = time.monotonic()
             with jax.transfer_guard("disallow"):  # nothing may slip in from the host by accident
-                state, metrics, votes = train_step(state, metrics, batch, stop.votes())
+                state, metrics, votes = train_step(state, metrics, batch, votes)
             del batch  # its memory is free when the step is done, not one step later
             step += 1
             recent.append(votes)

@@ -29,7 +29,7 @@ SENTENCE = 1000  # bytes of an error that other processes are told
 REDUCED = 4 * 2**20  # bytes of the timed all-reduce
 
 # A process whose partner is gone is aborted by JAX's own threads, where no Python runs any more. Python's
-# handler of SIGABRT is C and still writes the signal's number to a pipe; this, at its end, says what happened.
+# handler of SIGABRT is C and still writes the signal's number to a pipe; this, at its end, says what it was.
 WITNESS = """
 import os, signal
 for ours in (signal.SIGINT, signal.SIGTERM):
