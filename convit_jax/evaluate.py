@@ -32,6 +32,7 @@ def main(_):
     from convit_jax.pretrained import describe
     from convit_jax.training.evaluation import evaluate
     from convit_jax.training.loop import use_compilation_cache
+    from convit_jax.training.processes import introduce, is_first, say, warn
     from convit_jax.training.sharding import make_mesh, replicated
     from convit_jax.training.step import eval_metrics, make_eval_step
 
@@ -39,6 +40,7 @@ def main(_):
     config = flags.FLAGS.config or run_config(flags.FLAGS.checkpoint)
     use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    introduce(mesh)
 
     # ---- The images, and what the weights call their classes -------------------------------
     source = open_source(config.data, "test")
@@ -74,12 +76,12 @@ def main(_):
     step = jax.jit(make_eval_step(graphdef, normalization), out_shardings=replicated(mesh))
     zero = jax.jit(eval_metrics, out_shardings=replicated(mesh))()
     params = jax.device_put(loaded.params(), replicated(mesh))
-    unreadable = Unreadable(source, config.data.max_unreadable, say)
+    unreadable = Unreadable(source, config.data.max_unreadable, say if is_first() else warn)
 
     def relabelled(batch):
         return {**unreadable.take(batch), "label": new_labels[batch["label"]]}
 
-    progress = Progress(len(indices), batch_size)
+    progress = Progress(len(indices), batch_size) if is_first() else lambda batches: None
     result = evaluate({"": params}, map(relabelled, rows), step, zero, mesh, progress=progress)[""]
     progress(steps)
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
@@ -139,17 +141,9 @@ class Progress:
             if done == self.images:
                 print()
         elif done == self.images or done - self.said >= self.images / 10:
-            say(f"{done}/{self.images} images  {rate:.0f} img/s")
+            print(f"{done}/{self.images} images  {rate:.0f} img/s", flush=True)
             self.said = done
 
 
-def say(text):
-    """A line, from the first of several processes."""
-    import jax
-
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
 if __name__ == "__main__":
-    launch("evaluate", main, define=define_weights, config="")
+    launch("evaluate", main, define=define_weights, config="", processes=True)

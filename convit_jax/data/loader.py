@@ -20,6 +20,7 @@ from absl import flags
 from convit_jax.data.images import centre_crop, crop_resize, decode, random_resized_crop_box, width_height
 from convit_jax.errors import UserError
 
+GRACE = 10  # seconds that a worker goes on after SIGTERM
 TRIES = 10  # images to show instead of one that cannot be read, before giving up
 
 
@@ -205,8 +206,15 @@ def _rows(example, batch_size, first, count, step):
 
 
 def _prepare_worker(worker, workers):
-    """Leave Ctrl-C, which reaches every process of the terminal, to the main one; do not outlive it."""
+    """Leave Ctrl-C and SIGTERM, which may reach all processes, to the main one; do not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def later(*_):  # until all processes of a training have agreed to stop, it needs more batches
+        timer = threading.Timer(GRACE, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGTERM, later)
 
     def follow():
         multiprocessing.parent_process().join()

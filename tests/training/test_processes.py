@@ -11,11 +11,13 @@ import time
 import pytest
 from conftest import ROOT, assert_same, saved
 
+from convit_jax.errors import UserError
 from convit_jax.training.loop import train
 from convit_jax.training.metrics import read_metrics
+from convit_jax.training.processes import cluster, join
 from convit_jax.training.rundir import flatten
 
-STEPS = 40  # enough for a signal to come in the middle
+STEPS = 24  # enough for a signal to come in the middle
 
 
 def free_port():
@@ -28,7 +30,7 @@ def free_port():
 class Two:
     """Two processes of train.py with two devices each, in a `with` that ends both."""
 
-    def __init__(self, config, workdir, *flags, slurm=False, environment=None):
+    def __init__(self, config, workdir, *flags, slurm=False, per_process=([], [])):
         port = free_port()
         fields = {n: v for n, v in flatten(config).items() if v is not None and not isinstance(v, list)}
         settings = [f"--config.{name}={value}" for name, value in fields.items()]
@@ -37,7 +39,7 @@ class Two:
         self.processes, self.workdir = [], workdir
         for index in range(2):
             xla = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-            ours = {**os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1", **(environment or {})}
+            ours = {**os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1"}
             which = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"]
             if slurm:  # what srun sets, and JAX reads
                 which = []
@@ -46,7 +48,7 @@ class Two:
                 ours |= {"SLURM_STEP_NUM_NODES": "1", "JAX_COORDINATOR_PORT": f"{port}"}
             self.processes.append(
                 subprocess.Popen(
-                    [*command, *which],
+                    [*command, *which, *per_process[index]],
                     cwd=ROOT,
                     env=ours,
                     stdout=subprocess.PIPE,
@@ -95,7 +97,16 @@ def config(digits_config):
     return digits_config
 
 
-def test_a_signal_to_one_of_two_saves_together_and_one_process_continues(config, tmp_path):
+@pytest.fixture
+def whole(config, tmp_path_factory):
+    """The run directory of one process with four devices that nothing disturbed, made once."""
+    workdir = tmp_path_factory.getbasetemp() / "whole"
+    if not workdir.exists():
+        train(config, workdir)
+    return workdir
+
+
+def test_a_signal_to_one_of_two_saves_together_and_one_process_continues(config, whole, tmp_path):
     with Two(config, tmp_path / "parts", slurm=True) as two:
         two.wait_for_step(4)
         two.processes[1].send_signal(signal.SIGTERM)
@@ -110,41 +121,106 @@ def test_a_signal_to_one_of_two_saves_together_and_one_process_continues(config,
     assert 4 < step < STEPS
     assert read_metrics(tmp_path / "parts/metrics.jsonl")[-1]["step"] == step
 
-    config.steps = step
-    train(config, tmp_path / "one")
-    by_two = saved(tmp_path / "parts")["state"]
-    assert_same(saved(tmp_path / "one")["state"], by_two, atol=2e-5, rtol=1e-4)
-    config.steps = STEPS
-    train(config, tmp_path / "one")
     train(config, tmp_path / "parts")
-    one, parts = saved(tmp_path / "one"), saved(tmp_path / "parts")
-    assert_same(one["state"]["params"], parts["state"]["params"], atol=2e-5)
+    assert_same(saved(whole)["state"]["params"], saved(tmp_path / "parts")["state"]["params"], atol=2e-5)
 
 
-def test_two_continue_what_one_began_and_a_killed_one_ends_the_other_and_a_restart_is_exact(config, tmp_path):
+def test_two_continue_what_one_began_one_is_killed_the_other_ends_and_a_restart_is_exact(
+    config, whole, tmp_path
+):
     config.steps = 4
-    train(config, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    train(config, tmp_path / "two")
+    shutil.copytree(tmp_path / "two", tmp_path / "killed")
     config.steps = STEPS
-    with Two(config, tmp_path / "whole") as two:
+    with Two(config, tmp_path / "two") as two:
         (status, output, errors), other = two.ends()
     assert (status, errors) == (0, ""), errors
     assert "Continuing at step 4" in output
     assert other == (0, "", "")
+    assert_same(saved(whole)["state"]["params"], saved(tmp_path / "two")["state"]["params"], atol=2e-5)
 
     with Two(config, tmp_path / "killed", "--heartbeat_timeout=5") as two:
-        two.wait_for_step(12)
+        two.wait_for_step(8)
         two.processes[1].kill()
         began = time.monotonic()
         ((status, _, errors),) = two.ends([0])
     assert time.monotonic() - began < 30
     assert status != 0
-    said = errors.strip().splitlines()[-1]
-    assert said.startswith("train.py: process 0 of 2"), errors
+    assert errors.strip().splitlines()[-1].startswith("train.py: process 0 of 2"), errors
     with Two(config, tmp_path / "killed") as two:
         assert [status for status, _, _ in two.ends()] == [0, 0]
-    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "killed"))
+    assert_same(saved(tmp_path / "two"), saved(tmp_path / "killed"))
 
-    train(config, tmp_path / "one")
-    one, two = saved(tmp_path / "one"), saved(tmp_path / "whole")
-    assert_same(one["state"]["params"], two["state"]["params"], atol=2e-5)
+
+def test_too_many_unreadable_images_of_one_process_end_both_with_its_sentence(config, image_folder, tmp_path):
+    config.data.name, config.data.dir, config.data.max_unreadable = "folder", str(image_folder), 0
+    config.batch_size, config.eval_batch_size, config.epochs = 8, 8, 100
+    bad = image_folder / "train/bee/3.jpg"
+    bad.write_bytes(b"no image")
+    with Two(config, tmp_path / "run") as two:
+        (status, _, errors), (other, nothing, silence) = two.ends()
+    assert (status, other, nothing, silence) == (1, 1, "", "")
+    assert f"{bad}" in errors
+    assert "one more than data.max_unreadable=0 allows" in errors
+    assert "Traceback" not in errors
+
+
+def test_processes_that_were_started_differently_are_told(config, tmp_path):
+    with Two(config, tmp_path / "run", per_process=(["--config.optim.lr=1"], ["--config.optim.lr=2"])) as two:
+        (status, _, errors), (other, _, silence) = two.ends()
+    assert (status, other, silence) == (1, 1, "")
+    assert errors.startswith("train.py: process 1 of 2: optim.lr is 2.0 here and 1.0 on process 0"), errors
+
+
+def test_a_process_that_waits_in_vain_says_so():
+    script = f"from convit_jax.training.processes import join; join('127.0.0.1:{free_port()}', 2, 0, 1)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0
+    assert "... joining the 2 processes at 127.0.0.1:" in done.stdout
+    assert "the other processes were not there after 1 s: start all of them" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "processes", "process", "sentence"),
+    [
+        ("node1", 2, 0, "--coordinator is 'node1': give HOST:PORT of process 0"),
+        ("node1:99999", 2, 0, "--coordinator is 'node1:99999': give HOST:PORT"),
+        ("localhost:1234", 2, 2, "--process_id is 2 and --num_processes 2: ids count from 0"),
+        ("localhost:1234", 0, 0, "--process_id is 0 and --num_processes 0"),
+        ("no host:1234", 2, 1, "--coordinator names 'no host', which is no known host"),
+        (
+            "localhost:1234",
+            None,
+            0,
+            "--num_processes is missing: --coordinator=HOST:PORT",
+        ),
+        (None, None, 0, "--coordinator is missing"),
+    ],
+)
+def test_flags_that_do_not_fit_together(coordinator, processes, process, sentence):
+    with pytest.raises(UserError, match=sentence):
+        join(coordinator, processes, process)
+
+
+def test_a_port_that_another_program_has():
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of --coordinator cannot be had"):
+            join(f"localhost:{port}", 2, 0)
+
+
+def test_who_started_several_processes():
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_LOCALID": "0", "SLURM_PROCID": "1"}
+    mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    assert cluster({}) is None
+    assert cluster({**slurm, "SLURM_NTASKS": "2"}) == ("Slurm", 1)
+    assert cluster({**slurm, "SLURM_NTASKS": "1"}) is None
+    assert cluster({**mpi, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}) == ("Open MPI", 1)
+    with pytest.raises(UserError, match="Open MPI 5 tells nobody where process 0 is: add --coordinator"):
+        cluster(mpi)
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
+    assert cluster(pod) == ("Kubernetes", 3)

@@ -1,5 +1,8 @@
 """One device and eight simulated ones, with and without fsdp: the same training."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,9 +10,13 @@ from conftest import assert_same, saved
 from jax.sharding import PartitionSpec
 
 from convit_jax.errors import UserError
+from convit_jax.models.variants import abstract_model
 from convit_jax.training.loop import train
 from convit_jax.training.metrics import read_metrics
-from convit_jax.training.sharding import make_mesh, state_shardings
+from convit_jax.training.optimizer import make_optimizer, make_schedule
+from convit_jax.training.plan import make_plan
+from convit_jax.training.sharding import batch_sharding, gather, make_mesh, state_shardings
+from convit_jax.training.step import make_train_step, new_state, train_metrics
 
 
 @pytest.fixture
@@ -26,7 +33,7 @@ def recipe(digits_config):
 
 def test_the_same_training_on_one_device_and_on_eight(recipe, tmp_path):
     results = {}
-    for data, fsdp in ((1, 1), (8, 1), (4, 2)):
+    for data, fsdp in ((1, 1), (8, 1), (4, 2), (1, 8)):
         recipe.mesh.data, recipe.mesh.fsdp = data, fsdp
         workdir = tmp_path / f"{data}x{fsdp}"
         train(recipe, workdir)
@@ -37,6 +44,50 @@ def test_the_same_training_on_one_device_and_on_eight(recipe, tmp_path):
         for line, other in zip(lines, other_lines, strict=True):
             for name in set(line) - {"images_per_second", "data_wait"}:
                 np.testing.assert_allclose(line[name], other[name], rtol=1e-4)
+
+
+def compiled_step(config, data, fsdp):
+    """The training step on a mesh of so many devices, as the loop compiles it."""
+    mesh = make_mesh(data, fsdp)
+    plan = make_plan(config, devices=mesh.size)
+    graphdef, params = abstract_model(plan.model)
+    length = plan.train.slots.epoch_length
+    schedule = make_schedule(
+        config.optim, epochs=plan.epochs, batch_size=config.batch_size, epoch_length=length
+    )
+    optimizer = make_optimizer(config.optim, schedule, params)
+    state = jax.eval_shape(lambda params: new_state(params, optimizer, ema=False), params)
+    metrics = jax.eval_shape(train_metrics)
+    shardings = state_shardings(mesh, (state, metrics))
+    step = jax.jit(
+        make_train_step(graphdef, optimizer, schedule, config, 10, gather(mesh)),
+        in_shardings=(*shardings, batch_sharding(mesh)),
+        out_shardings=shardings,
+        donate_argnums=0,
+    )
+    rows = {"image": (config.batch_size, 8, 8, 3), "label": (config.batch_size,)}
+    kinds = {"image": jnp.uint8, "label": jnp.int32}
+    batch = {name: jax.ShapeDtypeStruct(shape, kinds[name]) for name, shape in rows.items()}
+    return step.lower(state, metrics, batch).compile()
+
+
+def test_the_collectives_are_those_that_the_mesh_calls_for_and_memory_falls_with_fsdp(recipe):
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+    found, state_bytes = {}, {}
+    for data, fsdp in ((8, 1), (4, 2), (1, 8)):
+        step = compiled_step(recipe, data, fsdp)
+        found[data, fsdp] = set(re.findall(rf" ({kinds})(?:-start)?\(", step.as_text()))
+        state_bytes[data, fsdp] = step.memory_analysis().argument_size_in_bytes
+    # Gradients are summed; mixup and cutmix fetch the mirror images of their rows from one other device.
+    assert found[8, 1] == {"all-reduce", "collective-permute"}
+    # Parameters are put together; XLA's CPU backend has no reduce-scatter: it sums all and keeps a part.
+    assert found[4, 2] == found[1, 8] == {"all-gather", "all-reduce", "collective-permute"}
+    assert state_bytes[4, 2] < 0.52 * state_bytes[8, 1]
+    assert state_bytes[1, 8] < 0.15 * state_bytes[8, 1]
+
+    recipe.augment.mixup = recipe.augment.cutmix = 0.0
+    text = compiled_step(recipe, 8, 1).as_text()
+    assert set(re.findall(rf" ({kinds})(?:-start)?\(", text)) == {"all-reduce"}
 
 
 def test_a_run_moves_between_numbers_of_devices(recipe, tmp_path):
