@@ -74,8 +74,10 @@ def train(config, workdir):
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     introduce(mesh)
     phase("reading the lists of images")
-    with together():
-        plan = make_plan(config, devices=mesh.size)
+    for turn in (True, False):  # process 0 makes an index, the others find it
+        with together():
+            if is_first() is turn:
+                plan = make_plan(config, devices=mesh.size)
     data = {"training images": len(plan.train.slots.indices), "test images": len(plan.test.indices)}
     settings = {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
     check_same({**data, "workdir": str(workdir), **settings})
@@ -141,6 +143,7 @@ def train(config, workdir):
         phase("opening the checkpoints")
         checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", top1)
         stack.callback(checkpoint.close, checkpoints)
+        stack.enter_context(ends_all())  # closing would wait for the other processes
         latest = from_first(checkpoints.latest and checkpoints.latest.step)
         if latest is not None:
             check_not_beyond(latest, plan.total_steps, workdir)
@@ -163,8 +166,7 @@ def train(config, workdir):
         unreadable_test = Unreadable(plan.test.source, config.data.max_unreadable, tell)
         train_batches = rows(plan.train, config.batch_size, start, plan.total_steps)
         stack.callback(train_batches.close)
-        stack.enter_context(ends_all())
-        recent = collections.deque()  # a result of each step that is under way
+        recent = collections.deque()  # the largest vote of each step that is under way
         windows = collections.deque()  # closed windows of log_every steps, not yet reported
 
         def settle(most):
@@ -240,10 +242,10 @@ def train(config, workdir):
             votes = stop.votes()
             began = time.monotonic()
             with jax.transfer_guard("disallow"):  # nothing may slip in from the host by accident
-                state, metrics, votes = train_step(state, metrics, batch, votes)
+                state, metrics, largest_vote = train_step(state, metrics, batch, votes)
             del batch  # its memory is free when the step is done, not one step later
             step += 1
-            recent.append(votes)
+            recent.append(largest_vote)
             if step == start + 1:
                 settle(0)
                 progress.first_step(time.monotonic() - began)
@@ -254,7 +256,7 @@ def train(config, workdir):
             if step % config.log_every == 0:
                 windows.append((step, metrics, *clock.read()))
                 metrics = no_metrics
-            while windows and windows[0][0] <= step - AHEAD:
+            while windows and windows[0][0] <= step - AHEAD and not stop.given_up:
                 report(*windows.popleft())
 
     # ---- The end ---------------------------------------------------------------------------
