@@ -94,6 +94,7 @@ def join(coordinator=None, num_processes=None, process_id=None, start_timeout=30
     for name, seconds in (("start_timeout", start_timeout), ("heartbeat_timeout", heartbeat)):
         if seconds < 1:
             raise UserError(f"--{name} is {seconds}: it must be at least 1 second.")
+    found = None
     if not missing:
         check_flags(coordinator, num_processes, process_id)
         if num_processes == 1:
@@ -127,12 +128,12 @@ def join(coordinator=None, num_processes=None, process_id=None, start_timeout=30
             heartbeat_timeout_seconds=heartbeat,
         )
     except ValueError as error:
-        if found[0] == "the TPU":  # its library is installed, but there is none
+        if found and found[0] == "the TPU":  # its library is installed, but there is none
             return
-        raise UserError(f"{found[0]} was found, but JAX cannot join its processes: {error}") from error
+        raise UserError(f"JAX cannot join {where}: {error}") from error
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"the processes could not join ({reason}): start all of them anew.") from error
+        raise UserError(f"JAX cannot join {where} ({reason}): start all of them anew.") from error
     tell(
         f"{COMMAND}: process {jax.process_index()} of {jax.process_count()} was ended because another one "
         f"has ended, or has given no sign of life for {heartbeat} s; its own output tells why. Start all of "
@@ -217,10 +218,16 @@ def ends_all():
             print(f"{who}: {error}", file=sys.stderr)
         elif isinstance(error, KeyboardInterrupt):
             print(f"{who}: interrupted", file=sys.stderr)
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            reason = str(error).partition("\n")[0]
+            print(
+                f"{who}: an operation on the devices failed ({reason}); if another process has ended, its own "
+                "output tells why. Start all of them again: the same command continues from the last "
+                "checkpoint.",
+                file=sys.stderr,
+            )
         else:
             traceback.print_exception(error)
-            if isinstance(error, jax.errors.JaxRuntimeError):
-                print(f"{who}: an operation on all devices failed; did another process end?", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
