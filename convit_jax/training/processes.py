@@ -221,9 +221,8 @@ def ends_all():
         elif isinstance(error, jax.errors.JaxRuntimeError):
             reason = str(error).partition("\n")[0]
             print(
-                f"{who}: an operation on the devices failed ({reason}); if another process has ended, its own "
-                "output tells why. Start all of them again: the same command continues from the last "
-                "checkpoint.",
+                f"{who}: an operation on the devices failed ({reason}); if another process has ended, its "
+                "own output tells why. Start all again: the same command continues from the last checkpoint.",
                 file=sys.stderr,
             )
         else:
