@@ -268,8 +268,8 @@ def together():
 
 def check_same(facts):
     """Raise Everywhere if the processes were started with different facts, {name: value}; see `together`."""
-    theirs = from_first(facts)
     mine = json.loads(json.dumps(facts))
+    theirs = from_first(mine)
     with together():
         for name in sorted({*theirs, *mine}):
             if theirs.get(name) != mine.get(name):
