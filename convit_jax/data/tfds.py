@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from convit_jax.data.index import cached_index, make_index
+from convit_jax.data.index import Indexed, cached_index, make_index
 from convit_jax.data.tfrecord import TfRecords
 from convit_jax.errors import UserError, nearest
 
@@ -31,7 +31,7 @@ PREPARE = "python -m convit_jax.data.prepare"
 SPARE_FILES = 256  # open files that are not shards
 
 
-class TfdsImages:
+class TfdsImages(Indexed):
     """A split of a TFDS data set with one image and one class label an example, in the order (label, name).
 
     Args:
@@ -85,17 +85,6 @@ class TfdsImages:
     def __setstate__(self, state):
         self.__dict__.update(state)
         _allow_open_files(len(self.paths))  # of this process, a loader's worker
-
-    @property
-    def labels(self):
-        return self.index["labels"]
-
-    @property
-    def names(self):
-        return self.index.names
-
-    def __len__(self):
-        return len(self.labels)
 
     def __getitem__(self, number):
         features = parse(self.records.read(self.index, number))
