@@ -1,4 +1,4 @@
-"""Reading a checkpoint: time and memory next to PyTorch's, in processes of their own, in turn.
+"""Converting a checkpoint: time and memory next to PyTorch's, in processes of their own, in turn.
 
     python -m benchmarks.convert --checkpoint=convit_base.pth --peer=PYTHON [--model=NAME] [--repeats=5]
 
@@ -9,6 +9,7 @@ had grown at the highest (VmHWM of Linux). The table gives medians.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -28,13 +29,25 @@ def read(checkpoint, model):
     return lambda: reader.read_state_dict(checkpoint)
 
 
-def convert_file(checkpoint, model):
-    """Ours: read, and write as safetensors."""
-    from convit_jax.pytorch import reader, writer
+def load_pretrained(checkpoint, model):
+    """Ours: the model with its weights, in memory of JAX."""
+    import jax
+    from flax import nnx
+
+    from convit_jax import load_pretrained
+
+    jax.devices()  # JAX is started
+    return lambda: jax.block_until_ready(nnx.state(load_pretrained(checkpoint)))
+
+
+def convert(checkpoint, model):
+    """Ours: python -m convit_jax.convert SOURCE TARGET, a directory that is on the disk when it returns."""
+    from convit_jax.pretrained import load
+    from convit_jax.weight_formats import save
 
     def job():
         with tempfile.TemporaryDirectory() as folder:
-            writer.write(Path(folder) / "weights.safetensors", reader.read_state_dict(checkpoint))
+            save(load(checkpoint), Path(folder) / "weights")
 
     return job
 
@@ -55,8 +68,8 @@ def torch_load_state_dict(checkpoint, model):
     return lambda: network.load_state_dict(torch.load(checkpoint, weights_only=True))
 
 
-def torch_convert_file(checkpoint, model):
-    """PyTorch: read, and write as safetensors."""
+def torch_save_file(checkpoint, model):
+    """PyTorch: read, and write as safetensors; does not wait for the disk."""
     import torch
     from safetensors.torch import save_file
 
@@ -70,9 +83,10 @@ def torch_convert_file(checkpoint, model):
 JOBS = {  # name: (function, whether it needs the other interpreter, modules whose memory does not count)
     "read_state_dict": (read, False, ["numpy", "convit_jax.pytorch.reader"]),
     "torch.load": (torch_load, True, ["torch"]),
+    "load_pretrained": (load_pretrained, False, ["jax", "convit_jax.pretrained"]),
     "torch.load + load_state_dict": (torch_load_state_dict, True, ["torch", "timm"]),
-    "read_state_dict + write .safetensors": (convert_file, False, ["numpy", "convit_jax.pytorch.writer"]),
-    "torch.load + save_file .safetensors": (torch_convert_file, True, ["torch", "safetensors.torch"]),
+    "convert SOURCE DIRECTORY": (convert, False, ["jax", "convit_jax.pretrained"]),
+    "torch.load + save_file .safetensors": (torch_save_file, True, ["torch", "safetensors.torch"]),
 }
 
 
@@ -87,6 +101,9 @@ def megabytes(field):
 def measure(name, checkpoint, model):
     """Do a job once in this process; prints {"seconds": ..., "processor": ..., "megabytes": ...}."""
     function, _, modules = JOBS[name]
+    with contextlib.suppress(ImportError):  # beside a build of PyTorch that misses torchvision's operators
+        if "timm" in modules:
+            import timm_here  # noqa: F401
     for module in modules:
         __import__(module)
     before = megabytes("VmRSS")

@@ -7,6 +7,7 @@ the way back gives the same tensors.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -68,13 +69,18 @@ class Pretrained:
     source: str
     changes: tuple = ()
 
+    @functools.cached_property
+    def network(self):
+        """(graphdef, shapes of the parameters), as models.variants.abstract_model gives them."""
+        return abstract_model(self.settings)
+
     def params(self):
-        """Parameters for a model of these settings, a nested dict of float32 numpy arrays."""
-        return weights.to_params(self.tensors, abstract_model(self.settings)[1])
+        """Parameters for the network, a nested dict of float32 numpy arrays."""
+        return weights.to_params(self.tensors, self.network[1])
 
     def model(self):
         """The model, a VisionTransformer."""
-        return nnx.merge(abstract_model(self.settings)[0], jax.tree.map(jax.numpy.asarray, self.params()))
+        return nnx.merge(self.network[0], jax.device_put(self.params()))
 
     def class_name(self, label):
         """The name of a class, "class 7" if it has none."""

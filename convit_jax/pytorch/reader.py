@@ -15,7 +15,7 @@ import numpy as np
 from convit_jax.errors import UserError
 from convit_jax.pytorch import safetensors_file, torch_file
 from convit_jax.pytorch.allowed import NumpyArray, NumpyType, Ordered
-from convit_jax.pytorch.tensors import Storage, Tensor, read_all, read_bytes
+from convit_jax.pytorch.tensors import Storage, Tensor, in_threads, read_bytes
 from convit_jax.pytorch.unpickler import Call, quoted
 
 MAX_DEPTH = 100  # of containers in containers
@@ -113,7 +113,7 @@ class Plain:
     def read_ahead(self, items):
         """Read the storages of many tensors at once."""
         storages = {item.storage.key: item.storage for item in items if isinstance(item, Tensor)}
-        self.data.update(zip(storages, read_all(self.fetch, storages.values()), strict=True))
+        self.data.update(zip(storages, in_threads(self.fetch, storages.values()), strict=True))
 
     def value(self, item):
         return self.convert(item, 0)[0]
