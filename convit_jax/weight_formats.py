@@ -19,10 +19,9 @@ from flax import nnx
 from convit_jax.data.class_names import IMAGENET
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, model_settings
-from convit_jax.pytorch import weights
+from convit_jax.pytorch import safetensors_file, weights
 from convit_jax.pytorch.architecture import infer
 from convit_jax.pytorch.reader import read_state_dict
-from convit_jax.pytorch.writer import write
 
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
 
@@ -159,11 +158,20 @@ def save(loaded, directory):
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
         whole = Path(scratch) / "whole"
         whole.mkdir()
-        write(whole / "weights.safetensors", loaded.tensors)
+        with open(whole / "weights.safetensors", "wb") as file:
+            safetensors_file.write(file, loaded.tensors)
+            file.flush()
+            os.fsync(file.fileno())
         (whole / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        if directory.exists():
-            os.replace(directory, Path(scratch) / "before")
-        os.replace(whole, directory)
+        before = Path(scratch) / "before"
+        try:
+            if directory.exists():
+                os.replace(directory, before)
+            os.replace(whole, directory)
+        except BaseException:
+            if before.exists() and not directory.exists():
+                os.replace(before, directory)
+            raise
 
 
 def _preprocessing(given):

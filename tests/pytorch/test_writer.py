@@ -158,3 +158,11 @@ def test_a_file_stays_whole_when_writing_fails(tmp_path):
         writer.write(tmp_path / "a.safetensors", {"a": np.zeros(3), "z": np.zeros(1, complex)})
     assert (tmp_path / "a.safetensors").read_bytes() == before
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_file_that_is_given_up_leaves_nothing(tmp_path):
+    for reason in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        with pytest.raises((UserError, KeyboardInterrupt)), writer.whole_file(tmp_path / "a") as file:
+            file.write(b"half")
+            raise reason
+        assert os.listdir(tmp_path) == []
