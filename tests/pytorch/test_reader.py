@@ -117,6 +117,14 @@ def test_state_dict_is_found_and_its_prefix_taken_off(name):
     assert "transposed" in reader.read_state_dict(GOLDEN / name, places=["views"])
 
 
+def test_the_average_where_the_authors_and_timm_keep_it():
+    plain, average = {"a": np.zeros(1)}, {"a": np.ones(1)}
+    for names in (("model", "model_ema"), ("state_dict", "state_dict_ema")):
+        tree = dict(zip(names, (plain, average), strict=True))
+        assert reader.find_state_dict(tree) is plain
+        assert reader.find_state_dict(tree, reader.EMA_PLACES) is average
+
+
 def test_no_state_dict():
     with pytest.raises(
         UserError, match=r"no state dict.* under 'nets': it holds 'model' \(dictionary\), .*more"
