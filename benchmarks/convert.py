@@ -29,14 +29,28 @@ def read(checkpoint, model):
     return lambda: reader.read_state_dict(checkpoint)
 
 
+def to_params(checkpoint, model):
+    """Ours: the parameters in memory of JAX; the network, shapes without memory, is there before."""
+    import jax
+
+    from convit_jax.models.variants import abstract_model, model_settings
+    from convit_jax.pytorch import reader, weights
+
+    _, shapes = abstract_model(model_settings(model))
+    jax.devices()  # JAX is started
+    return lambda: jax.block_until_ready(
+        jax.device_put(weights.to_params(reader.read_state_dict(checkpoint), shapes))
+    )
+
+
 def load_pretrained(checkpoint, model):
-    """Ours: the model with its weights, in memory of JAX."""
+    """Ours: the whole, architecture inferred, everything checked, the model made."""
     import jax
     from flax import nnx
 
     from convit_jax import load_pretrained
 
-    jax.devices()  # JAX is started
+    jax.devices()
     return lambda: jax.block_until_ready(nnx.state(load_pretrained(checkpoint)))
 
 
@@ -60,12 +74,20 @@ def torch_load(checkpoint, model):
 
 
 def torch_load_state_dict(checkpoint, model):
-    """PyTorch: the same, copied into a model of timm; making that counts as memory, not as time."""
+    """PyTorch: the same, copied into a network of timm; making that counts as memory, not as time."""
     import timm
     import torch
 
     network = timm.create_model(model)
     return lambda: network.load_state_dict(torch.load(checkpoint, weights_only=True))
+
+
+def timm_create_and_load(checkpoint, model):
+    """PyTorch: the same, and making the network counts as time."""
+    import timm
+    import torch
+
+    return lambda: timm.create_model(model).load_state_dict(torch.load(checkpoint, weights_only=True))
 
 
 def torch_save_file(checkpoint, model):
@@ -80,12 +102,15 @@ def torch_save_file(checkpoint, model):
     return job
 
 
+OURS, PEERS = ["jax", "convit_jax.pretrained"], ["torch", "timm"]
 JOBS = {  # name: (function, whether it needs the other interpreter, modules whose memory does not count)
     "read_state_dict": (read, False, ["numpy", "convit_jax.pytorch.reader"]),
     "torch.load": (torch_load, True, ["torch"]),
-    "load_pretrained": (load_pretrained, False, ["jax", "convit_jax.pretrained"]),
-    "torch.load + load_state_dict": (torch_load_state_dict, True, ["torch", "timm"]),
-    "convert SOURCE DIRECTORY": (convert, False, ["jax", "convit_jax.pretrained"]),
+    "read_state_dict + to_params": (to_params, False, OURS),
+    "torch.load + load_state_dict": (torch_load_state_dict, True, PEERS),
+    "load_pretrained": (load_pretrained, False, OURS),
+    "create_model + load + load_state_dict": (timm_create_and_load, True, PEERS),
+    "convert SOURCE DIRECTORY": (convert, False, OURS),
     "torch.load + save_file .safetensors": (torch_save_file, True, ["torch", "safetensors.torch"]),
 }
 
