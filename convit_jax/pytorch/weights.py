@@ -117,7 +117,7 @@ def to_state_dict(params):
 def _copy(source, target):
     """target[...] = source, in strips: transposing a matrix in one go misses the cache at every number.
 
-    For ConViT-B's 346 MB 0.11 instead of 0.5 s of processor time (2 cores).
+    For thirty matrices of ConViT-B's MLP, 283 MB, 0.11 instead of 0.5 s of processor time (2 cores).
     """
     for first in range(0, target.shape[-1], STRIP):
         target[..., first : first + STRIP] = source[..., first : first + STRIP]
