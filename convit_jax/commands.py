@@ -148,7 +148,7 @@ def define_weights(*, checkpoint=True, new_head=False):
     flags.DEFINE_string("image_size", None, "Resize the position embedding for such images: 384, or 224x448.")
     flags.DEFINE_integer("heads", None, "Number of heads, where no shape and no table tells it.")
     flags.DEFINE_enum("which", "best", ["best", "latest"], "Which checkpoint of a run directory.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the arithmetic: float32, or as trained.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the arithmetic: float32, or a run's own.")
     flags.DEFINE_bool("ema", False, "Take the moving average of the weights in a run or a checkpoint.")
 
 
