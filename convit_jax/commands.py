@@ -45,13 +45,14 @@ def launch(name, main, *, define=lambda: None, config=None, arguments="", interr
         try:
             return main(argv[1:])
         except UserError as error:
-            fail(str(error))
+            sentence = str(error)
         except KeyboardInterrupt:
             print(f"{name}: {interrupted}", file=sys.stderr)
             return 130
         except BrokenPipeError:  # who reads our output, as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        fail(sentence)  # here, where the error no longer holds a loader's last batch in shared memory
 
     app.run(run, flags_parser=parse)
 

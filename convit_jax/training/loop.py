@@ -131,6 +131,7 @@ def train(config, workdir):
         train_batches = rows(plan.train, config.batch_size, start, plan.total_steps)
         stack.callback(train_batches.close)
         recent = collections.deque()  # a result of each step that is under way
+        stack.callback(lambda: jax.block_until_ready(list(recent)))  # they may use the loader's memory
         windows = collections.deque()  # closed windows of log_every steps, not yet reported
 
         def settle(most):
