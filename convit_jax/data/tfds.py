@@ -158,8 +158,8 @@ def _find(name, directory):
     except (OSError, ParseError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
-            f"the description of the TFDS data set {name!r} in {given} is missing or damaged ({reason}): copy "
-            "dataset_info.json and features.json anew."
+            f"the description of the TFDS data set {name!r} in {given} is missing or damaged ({reason}): "
+            "copy dataset_info.json and features.json anew."
         ) from error
     except (DatasetNotFoundError, ValueError) as error:
         raise UserError(_not_found(name, short, given, directory)) from error
