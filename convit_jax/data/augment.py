@@ -62,6 +62,9 @@ def color_jitter(images, key, strength):
     return images
 
 
+LARGEST_ERASED, LONGEST_ERASED = 1 / 3, 1 / 0.3  # share of the image's area; h / w, or w / h
+
+
 def erasing_boxes(key, rows, height, width, prob):
     """Boxes of timm's RandomErasing: (top, bottom, left, right), int32 [rows] each; empty for no erasing.
 
@@ -70,8 +73,9 @@ def erasing_boxes(key, rows, height, width, prob):
     """
     on_key, area_key, aspect_key, y_key, x_key = jax.random.split(key, 5)
     tries = (rows, 10)
-    area = jax.random.uniform(area_key, tries, minval=0.02, maxval=1 / 3) * (height * width)
-    log_aspect = jax.random.uniform(aspect_key, tries, minval=math.log(0.3), maxval=-math.log(0.3))
+    area = jax.random.uniform(area_key, tries, minval=0.02, maxval=LARGEST_ERASED) * (height * width)
+    longest = math.log(LONGEST_ERASED)
+    log_aspect = jax.random.uniform(aspect_key, tries, minval=-longest, maxval=longest)
     h = jnp.round(jnp.sqrt(area * jnp.exp(log_aspect))).astype(jnp.int32)
     w = jnp.round(jnp.sqrt(area / jnp.exp(log_aspect))).astype(jnp.int32)
     fits = (h < height) & (w < width)
@@ -83,15 +87,26 @@ def erasing_boxes(key, rows, height, width, prob):
     return top, top + h, left, left + w
 
 
+def most_erased(height, width):
+    """Pixels of the largest box that erasing_boxes can give; rounding adds at most a half to each side."""
+    area = LARGEST_ERASED * height * width
+    sides = math.sqrt(area * LONGEST_ERASED) + math.sqrt(area / LONGEST_ERASED)
+    return math.ceil(area + sides / 2 + 1 / 4)
+
+
 def random_erasing(images, key, prob):
     """A random box of some images replaced by N(0, 1) a value (timm's mode "pixel"): float32 [B, H, W, C]."""
     box_key, noise_key = jax.random.split(key)
-    rows, height, width, _ = images.shape
+    rows, height, width, channels = images.shape
     boxes = erasing_boxes(box_key, rows, height, width, prob)
-    top, bottom, left, right = (edge[:, None, None, None] for edge in boxes)
-    y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[:, None]
+    top, bottom, left, right = (edge[:, None, None] for edge in boxes)
+    y, x = jnp.arange(height)[:, None], jnp.arange(width)
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-    return jnp.where(inside, jax.random.normal(noise_key, images.shape), images)
+    # Noise is drawn for a box and not for the whole image: drawing costs more than looking it up.
+    noise = jax.random.normal(noise_key, (rows, most_erased(height, width), channels))
+    place = jnp.where(inside, (y - top) * (right - left) + x - left, 0).reshape(rows, -1, 1)
+    noise = jnp.take_along_axis(noise, place, axis=1, mode="promise_in_bounds")
+    return jnp.where(inside[..., None], noise.reshape(images.shape), images)
 
 
 def stage_keys(key):
