@@ -1,4 +1,4 @@
-"""Reading a checkpoint: time and memory next to PyTorch's, in processes of their own, in turn.
+"""Converting a checkpoint: time and memory next to PyTorch's, in processes of their own, in turn.
 
     python -m benchmarks.convert --checkpoint=convit_base.pth --peer=PYTHON [--model=NAME] [--repeats=5]
 
@@ -9,6 +9,7 @@ had grown at the highest (VmHWM of Linux). The table gives medians.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -28,13 +29,39 @@ def read(checkpoint, model):
     return lambda: reader.read_state_dict(checkpoint)
 
 
-def convert_file(checkpoint, model):
-    """Ours: read, and write as safetensors."""
-    from convit_jax.pytorch import reader, writer
+def to_params(checkpoint, model):
+    """Ours: the parameters in memory of JAX; the network, shapes without memory, is there before."""
+    import jax
+
+    from convit_jax.models.variants import abstract_model, model_settings
+    from convit_jax.pytorch import reader, weights
+
+    _, shapes = abstract_model(model_settings(model))
+    jax.devices()  # JAX is started
+    return lambda: jax.block_until_ready(
+        jax.device_put(weights.to_params(reader.read_state_dict(checkpoint), shapes))
+    )
+
+
+def load_pretrained(checkpoint, model):
+    """Ours: the whole, architecture inferred, everything checked, the model made."""
+    import jax
+    from flax import nnx
+
+    from convit_jax import load_pretrained
+
+    jax.devices()
+    return lambda: jax.block_until_ready(nnx.state(load_pretrained(checkpoint)))
+
+
+def convert(checkpoint, model):
+    """Ours: python -m convit_jax.convert SOURCE TARGET, a directory that is on the disk when it returns."""
+    from convit_jax.pretrained import load
+    from convit_jax.weight_formats import save
 
     def job():
         with tempfile.TemporaryDirectory() as folder:
-            writer.write(Path(folder) / "weights.safetensors", reader.read_state_dict(checkpoint))
+            save(load(checkpoint), Path(folder) / "weights")
 
     return job
 
@@ -47,7 +74,7 @@ def torch_load(checkpoint, model):
 
 
 def torch_load_state_dict(checkpoint, model):
-    """PyTorch: the same, copied into a model of timm; making that counts as memory, not as time."""
+    """PyTorch: the same, copied into a network of timm; making that counts as memory, not as time."""
     import timm
     import torch
 
@@ -55,8 +82,16 @@ def torch_load_state_dict(checkpoint, model):
     return lambda: network.load_state_dict(torch.load(checkpoint, weights_only=True))
 
 
-def torch_convert_file(checkpoint, model):
-    """PyTorch: read, and write as safetensors."""
+def timm_create_and_load(checkpoint, model):
+    """PyTorch: the same, and making the network counts as time."""
+    import timm
+    import torch
+
+    return lambda: timm.create_model(model).load_state_dict(torch.load(checkpoint, weights_only=True))
+
+
+def torch_save_file(checkpoint, model):
+    """PyTorch: read, and write as safetensors; does not wait for the disk."""
     import torch
     from safetensors.torch import save_file
 
@@ -67,12 +102,16 @@ def torch_convert_file(checkpoint, model):
     return job
 
 
+OURS, PEERS = ["jax", "convit_jax.pretrained"], ["torch", "timm"]
 JOBS = {  # name: (function, whether it needs the other interpreter, modules whose memory does not count)
     "read_state_dict": (read, False, ["numpy", "convit_jax.pytorch.reader"]),
     "torch.load": (torch_load, True, ["torch"]),
-    "torch.load + load_state_dict": (torch_load_state_dict, True, ["torch", "timm"]),
-    "read_state_dict + write .safetensors": (convert_file, False, ["numpy", "convit_jax.pytorch.writer"]),
-    "torch.load + save_file .safetensors": (torch_convert_file, True, ["torch", "safetensors.torch"]),
+    "read_state_dict + to_params": (to_params, False, OURS),
+    "torch.load + load_state_dict": (torch_load_state_dict, True, PEERS),
+    "load_pretrained": (load_pretrained, False, OURS),
+    "create_model + load + load_state_dict": (timm_create_and_load, True, PEERS),
+    "convert SOURCE DIRECTORY": (convert, False, OURS),
+    "torch.load + save_file .safetensors": (torch_save_file, True, ["torch", "safetensors.torch"]),
 }
 
 
@@ -87,6 +126,9 @@ def megabytes(field):
 def measure(name, checkpoint, model):
     """Do a job once in this process; prints {"seconds": ..., "processor": ..., "megabytes": ...}."""
     function, _, modules = JOBS[name]
+    with contextlib.suppress(ImportError):  # beside a build of PyTorch that misses torchvision's operators
+        if "timm" in modules:
+            import timm_here  # noqa: F401
     for module in modules:
         __import__(module)
     before = megabytes("VmRSS")

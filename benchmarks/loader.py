@@ -105,7 +105,8 @@ def in_workers(files, count):
     with contextlib.closing(
         batches(examples(files, 3, SIZE), batch_size=BATCH, start=0, stop=10**6, workers=count)
     ) as stream:
-        for _ in stream:
+        for batch in stream:
+            del batch  # its shared memory, before the stream is closed
             yield BATCH
 
 

@@ -18,7 +18,6 @@ import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 
-from convit_jax.models.variants import abstract_model
 from convit_jax.pretrained import load
 from convit_jax.pytorch.writer import write
 
@@ -83,7 +82,7 @@ def compare(name, folder):
     """Largest difference between timm's logits and ours for a model, printed with what the exports gave."""
     peer(WRITER, folder, name)
     loaded = load(folder / "weights.pth")
-    graphdef, _ = abstract_model(loaded.settings)
+    graphdef, _ = loaded.network
     with np.load(folder / "io.npz") as io:
         images, expected = io["images"].transpose(0, 2, 3, 1), io["logits"]
     with jax.default_matmul_precision("highest"):

@@ -59,6 +59,12 @@ def get_config():
     config.augment.crop = "resized"  # "resized": random resized crop; "pad": shift by up to `padding` pixels
     config.augment.padding = 4  # pixels of the shift with crop = "pad"
     config.augment.hflip = True  # mirror half of the images
+    config.augment.policy = "randaugment"  # or "three_augment" (DeiT III), or "none"
+    config.augment.num_ops = 2  # operations of RandAugment drawn for an image, each applied to half of them
+    config.augment.magnitude = 9.0  # of RandAugment's operations, 0 to 10
+    config.augment.magnitude_std = 0.5  # of a normal variable added to it for each operation
+    config.augment.color_jitter = 0.0  # brightness, contrast, saturation by 1 +- this; 0: off. DeiT III: 0.3
+    config.augment.erase_prob = 0.25  # of replacing a box of the image with noise
     config.augment.mixup = 0.8  # alpha; 0: off
     config.augment.cutmix = 1.0  # alpha; 0: off
     config.augment.mix_prob = 1.0  # of mixing a batch at all

@@ -23,6 +23,8 @@ def get_config():
     config.augment.crop = "pad"
     config.augment.padding = 1
     config.augment.hflip = False
+    config.augment.policy = "none"
+    config.augment.erase_prob = 0.0
     config.augment.mixup = 0.0
     config.augment.cutmix = 0.0
     config.data.name = "digits"

@@ -50,13 +50,14 @@ def launch(
         try:
             return as_one_of_several(main, argv[1:]) if processes else main(argv[1:])
         except UserError as error:
-            fail(str(error))
+            sentence = str(error)
         except KeyboardInterrupt:
             print(f"{name}: {interrupted}", file=sys.stderr)
             return 130
         except BrokenPipeError:  # who reads our output, as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        fail(sentence)  # here, where the error no longer holds a loader's last batch in shared memory
 
     app.run(run, flags_parser=parse)
 
@@ -183,7 +184,7 @@ def define_weights(*, checkpoint=True, new_head=False):
     flags.DEFINE_string("image_size", None, "Resize the position embedding for such images: 384, or 224x448.")
     flags.DEFINE_integer("heads", None, "Number of heads, where no shape and no table tells it.")
     flags.DEFINE_enum("which", "best", ["best", "latest"], "Which checkpoint of a run directory.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the arithmetic: float32, or as trained.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the arithmetic: float32, or a run's own.")
     flags.DEFINE_bool("ema", False, "Take the moving average of the weights in a run or a checkpoint.")
 
 

@@ -5,7 +5,7 @@
     python -m convit_jax.convert runs/convit_s mine.pth                 # the way back
 
 SOURCE: .pth, .pt, .safetensors, a converted directory, a run directory, a Hub id, or the authors' name of
-a model. TARGET: a directory, or a file that ends in .pth or .safetensors, which PyTorch, timm and the
+a model. TARGET: a directory, or a file that ends in .pth, .pt or .safetensors, which PyTorch, timm and the
 authors' code load.
 """
 
@@ -17,7 +17,8 @@ from absl import flags
 from convit_jax.commands import define_weights, launch, load_weights
 from convit_jax.errors import UserError
 
-FILES = (".pth", ".safetensors")
+FILES = (".pth", ".pt", ".safetensors")
+OTHERS = (".bin", ".ckpt", ".h5", ".npz", ".onnx", ".pkl", ".tar")  # no names of directories, rather mistakes
 DIRECTORY = {"weights.safetensors", "config.json"}  # what a converted one holds
 
 
@@ -49,13 +50,14 @@ def main(arguments):
         raise UserError(
             f"cannot write {target} ({error.strerror}): make room, or check the path and its permissions."
         ) from error
-    print(f"Written to {target} in {time.monotonic() - began:.1f} s")
+    kind = "" if target.suffix in FILES else "the directory "
+    print(f"Written to {kind}{target} in {time.monotonic() - began:.1f} s")
 
 
 def check_target(target, overwrite):
     """Refuse a target that is not asked to be replaced, or that is not of our making."""
-    if target.suffix in (".pt", ".bin", ".ckpt"):
-        raise UserError(f"{target} ends in {target.suffix}: give a directory, a .pth or a .safetensors file.")
+    if target.suffix in OTHERS:
+        raise UserError(f"{target} ends in {target.suffix}: give a directory, a .pth or a .safetensors.")
     if not target.exists():
         return
     if not overwrite:
@@ -63,7 +65,7 @@ def check_target(target, overwrite):
     if target.is_dir() and (target.suffix in FILES or {path.name for path in target.iterdir()} - DIRECTORY):
         raise UserError(f"{target} holds other things than converted weights: give another TARGET.")
     if target.is_file() and target.suffix not in FILES:
-        raise UserError(f"{target} is a file: give a directory, a .pth or a .safetensors file.")
+        raise UserError(f"{target} is a file: give a directory, a .pth or a .safetensors.")
 
 
 if __name__ == "__main__":

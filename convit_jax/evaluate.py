@@ -28,7 +28,6 @@ def main(_):
     from convit_jax.data.loader import EvalExample, Unreadable, batches
     from convit_jax.data.sources import open_source
     from convit_jax.data.subsample import select
-    from convit_jax.models.variants import abstract_model
     from convit_jax.pretrained import describe
     from convit_jax.training.evaluation import evaluate
     from convit_jax.training.loop import use_compilation_cache
@@ -71,7 +70,7 @@ def main(_):
     say(f"{len(indices):,} images of {len(names)} classes in batches of {batch_size}; {how.words()}")
 
     # ---- One pass over them ----------------------------------------------------------------
-    graphdef, _ = abstract_model(loaded.settings)
+    graphdef, _ = loaded.network
     normalization = ConfigDict({"data": {"mean": how.mean, "std": how.std}})
     step = jax.jit(make_eval_step(graphdef, normalization), out_shardings=replicated(mesh))
     zero = jax.jit(eval_metrics, out_shardings=replicated(mesh))()
@@ -119,6 +118,9 @@ def match_classes(names, loaded):
             f"the data has {len(names)} classes, as {names[0]!r}, and the weights have {known}: give weights "
             "and images of the same classes, or name the folders as the weights' classes."
         )
+    if theirs:
+        ours, weights = names[0], loaded.class_names[0]
+        say(f"The data's classes ({ours!r}, ...) are not the weights' ({weights!r}, ...): matched in order.")
     return np.arange(len(names), dtype=np.int32)
 
 

@@ -10,13 +10,13 @@ to know them. In Python, with jax and flatbuffers alone:
     logits = export.deserialize(open("convit_small.stablehlo", "rb").read()).call(images)
 """
 
-import os
 from pathlib import Path
 
 from absl import flags
 
 from convit_jax.commands import define_weights, launch, load_weights
 from convit_jax.errors import UserError
+from convit_jax.pytorch.writer import whole_file
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -39,12 +39,8 @@ def main(arguments):
         raise UserError(f"{output} exists: give another OUTPUT, or add --overwrite to replace it.")
     loaded = load_weights()
     exported = export(loaded, flags.FLAGS.platforms)
-    beside = output.with_name(output.name + ".tmp")
-    try:
-        beside.write_bytes(exported.serialize())
-        os.replace(beside, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output} ({error.strerror}): make room, or check the path.") from error
+    with whole_file(output) as file:
+        file.write(exported.serialize())
     (images,), (logits,) = exported.in_avals, exported.out_avals
     print(f"{output}: {images.str_short()} -> {logits.str_short()}, for {', '.join(exported.platforms)}")
 

@@ -35,12 +35,11 @@ def main(arguments):
 
     from convit_jax.data.augment import normalize
     from convit_jax.data.images import centre_crop, decode
-    from convit_jax.models.variants import abstract_model
 
     paths = find_images(arguments)
     loaded = load_weights()
     how, size = loaded.preprocessing, loaded.settings["image_size"]
-    graphdef, _ = abstract_model(loaded.settings)
+    graphdef, _ = loaded.network
     batch_size = min(flags.FLAGS.batch_size, len(paths))
 
     @jax.jit
@@ -81,10 +80,8 @@ def find_images(arguments):
         elif glob.has_magic(argument) and not path.exists():
             found = [file for file in glob.glob(str(path), recursive=True) if not Path(file).is_dir()]
         else:
-            found = [str(path)]  # if it is not there, that is reported with the unreadable ones
-        if not found:
-            raise UserError(f"there is no image in {argument}: give files, folders, or a pattern.")
-        paths += sorted(found)
+            found = []
+        paths += sorted(found) or [str(path)]  # what is not there is reported with the unreadable ones
     return paths
 
 
@@ -92,6 +89,8 @@ def read_bytes(path):
     """The content of a file."""
     try:
         return Path(path).read_bytes()
+    except IsADirectoryError as error:
+        raise UserError(f"there is no image in the folder {path}: give another.") from error
     except OSError as error:
         raise UserError(f"cannot read the image {path} ({error.strerror}): check the path.") from error
 

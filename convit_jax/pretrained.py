@@ -15,9 +15,9 @@ from convit_jax import hub
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.attention import TRUNC_NORMAL
 from convit_jax.models.positions import resize_pos_embed
-from convit_jax.models.variants import abstract_model, model_settings
+from convit_jax.models.variants import model_settings
 from convit_jax.pytorch import weights
-from convit_jax.pytorch.reader import read_state_dict
+from convit_jax.pytorch.reader import EMA_PLACES, read_state_dict
 from convit_jax.weight_formats import from_converted, from_hub, from_run, from_tensors
 
 BEHAVIOUR = ("dtype", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
@@ -85,7 +85,7 @@ def load(source, *, num_classes=None, image_size=None, num_heads=None, which="be
         raise UserError(f"num_classes is {num_classes}: it must be at least 1.")
 
     if path.is_file():
-        loaded = from_tensors(read_state_dict(path, "model_ema" if ema else None), source, wanted)
+        loaded = from_tensors(read_state_dict(path, EMA_PLACES if ema else None), source, wanted)
     elif (path / "checkpoints").is_dir():
         loaded = from_run(path, which, ema)
     elif ema:
@@ -103,7 +103,7 @@ def load(source, *, num_classes=None, image_size=None, num_heads=None, which="be
     head = loaded.tensors.get("head.weight")
     if num_classes is not None and (head is None or len(head) != num_classes):
         loaded = _with_new_head(loaded, num_classes, seed)
-    weights.check(loaded.tensors, abstract_model(loaded.settings)[1], loaded.source)
+    weights.check(loaded.tensors, loaded.network[1], loaded.source)
     return loaded if size is None else _resized(loaded, size)
 
 

@@ -7,6 +7,7 @@ the way back gives the same tensors.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -18,10 +19,9 @@ from flax import nnx
 from convit_jax.data.class_names import IMAGENET
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, model_settings
-from convit_jax.pytorch import weights
+from convit_jax.pytorch import safetensors_file, weights
 from convit_jax.pytorch.architecture import infer
 from convit_jax.pytorch.reader import read_state_dict
-from convit_jax.pytorch.writer import write
 
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
 
@@ -68,13 +68,18 @@ class Pretrained:
     source: str
     changes: tuple = ()
 
+    @functools.cached_property
+    def network(self):
+        """(graphdef, shapes of the parameters), as models.variants.abstract_model gives them."""
+        return abstract_model(self.settings)
+
     def params(self):
-        """Parameters for a model of these settings, a nested dict of float32 numpy arrays."""
-        return weights.to_params(self.tensors, abstract_model(self.settings)[1])
+        """Parameters for the network, a nested dict of float32 numpy arrays."""
+        return weights.to_params(self.tensors, self.network[1])
 
     def model(self):
         """The model, a VisionTransformer."""
-        return nnx.merge(abstract_model(self.settings)[0], jax.tree.map(jax.numpy.asarray, self.params()))
+        return nnx.merge(self.network[0], jax.device_put(self.params()))
 
     def class_name(self, label):
         """The name of a class, "class 7" if it has none."""
@@ -153,11 +158,20 @@ def save(loaded, directory):
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
         whole = Path(scratch) / "whole"
         whole.mkdir()
-        write(whole / "weights.safetensors", loaded.tensors)
+        with open(whole / "weights.safetensors", "wb") as file:
+            safetensors_file.write(file, loaded.tensors)
+            file.flush()
+            os.fsync(file.fileno())
         (whole / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        if directory.exists():
-            os.replace(directory, Path(scratch) / "before")
-        os.replace(whole, directory)
+        before = Path(scratch) / "before"
+        try:
+            if directory.exists():
+                os.replace(directory, before)
+            os.replace(whole, directory)
+        except BaseException:
+            if before.exists() and not directory.exists():
+                os.replace(before, directory)
+            raise
 
 
 def _preprocessing(given):

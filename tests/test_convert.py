@@ -1,5 +1,8 @@
 """python -m convit_jax.convert as a user runs it."""
 
+import dataclasses
+import errno
+import os
 import subprocess
 import sys
 
@@ -50,7 +53,7 @@ def test_a_mistake_is_one_sentence(arguments, sentence):
 
 def test_only_converted_weights_are_replaced(tmp_path):
     check_target(tmp_path / "new", overwrite=False)
-    with pytest.raises(UserError, match=r"give a directory, a .pth or a .safetensors file"):
+    with pytest.raises(UserError, match=r"new.bin ends in .bin: give a directory, a .pth or a .safetensors"):
         check_target(tmp_path / "new.bin", overwrite=False)
     (tmp_path / "weights.safetensors").touch()
     with pytest.raises(UserError, match="exists: give another TARGET, or add --overwrite"):
@@ -66,6 +69,22 @@ def test_a_directory_is_replaced_whole(tmp_path):
     save(loaded, tmp_path / "w")
     save(pretrained.load(GOLDEN / "convit_golden.pth", num_classes=2), tmp_path / "w")
     assert pretrained.load(tmp_path / "w").settings["num_classes"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+def test_a_directory_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    loaded = pretrained.load(GOLDEN / "convit_golden.pth")
+    save(loaded, tmp_path / "w")
+
+    def replace(source, target, replace=os.replace):
+        if source.name == "whole":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="No space left"):
+        save(dataclasses.replace(loaded, class_names=tuple("abcdefghij")), tmp_path / "w")
+    assert pretrained.load(tmp_path / "w").class_names is None
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
 
 

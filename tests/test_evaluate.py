@@ -44,10 +44,12 @@ def test_images_in_folders(image_folder, tmp_path):
     )
 
 
-def test_labels_are_matched_by_name_where_names_are_known():
+def test_labels_are_matched_by_name_where_names_are_known(capsys):
     weights = SimpleNamespace(settings={"num_classes": 4}, class_names=("a", "b", "c", "d"))
     np.testing.assert_array_equal(match_classes(("b", "d"), weights), [1, 3])
+    assert capsys.readouterr().out == ""
     np.testing.assert_array_equal(match_classes(("w", "x", "y", "z"), weights), [0, 1, 2, 3])
+    assert "classes ('w', ...) are not the weights' ('a', ...): matched in order." in capsys.readouterr().out
     for names in (("x", "y"), ("v", "w", "x", "y", "z")):
         with pytest.raises(UserError, match=f"the data has {len(names)} classes, as '{names[0]}', and"):
             match_classes(names, weights)

@@ -14,7 +14,7 @@ from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.data.images import centre_crop
 from convit_jax.errors import UserError
 from convit_jax.export import export
-from convit_jax.predict import find_images
+from convit_jax.predict import find_images, read_bytes
 from convit_jax.weight_formats import save
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -79,8 +79,11 @@ def test_files_folders_and_patterns(image_folder):
         *(f"{val}/{name}/0.jpg" for name in ("ant", "bee", "cat")),
         "gone.jpg",
     ]
-    with pytest.raises(UserError, match=r"no image in .*\.png: give files, folders, or a pattern"):
-        find_images([f"{val}/*.png"])
+    (val / "empty").mkdir()
+    for nothing in (f"{val}/*.png", f"{val}/empty"):
+        assert find_images([nothing]) == [nothing]  # reported when it cannot be read; the others go on
+        with pytest.raises(UserError, match=r"there is no image in the folder .*empty|cannot read the image"):
+            read_bytes(nothing)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

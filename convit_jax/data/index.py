@@ -42,6 +42,21 @@ class Index:
         return _read, (self.path, self.fingerprint)
 
 
+class Indexed:
+    """What a source with a self.index has of it."""
+
+    @property
+    def labels(self):
+        return self.index["labels"]
+
+    @property
+    def names(self):
+        return self.index.names
+
+    def __len__(self):
+        return len(self.labels)
+
+
 class Names:
     """A sequence of strings in two arrays: UTF-8 bytes uint8 [m], and int64 [n + 1] where each begins."""
 

@@ -15,7 +15,10 @@ def soft_labels(labels, num_classes, smoothing):
 
 
 def cutmix_box(key, lam, height, width):
-    """(top, bottom, left, right) of a box of area 1 - lam around a random centre, cut at the borders."""
+    """(top, bottom, left, right) of a box of area 1 - lam around a random centre, cut at the borders.
+
+    An odd side loses a pixel, as in the timm of the original's time; timm 1.0 keeps it.
+    """
     y_key, x_key = jax.random.split(key)
     side = jnp.sqrt(1.0 - lam)
     half_h, half_w = (height * side).astype(jnp.int32) // 2, (width * side).astype(jnp.int32) // 2

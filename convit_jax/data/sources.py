@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from convit_jax.data.index import cached_index, make_index
+from convit_jax.data.index import Indexed, cached_index, make_index
 from convit_jax.data.tfds import TfdsImages
 from convit_jax.errors import UserError
 
@@ -56,7 +56,7 @@ class Digits:
         return self.images[index]
 
 
-class ImageFolder:
+class ImageFolder(Indexed):
     """Images below DIRECTORY/train/CLASS and DIRECTORY/val/CLASS (or test/CLASS), as torchvision reads them.
 
     Classes are the sorted folders of the training split; a class's files are found at any depth. Records
@@ -104,17 +104,6 @@ class ImageFolder:
             labels += [label] * len(files)
             flat += [os.sep not in file for file in files]
         return make_index(labels, names, flat=np.array(flat, bool))
-
-    @property
-    def labels(self):
-        return self.index["labels"]
-
-    @property
-    def names(self):
-        return self.index.names
-
-    def __len__(self):
-        return len(self.labels)
 
     def __getitem__(self, index):
         path = self.root / self.names[index]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from convit_jax.data.index import cached_index, make_index
+from convit_jax.data.index import Indexed, cached_index, make_index
 from convit_jax.data.tfrecord import TfRecords
 from convit_jax.errors import UserError, nearest
 
@@ -31,7 +31,7 @@ PREPARE = "python -m convit_jax.data.prepare"
 SPARE_FILES = 256  # open files that are not shards
 
 
-class TfdsImages:
+class TfdsImages(Indexed):
     """A split of a TFDS data set with one image and one class label an example, in the order (label, name).
 
     Args:
@@ -85,17 +85,6 @@ class TfdsImages:
     def __setstate__(self, state):
         self.__dict__.update(state)
         _allow_open_files(len(self.paths))  # of this process, a loader's worker
-
-    @property
-    def labels(self):
-        return self.index["labels"]
-
-    @property
-    def names(self):
-        return self.index.names
-
-    def __len__(self):
-        return len(self.labels)
 
     def __getitem__(self, number):
         features = parse(self.records.read(self.index, number))
@@ -156,15 +145,22 @@ def parse(record):
 def _find(name, directory):
     """TFDS's builder of a prepared data set."""
     import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
     from tensorflow_datasets.core.registered import DatasetNotFoundError
 
     given = Path(directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     short = name.split(":")[0].split("/")[0]
-    if (given / "features.json").exists():
-        return tfds.builder_from_directory(given)
     root = given.parent if given.name == short else given
     try:
+        if (given / "features.json").exists():
+            return tfds.builder_from_directory(given)
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=root)
+    except (OSError, ParseError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"the description of the TFDS data set {name!r} in {given} is missing or damaged ({reason}): "
+            "copy dataset_info.json and features.json anew."
+        ) from error
     except (DatasetNotFoundError, ValueError) as error:
         raise UserError(_not_found(name, short, given, directory)) from error
 
@@ -178,8 +174,8 @@ def _not_found(name, short, given, directory):
     where = "" if directory else " ($TFDS_DATA_DIR)" if "TFDS_DATA_DIR" in os.environ else " (the default)"
     unfinished = next(given.glob(f"{short}/**/incomplete*"), None) if given.is_dir() else None
     ending = f"; {unfinished} was never finished" if unfinished else ""
-    others = sorted(path.parent.parent.name for path in given.glob(f"{short}/*/*/features.json"))
-    ending += f"; there is {short}/{others[0]}" if others else ""
+    others = sorted(str(path.parent.relative_to(given)) for path in given.glob(f"{short}/**/features.json"))
+    ending += f"; there is {others[0]}" if others else ""
     how = f"prepare it with {PREPARE}, " if short == "imagenet2012" else ""
     return (
         f"{mistyped}there is no TFDS data set {name!r} in {given}{where}: expected "

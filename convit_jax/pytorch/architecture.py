@@ -104,16 +104,17 @@ def _heads(tensors, source, family, embed_dim, given):
             f"{source} is a plain vision transformer of width {embed_dim}, which is none of DeiT's "
             f"({', '.join(map(str, table))}): say how many heads it has, with --heads."
         )
-    return given or table[embed_dim]
+    return table[embed_dim] if given is None else given
 
 
 def _grid(positions, extras, patch_size, sizes, source):
     """((rows, columns), number of entries for class and distillation token) of a position embedding.
 
-    extras: possible numbers of such entries. sizes: of images, to try in turn; None: any square.
+    extras: possible numbers of such entries, the likelier first. sizes: of images, to try in turn with each;
+    None: any square.
     """
-    for size in sizes:
-        for extra in extras:
+    for extra in extras:
+        for size in sizes:
             if size is not None:
                 rows, columns = size[0] // patch_size, size[1] // patch_size
             else:

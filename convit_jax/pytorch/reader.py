@@ -15,12 +15,13 @@ import numpy as np
 from convit_jax.errors import UserError
 from convit_jax.pytorch import safetensors_file, torch_file
 from convit_jax.pytorch.allowed import NumpyArray, NumpyType, Ordered
-from convit_jax.pytorch.tensors import Storage, Tensor, read_all, read_bytes
+from convit_jax.pytorch.tensors import Storage, Tensor, in_threads, read_bytes
 from convit_jax.pytorch.unpickler import Call, quoted
 
 MAX_DEPTH = 100  # of containers in containers
 MAX_VALUES = 10_000_000  # all values, those of a container that stands in several places counted each time
 PLACES = ("model", "state_dict", "model_state_dict")  # where checkpoints keep the model's state dict
+EMA_PLACES = ("model_ema", "state_dict_ema")  # of the authors' and of timm's training
 PREFIXES = ("module.", "_orig_mod.")  # of torch's DataParallel and of torch.compile
 
 
@@ -38,18 +39,18 @@ def read(path):
         return plain.value(tree)
 
 
-def read_state_dict(path, key=None):
+def read_state_dict(path, places=None):
     """The model's tensors in a file, {name: array} in the file's order.
 
     The state dict may be the whole file or stand under "model", "state_dict" or
-    "model_state_dict"; `key` names another place, such as "model_ema". `module.` before every
-    name, as DataParallel writes it, is taken off. Only these tensors are read from the disk.
+    "model_state_dict"; `places` names others, as EMA_PLACES. `module.` before every name, as
+    DataParallel writes it, is taken off. Only these tensors are read from the disk.
 
     Raises:
       UserError: as read; or the file holds no state dict there, and the sentence says what it holds.
     """
     with opened(path) as (tree, plain):
-        found = find_state_dict(tree, key)
+        found = find_state_dict(tree, places)
         plain.read_ahead(found.values())
         tensors = plain.value(found)
     while any(all(name.startswith(prefix) for name in tensors) for prefix in PREFIXES):
@@ -113,7 +114,7 @@ class Plain:
     def read_ahead(self, items):
         """Read the storages of many tensors at once."""
         storages = {item.storage.key: item.storage for item in items if isinstance(item, Tensor)}
-        self.data.update(zip(storages, read_all(self.fetch, storages.values()), strict=True))
+        self.data.update(zip(storages, in_threads(self.fetch, storages.values()), strict=True))
 
     def value(self, item):
         return self.convert(item, 0)[0]
@@ -166,19 +167,17 @@ class Plain:
         return item.name if isinstance(item, Call) else item
 
 
-def find_state_dict(tree, key=None):
+def find_state_dict(tree, places=None):
     """The dictionary of tensors by name in a file's object; see read_state_dict."""
-    places = PLACES if key is None else (key,)
-    if key is None and is_state_dict(tree):
+    if places is None and is_state_dict(tree):
         return tree
     if isinstance(tree, dict):
-        for place in places:
+        for place in places or PLACES:
             if is_state_dict(tree.get(place)):
                 return tree[place]
-    where = " or ".join(map(repr, places))
-    raise UserError(
-        f"it has no state dict, neither as a whole nor under {where}: it holds {described(tree)}."
-    )
+    where = " or ".join(map(repr, places or PLACES))
+    whole = "" if places else ", neither as a whole nor"
+    raise UserError(f"it has no state dict{whole} under {where}: it holds {described(tree)}.")
 
 
 def is_state_dict(item):

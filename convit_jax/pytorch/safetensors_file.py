@@ -14,7 +14,7 @@ import numpy as np
 
 from convit_jax.errors import UserError
 from convit_jax.pytorch import dtypes
-from convit_jax.pytorch.tensors import read_all, read_bytes, to_native
+from convit_jax.pytorch.tensors import in_threads, read_bytes, to_native
 from convit_jax.pytorch.unpickler import quoted
 
 MAX_HEADER = 10_000_000  # of a ConViT: 30,000
@@ -50,7 +50,7 @@ def read(file, size):
             to_native(data, dtype)
         return data.view(dtype).reshape(shape)
 
-    return dict(zip(entries, read_all(tensor, spans), strict=True))
+    return dict(zip(entries, in_threads(tensor, spans), strict=True))
 
 
 def parse(header):

@@ -23,10 +23,7 @@ TORCH_NAMES = {np.dtype(dtype): (name, storage) for name, storage, _, dtype in d
 
 
 def write(path, tensors):
-    """Write {name: array} to a .pth, .pt or .safetensors file, in this order.
-
-    The file appears under its name when it is complete and on the disk; until then, and if
-    anything goes wrong, what was there before stays.
+    """Write {name: array} to a .pth, .pt or .safetensors file, in this order; whole or not at all.
 
     Raises:
       UserError: another suffix, an element type that the format lacks, or a disk that does not take it.
@@ -39,10 +36,23 @@ def write(path, tensors):
     for name, array in tensors.items():
         if array.dtype not in TORCH_NAMES:
             raise UserError(f"PyTorch has no element type for {name!r} ({array.dtype}): convert it first.")
+    with whole_file(path) as file:
+        writers[path.suffix](file, tensors)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A new file, open for bytes, that gets its name when it is complete and on the disk.
+
+    Until then, and if anything goes wrong, what was there before stays.
+
+    Raises:
+      UserError: the disk does not take it.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "xb") as file:
-            writers[path.suffix](file, tensors)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

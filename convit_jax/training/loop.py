@@ -167,6 +167,7 @@ def train(config, workdir):
         train_batches = rows(plan.train, config.batch_size, start, plan.total_steps)
         stack.callback(train_batches.close)
         recent = collections.deque()  # the largest vote of each step that is under way
+        stack.callback(lambda: jax.block_until_ready(list(recent)))  # they may use the loader's memory
         windows = collections.deque()  # closed windows of log_every steps, not yet reported
 
         def settle(most):

@@ -114,10 +114,21 @@ def _check(config, devices):
     choices = {
         "optim.schedule_per": (config.optim.schedule_per, ("epoch", "step")),
         "augment.crop": (config.augment.crop, ("resized", "pad")),
+        "augment.policy": (config.augment.policy, ("randaugment", "three_augment", "none")),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise UserError(f"{name} is {value!r}: choose {' or '.join(allowed)}.")
+    limits = {
+        "num_ops": (0, 15),
+        "magnitude": (0, 10),
+        "magnitude_std": (0, 10),
+        "color_jitter": (0, 1),
+        "erase_prob": (0, 1),
+    }
+    for name, (low, high) in limits.items():
+        if not low <= config.augment[name] <= high:
+            raise UserError(f"augment.{name} is {config.augment[name]}: it must be between {low} and {high}.")
     if config.data.name == "digits" and config.data.dir:
         raise UserError("data.dir is set but data.name is digits, which needs none: set data.name=folder.")
     if config.data.repeats < 1 or config.data.workers < 0:

@@ -17,6 +17,12 @@ FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was 
 TRAIN_STREAM = 0x7261696E  # keeps the keys of training apart from those of the weights, which count from 0
 
 
+def step_keys(seed, step):
+    """The keys of a step's augmentation, of its mixing, and of stochastic depth and dropout."""
+    seed_key = jax.random.fold_in(jax.random.key(seed), TRAIN_STREAM)
+    return jax.random.split(jax.random.fold_in(seed_key, step), 3)
+
+
 def train_metrics():
     """The sums of an empty window; bad_step is the first step with a loss or gradient that is not finite."""
     zero = jnp.int32(0)
@@ -43,13 +49,29 @@ def soft_cross_entropy(logits, targets):
     return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
+def augmented(batch, keys, config, num_classes):
+    """What a step with these keys trains on: images float32 [B, H, W, 3], soft labels [B, num_classes]."""
+    aug, mean, std = config.augment, tuple(config.data.mean), tuple(config.data.std)
+    return mix(
+        augment(batch["image"], keys[0], aug, mean=mean, std=std),
+        batch["label"],
+        keys[1],
+        num_classes=num_classes,
+        smoothing=aug.label_smoothing,
+        mixup=aug.mixup,
+        cutmix=aug.cutmix,
+        prob=aug.mix_prob,
+        switch_prob=aug.mix_switch_prob,
+    )
+
+
 def make_train_step(graphdef, optimizer, schedule, config, num_classes, whole=lambda tree: tree):
     """(state, metrics, batch) -> (state, metrics), to be jitted with the state donated.
 
     batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. whole: puts parameters that are cut over
     devices together for the forward and backward pass (their gradients are cut again).
     """
-    aug, optim = config.augment, config.optim
+    optim = config.optim
     parts = config.accumulate
 
     def loss_fn(params, images, targets, key):
@@ -79,28 +101,8 @@ def make_train_step(graphdef, optimizer, schedule, config, num_classes, whole=la
         return (loss / parts, correct), jax.tree.map(lambda grad: grad / parts, grads)
 
     def step(state, metrics, batch):
-        seed_key = jax.random.fold_in(jax.random.key(config.seed), TRAIN_STREAM)
-        keys = jax.random.split(jax.random.fold_in(seed_key, state["step"]), 3)
-        images = augment(
-            batch["image"],
-            keys[0],
-            crop=aug.crop,
-            padding=aug.padding,
-            hflip=aug.hflip,
-            mean=tuple(config.data.mean),
-            std=tuple(config.data.std),
-        )
-        images, targets = mix(
-            images,
-            batch["label"],
-            keys[1],
-            num_classes=num_classes,
-            smoothing=aug.label_smoothing,
-            mixup=aug.mixup,
-            cutmix=aug.cutmix,
-            prob=aug.mix_prob,
-            switch_prob=aug.mix_switch_prob,
-        )
+        keys = step_keys(config.seed, state["step"])
+        images, targets = augmented(batch, keys, config, num_classes)
         (loss, correct), grads = accumulated(state["params"], images, targets, keys[2])
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)

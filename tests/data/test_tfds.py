@@ -201,7 +201,8 @@ def test_a_shard_of_another_set_is_refused_by_its_count(tfds_data):
             r"no TFDS data set 'imagenet2012' in .*expected .*data\.prepare.*data\.name=folder",
         ),
         ("cifar100", lambda root: None, r"no TFDS data set 'cifar100' in .*cifar100/VERSION/features\.json"),
-        ("imagenette", lambda root: None, r"there is imagenette/160px-v2\."),
+        ("imagenette", lambda root: None, r"there is imagenette/160px-v2/1\.0\.0\."),
+        ("imagenet2012:4.0.0", lambda root: None, r"there is imagenet2012/5\.1\.0\."),
         (
             "imagenet2012",
             lambda root: (root / IMAGENET).rename(root / "imagenet2012/incomplete.x_5.1.0"),
@@ -213,12 +214,26 @@ def test_a_shard_of_another_set_is_refused_by_its_count(tfds_data):
             r"is an image folder.*data\.name=folder",
         ),
     ],
-    ids=["none", "another", "config", "unfinished", "folder"],
+    ids=["none", "another", "config", "version", "unfinished", "folder"],
 )
 def test_a_data_set_that_is_not_there_is_answered_with_where_and_how(name, damage, said, root):
     damage(root)
     with pytest.raises(UserError, match=said):
         TfdsImages(name, root, "train")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [(file, damage) for file in ("dataset_info.json", "features.json") for damage in (cut, empty, html)]
+    + [("dataset_info.json", os.unlink)],
+)
+def test_a_damaged_description_is_said_in_a_sentence(file, damage, root):
+    damage(root / IMAGENET / file)
+    with pytest.raises(
+        UserError, match=r"description of .*'imagenet2012' in .*damaged \(.+\): copy .*\.$"
+    ) as said:
+        TfdsImages("imagenet2012", root, "train")
+    assert "\n" not in str(said.value)
 
 
 def test_a_directory_without_a_train_split_says_what_happened(root):

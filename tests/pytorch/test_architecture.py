@@ -53,9 +53,16 @@ def test_the_shape_of_an_oblong_grid_comes_from_the_caller():
         infer(tensors, "it", trained_at=(64, 64))
 
 
+def test_an_oblong_grid_and_a_class_token_are_not_taken_for_a_square():
+    settings = model_settings("deit_tiny", image_size=(32, 64))  # 2 x 4 + 1 = 3 x 3 entries
+    assert infer(tensors_of(settings), "it", image_size=(32, 64)) == settings
+
+
 def test_the_heads_of_an_unknown_deit_come_from_the_caller():
     tensors = tensors_of(model_settings("deit_tiny", image_size=32, embed_dim=40, num_heads=5))
     assert infer(tensors, "it", num_heads=5)["num_heads"] == 5
+    with pytest.raises(UserError, match="num_heads is 0: it must be at least 1"):
+        infer(tensors, "it", num_heads=0)
     with pytest.raises(UserError, match=r"width 40, which is none of DeiT's .* with --heads"):
         infer(tensors, "it")
 

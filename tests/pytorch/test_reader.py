@@ -114,14 +114,22 @@ def test_a_training_checkpoint_in_full():
 def test_state_dict_is_found_and_its_prefix_taken_off(name):
     tensors = reader.read_state_dict(GOLDEN / name)
     assert list(tensors)[:2] == ["float32", "float64"]
-    assert "transposed" in reader.read_state_dict(GOLDEN / name, key="views")
+    assert "transposed" in reader.read_state_dict(GOLDEN / name, places=["views"])
+
+
+def test_the_average_where_the_authors_and_timm_keep_it():
+    plain, average = {"a": np.zeros(1)}, {"a": np.ones(1)}
+    for names in (("model", "model_ema"), ("state_dict", "state_dict_ema")):
+        tree = dict(zip(names, (plain, average), strict=True))
+        assert reader.find_state_dict(tree) is plain
+        assert reader.find_state_dict(tree, reader.EMA_PLACES) is average
 
 
 def test_no_state_dict():
     with pytest.raises(
         UserError, match=r"no state dict.* under 'nets': it holds 'model' \(dictionary\), .*more"
     ):
-        reader.read_state_dict(GOLDEN / "kinds_zip.pth", key="nets")
+        reader.read_state_dict(GOLDEN / "kinds_zip.pth", places=["nets"])
 
 
 def test_only_what_is_asked_for_is_read(tmp_path):

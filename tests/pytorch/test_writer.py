@@ -1,5 +1,6 @@
 """What is written is what PyTorch and safetensors write: proven by structure, and read back."""
 
+import errno
 import json
 import os
 import pickletools
@@ -158,3 +159,16 @@ def test_a_file_stays_whole_when_writing_fails(tmp_path):
         writer.write(tmp_path / "a.safetensors", {"a": np.zeros(3), "z": np.zeros(1, complex)})
     assert (tmp_path / "a.safetensors").read_bytes() == before
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_file_that_is_given_up_leaves_nothing(tmp_path):
+    def half(reason):
+        with writer.whole_file(tmp_path / "a") as file:
+            file.write(b"half")
+            raise reason
+
+    with pytest.raises(UserError, match=r"cannot write .*/a \(No space left on device\)"):
+        half(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(KeyboardInterrupt):
+        half(KeyboardInterrupt())
+    assert os.listdir(tmp_path) == []

@@ -32,8 +32,7 @@ def stepper(digits_config):
         graphdef, params = abstract_model(plan.model)
         optimizer = make_optimizer(config.optim, schedule, params)
         state = new_state(initial_params(plan.model, 0), optimizer, ema=config.optim.ema_decay > 0)
-        examples = [plan.train(slot) for slot in range(rows)]
-        batch = {name: np.stack([example[name] for example in examples]) for name in ("image", "label")}
+        batch = plan.train(range(rows))
         return jax.jit(make_train_step(graphdef, optimizer, schedule, config, 10)), state, batch
 
     return build
@@ -99,8 +98,7 @@ def test_evaluation_counts_valid_rows_only(digits_config):
     graphdef, _ = abstract_model(plan.model)
     step = jax.jit(make_eval_step(graphdef, digits_config))
     params = initial_params(plan.model, 0)
-    rows = [plan.test(slot) for slot in range(20)]
-    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    batch = plan.test(range(20))
     some = {**batch, "valid": np.arange(20) < 13}
     few = {name: array[:13] for name, array in batch.items()}
     ours, expected = step(params, eval_metrics(), some), step(params, eval_metrics(), few)
