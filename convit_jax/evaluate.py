@@ -119,6 +119,8 @@ def match_classes(names, loaded):
             "and images of the same classes, or name the folders as the weights' classes."
         )
     if theirs:
+        from convit_jax.training.processes import say
+
         ours, weights = names[0], loaded.class_names[0]
         say(f"The data's classes ({ours!r}, ...) are not the weights' ({weights!r}, ...): matched in order.")
     return np.arange(len(names), dtype=np.int32)
