@@ -92,7 +92,7 @@ attention.defvjp(_attention_forward, _attention_backward)
 
 
 def split_heads(x, count, num_heads):
-    """[B, N, count * D] -> `count` arrays [B, H, N, d]: heads beside the batch, as batched products want them."""
+    """[B, N, count * D] -> `count` arrays [B, H, N, d]: heads beside the batch, for batched products."""
     batch, tokens, width = x.shape
     x = x.reshape(batch, tokens, count, num_heads, width // (count * num_heads))
     return tuple(x.transpose(2, 0, 3, 1, 4))
@@ -149,10 +149,14 @@ class SelfAttention(nnx.Module):
         q, k, _ = self._qkv(x)
         return content_probabilities(q, k)
 
-    def __call__(self, x, *, key=None):
-        """Attend. key: PRNG key for dropout in training, None in evaluation."""
+    def __call__(self, x, *, queries=None, key=None):
+        """Attend. key: PRNG key for dropout in training, None in evaluation.
+
+        queries: give the result for so many of the first tokens only, [B, queries, D].
+        """
         attn_key, proj_key = split_key(key, 2)
         q, k, v = self._qkv(x)
+        q = q[:, :, :queries]
         if attn_key is not None and self.attn_drop > 0:
             out = apply_maps(dropout(content_probabilities(q, k), self.attn_drop, attn_key), v)
         else:
