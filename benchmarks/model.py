@@ -11,6 +11,7 @@ for when the device's memory does not hold all of them. What --minutes leave no 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -84,7 +85,8 @@ class Program:
     def stop(self):
         """End the process; the next request starts another."""
         if self.process is not None:
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it was killed
+                self.process.stdin.close()
             self.process.wait()
             self.process.stdout.close()
             self.process = None
@@ -94,13 +96,21 @@ def programs(model, image_size, batch, options, cache):
     """The programs to compare for one model, ours first."""
     size = model.removeprefix("convit_")
     arguments = [f"--model={model}", f"--image_size={image_size}", f"--batch={batch}"]
-    ours = [sys.executable, "-m", "benchmarks.model_jax", *arguments, f"--settings={options.settings}"]
-    environment = {"JAX_COMPILATION_CACHE_DIR": f"{cache}/jax", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    ours = [sys.executable, "-P", str(ROOT / "benchmarks/model_jax.py"), *arguments]
+    ours.append(f"--settings={options.settings}")
+
+    def path(folder):
+        return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+    environment = {
+        "PYTHONPATH": path(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # for the memory in use to be what is needed
+    }
     result = [Program(name, [*ours, f"--program={name}"], environment) for name in ("convit", "plain")]
     if options.other:  # this benchmark, that package
-        path = {"PYTHONPATH": f"{Path(options.other).resolve()}{os.pathsep}{ROOT}"}
-        command = [sys.executable, "-P", *ours[1:], "--program=convit"]
-        result.append(Program("other", command, {**environment, **path}))
+        there = {**environment, "PYTHONPATH": path(Path(options.other).resolve())}
+        result.append(Program("other", [*ours, "--program=convit"], there))
     script = str(ROOT / "benchmarks/model_timm.py")
     for name in [name for name in PEERS if options.peer and name in options.peers.split(",")]:
         model, compiled = PEERS[name]
