@@ -39,6 +39,7 @@ if [ "$part" = first ]; then
     timeout 90 "$python" -m benchmarks.attention --shape="$shape" --dtype="$dtype" --json="$out/attention.json"
     timeout "$((limit - SECONDS + 20))" "$python" -m benchmarks.model --models="$small" --batch="$batch" --rounds=2 \
         --seconds="$seconds" --settings="$settings" --fresh --minutes="$(left 5.5)" "${peers[@]}" --json="$out/small.json"
+    "$python" -c 'import benchmarks.loop' || echo "The loop needs all of requirements.txt: not measured."
     timeout "$((limit - SECONDS + 20))" "$python" -m benchmarks.loop --config=configs/convit_s.py --rounds=1 \
         --config.batch_size="$batch" --config.steps="$steps" --config.log_every="$every" --config.mesh.data=1 \
         --json="$out/loop.json" "${loop[@]}"
