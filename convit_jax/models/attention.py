@@ -81,7 +81,7 @@ def _attention_backward(kept, d_out):
     maps = jnp.exp(_scores(q, k) - log_total)
     d_v = jnp.einsum("bhqn,bhqd->bhnd", maps.astype(v.dtype), d_out)
     d_maps = jnp.einsum("bhqd,bhnd->bhqn", d_out, v, preferred_element_type=jnp.float32)
-    inner = jnp.sum((d_out * out).astype(jnp.float32), axis=-1, keepdims=True)
+    inner = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
     d_scores = (maps * (d_maps - inner) / math.sqrt(q.shape[-1])).astype(q.dtype)
     d_q = jnp.einsum("bhqn,bhnd->bhqd", d_scores, k)
     d_k = jnp.einsum("bhqn,bhqd->bhnd", d_scores, q)

@@ -265,7 +265,8 @@ class VisionTransformer(nnx.Module):
 
         def step(queries):
             whole = functools.partial(body, queries)
-            return jax.checkpoint(whole, prevent_cse=False) if self.remat else whole
+            # What is recomputed must not be shared with the forward pass; in a scan it cannot be.
+            return jax.checkpoint(whole, prevent_cse=queries is not None) if self.remat else whole
 
         scanned = layers if queries is None else jax.tree.map(lambda leaf: leaf[:-1], layers)
         x, _ = jax.lax.scan(step(None), x, scanned, unroll=min(self.scan_unroll, count))
