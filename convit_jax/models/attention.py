@@ -43,14 +43,79 @@ def split_key(key, count):
 
 
 def content_probabilities(q, k):
-    """softmax(q k / sqrt(d)) in float32: [B, N, H, d] twice -> [B, H, N, N]."""
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1)
+    """softmax(q k / sqrt(d)) in float32: q [B, H, Q, d], k [B, H, N, d] -> [B, H, Q, N]."""
+    return jax.nn.softmax(_scores(q, k), axis=-1)
 
 
 def apply_maps(maps, v):
-    """Attention maps [B, H, N, N] times values [B, N, H, d] -> [B, N, H, d], in the dtype of the values."""
-    return jnp.einsum("bhnm,bmhd->bnhd", maps.astype(v.dtype), v)
+    """Attention maps [B, H, Q, N] times values [B, H, N, d] -> [B, H, Q, d], in the dtype of the values."""
+    return jnp.einsum("bhqn,bhnd->bhqd", maps.astype(v.dtype), v)
+
+
+def _scores(q, k):
+    return jnp.einsum("bhqd,bhnd->bhqn", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+
+
+@jax.custom_vjp
+def attention(q, k, v):
+    """softmax(q k / sqrt(d)) v: q [B, H, Q, d], k and v [B, H, N, d] -> [B, H, Q, d].
+
+    The rows are divided by their sums after the product, which is cheaper, and the gradient computes the
+    probabilities P again from q and k (as FlashAttention does): no map is kept from the forward pass.
+    """
+    return _attention_forward(q, k, v)[0]
+
+
+def _attention_forward(q, k, v):
+    scores = _scores(q, k)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    exp = jnp.exp(scores - largest)
+    total = jnp.sum(exp, axis=-1, keepdims=True)
+    out = (apply_maps(exp, v) / total).astype(v.dtype)
+    return out, (q, k, v, out, largest + jnp.log(total))
+
+
+def _attention_backward(kept, d_out):
+    """dS = P * (d_out v^T - rowsum(d_out * out)) / sqrt(d), and from it dq, dk; dv = P^T d_out."""
+    q, k, v, out, log_total = kept
+    maps = jnp.exp(_scores(q, k) - log_total)
+    d_v = jnp.einsum("bhqn,bhqd->bhnd", maps.astype(v.dtype), d_out)
+    d_maps = jnp.einsum("bhqd,bhnd->bhqn", d_out, v, preferred_element_type=jnp.float32)
+    inner = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    d_scores = (maps * (d_maps - inner) / math.sqrt(q.shape[-1])).astype(q.dtype)
+    d_q = jnp.einsum("bhqn,bhnd->bhqd", d_scores, k)
+    d_k = jnp.einsum("bhqn,bhqd->bhnd", d_scores, q)
+    return d_q, d_k, d_v
+
+
+attention.defvjp(_attention_forward, _attention_backward)
+
+
+def split_heads(x, count, num_heads):
+    """[B, N, count * D] -> `count` arrays [B, H, N, d]: heads beside the batch, for batched products."""
+    batch, tokens, width = x.shape
+    x = x.reshape(batch, tokens, count, num_heads, width // (count * num_heads))
+    return tuple(x.transpose(2, 0, 3, 1, 4))
+
+
+def join_heads(x):
+    """[B, H, N, d] -> [B, N, H * d]."""
+    batch, heads, tokens, size = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * size)
+
+
+def along_axes(a_y, a_x, v):
+    """(A_y (x) A_x) v of each head: [H, rows, rows], [H, columns, columns], v [B, H, N, d] -> [B, H, N, d].
+
+    The factors are repeated for the batch, so that the products are batched over leading axes and no value
+    has to move; with heads alone as the batch the values would be transposed, and back.
+    """
+    batch, heads, tokens, size = v.shape
+    rows, columns = a_y.shape[-1], a_x.shape[-1]
+    a_y = jnp.broadcast_to(a_y, (batch, *a_y.shape))
+    a_x = jnp.broadcast_to(a_x[:, None], (batch, heads, rows, columns, columns))
+    v = a_y @ v.reshape(batch, heads, rows, columns * size)  # [B, H, rows, columns * d]
+    return (a_x @ v.reshape(batch, heads, rows, columns, size)).reshape(batch, heads, tokens, size)
 
 
 def local_positional_weights(num_heads, locality_strength):
@@ -77,24 +142,26 @@ class SelfAttention(nnx.Module):
         self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
 
     def _qkv(self, x):
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, H, d] each
+        return split_heads(self.qkv(x), 3, self.num_heads)  # [B, H, N, d] each
 
     def attention_maps(self, x):
         """Attention probabilities, float32 [B, H, N, N], of tokens x [B, N, D]."""
         q, k, _ = self._qkv(x)
         return content_probabilities(q, k)
 
-    def __call__(self, x, *, key=None):
-        """Attend. key: PRNG key for dropout in training, None in evaluation."""
+    def __call__(self, x, *, queries=None, key=None):
+        """Attend. key: PRNG key for dropout in training, None in evaluation.
+
+        queries: give the result for so many of the first tokens only, [B, queries, D].
+        """
         attn_key, proj_key = split_key(key, 2)
         q, k, v = self._qkv(x)
+        q = q[:, :, :queries]
         if attn_key is not None and self.attn_drop > 0:
             out = apply_maps(dropout(content_probabilities(q, k), self.attn_drop, attn_key), v)
         else:
-            out = jax.nn.dot_product_attention(q, k, v)
-        return dropout(self.proj(out.reshape(x.shape)), self.proj_drop, proj_key)
+            out = attention(q, k, v)
+        return dropout(self.proj(join_heads(out)), self.proj_drop, proj_key)
 
 
 class GatedPositionalSelfAttention(nnx.Module):
@@ -134,10 +201,8 @@ class GatedPositionalSelfAttention(nnx.Module):
             self.v.kernel = nnx.Param(jnp.eye(dim))
 
     def _qkv(self, x):
-        batch, tokens, dim = x.shape
-        heads = (self.num_heads, dim // self.num_heads)
-        qk = self.qk(x).reshape(batch, tokens, 2, *heads)
-        return qk[:, :, 0], qk[:, :, 1], self.v(x).reshape(batch, tokens, *heads)  # [B, N, H, d] each
+        q, k = split_heads(self.qk(x), 2, self.num_heads)
+        return q, k, *split_heads(self.v(x), 1, self.num_heads)  # [B, H, N, d] each
 
     def gates(self):
         """sigma(lambda) of each head, the weight of position against content, float32 [H]."""
@@ -180,17 +245,12 @@ class GatedPositionalSelfAttention(nnx.Module):
             out = apply_maps(dropout(self._maps(q, k), self.attn_drop, attn_key), v)
         else:
             out = self._separable(q, k, v)
-        return dropout(self.proj(out.reshape(x.shape)), self.proj_drop, proj_key)
+        return dropout(self.proj(join_heads(out)), self.proj_drop, proj_key)
 
     def _separable(self, q, k, v):
-        """(1 - s) attention(q, k) v + s (A_y (x) A_x) v, [B, N, H, d]."""
-        gate = self.gates()
+        """(1 - s) attention(q, k) v + s (A_y (x) A_x) v, [B, H, N, d]."""
+        gate = self.gates()[:, None, None]
         a_y, a_x = self.positional_factors()
-        gated_a_y = (gate[:, None, None] * a_y).astype(v.dtype)
-        on_grid = v.reshape(v.shape[0], *self.grid, *v.shape[2:])  # [B, rows, columns, H, d]
-        # Over the columns, then the rows: queries at (y, x), keys at (v, u).
-        position = jnp.einsum("hxu,bvuhd->bvxhd", a_x.astype(v.dtype), on_grid)
-        position = jnp.einsum("hyv,bvxhd->byxhd", gated_a_y, position)
-        content = jax.nn.dot_product_attention(q, k, v)
-        mixed = (1.0 - gate)[:, None] * content.astype(jnp.float32) + position.reshape(v.shape)
+        position = along_axes((gate * a_y).astype(v.dtype), a_x.astype(v.dtype), v)
+        mixed = (1.0 - gate) * attention(q, k, v).astype(jnp.float32) + position
         return mixed.astype(v.dtype)

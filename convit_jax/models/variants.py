@@ -148,19 +148,22 @@ def count_params(params):
 def count_macs(settings):
     """Multiply-accumulates of one image's forward pass through matrix products; FLOPs are twice that.
 
-    Settings as of model_settings(). The positional term of GPSA costs N (rows + columns) D a block.
+    Settings as of model_settings(). The positional term of GPSA costs N (rows + columns) D a block; of
+    the last block only the tokens that have a head are computed.
     """
     s, (height, width) = settings, settings["image_size"]
     rows, columns, dim = height // s["patch_size"], width // s["patch_size"], s["embed_dim"]
     patches = rows * columns
     local, depth = s["local_up_to_layer"], s["depth"]
-
-    def block(tokens):
-        hidden = int(dim * s["mlp_ratio"])
-        return tokens * (4 * dim * dim + 2 * dim * hidden) + 2 * tokens * tokens * dim
-
-    gpsa = block(patches) + patches * (rows + columns) * dim
-    patch_embed = patches * s["patch_size"] ** 2 * s["in_chans"] * dim
     heads = 2 if s["distilled"] else 1  # each with a token of its own
-    plain = block(patches + heads)
-    return patch_embed + local * gpsa + (depth - local) * plain + heads * dim * s["num_classes"]
+
+    def block(tokens, queries):
+        hidden = int(dim * s["mlp_ratio"])
+        qkv, proj_and_mlp = tokens * 3 * dim * dim, queries * (dim * dim + 2 * dim * hidden)
+        return qkv + 2 * queries * tokens * dim + proj_and_mlp
+
+    patch_embed = patches * s["patch_size"] ** 2 * s["in_chans"] * dim
+    gpsa = block(patches, patches) + patches * (rows + columns) * dim
+    tokens = patches + heads
+    plain = (depth - local - 1) * block(tokens, tokens) + block(tokens, heads)
+    return patch_embed + local * gpsa + plain + heads * dim * s["num_classes"]

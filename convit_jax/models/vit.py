@@ -5,8 +5,11 @@ token joins, and plain self-attention follows (ConViT, Fig. 4). With 0 GPSA bloc
 key and value biases and a position embedding for the class token it is DeiT; `distilled`
 adds DeiT's distillation token, which goes beside the class token and has a head of its own.
 Equal blocks hold their parameters stacked along a leading axis [L, ...] and run under
-`jax.lax.scan`; `model.blocks[i]` gives one of them by its number in the original.
+`jax.lax.scan`; `model.blocks[i]` gives one of them by its number in the original. Of the last
+block only the tokens that have a head are computed.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +61,13 @@ class PatchEmbed(nnx.Module):
         )
 
     def __call__(self, images):
-        patches = self.proj(images)
-        return patches.reshape(images.shape[0], -1, patches.shape[-1])
+        """As one matrix product: the gradient of the convolution is slow on a CPU."""
+        batch, height, width, channels = images.shape
+        rows, columns = self.proj.kernel_size
+        patches = images.reshape(batch, height // rows, rows, width // columns, columns, channels)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, rows * columns * channels)
+        kernel, bias = (self.proj.kernel[...].astype(images.dtype), self.proj.bias[...].astype(images.dtype))
+        return patches @ kernel.reshape(-1, kernel.shape[-1]) + bias
 
 
 class Mlp(nnx.Module):
@@ -85,9 +93,11 @@ class Block(nnx.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, dtype=dtype, rngs=rngs)
         self.attn = attn(rngs=rngs)  # last, so that the MLP starts the same beside either attention
 
-    def __call__(self, x, *, drop_path_rate=None, key=None):
+    def __call__(self, x, *, queries=None, drop_path_rate=None, key=None):
+        """queries: give so many of the first tokens only, [B, queries, D]; not with GPSA."""
         attn_key, path1_key, mlp_key, path2_key = split_key(key, 4)
-        x = x + drop_path(self.attn(self.norm1(x), key=attn_key), drop_path_rate, path1_key)
+        attn = self.attn if queries is None else functools.partial(self.attn, queries=queries)
+        x = x[:, :queries] + drop_path(attn(self.norm1(x), key=attn_key), drop_path_rate, path1_key)
         return x + drop_path(self.mlp(self.norm2(x), key=mlp_key), drop_path_rate, path2_key)
 
 
@@ -232,8 +242,11 @@ class VisionTransformer(nnx.Module):
             tokens = dropout(tokens, self.drop_rate, tokens_key)
         return dropout(patches, self.drop_rate, patches_key), tokens
 
-    def _run(self, stack, first, x, key):
-        """Scan x [B, N, D] through a stack whose first block has the number `first`."""
+    def _run(self, stack, first, x, key, queries=None):
+        """Scan x [B, N, D] through a stack whose first block has the number `first`.
+
+        queries: the last block gives so many of the first tokens only, [B, queries, D].
+        """
         if stack is None:
             return x
         graphdef, params = nnx.split(stack)
@@ -242,15 +255,24 @@ class VisionTransformer(nnx.Module):
         rates = None
         if self.drop_path_rate > 0:
             rates = self.drop_path_rate * numbers / max(self.depth - 1, 1)
+        layers = (params, numbers, rates)
 
-        def body(x, layer):
+        def body(queries, x, layer):
             params, number, rate = layer
             block_key = None if key is None else jax.random.fold_in(key, number)
-            return nnx.merge(graphdef, params)(x, drop_path_rate=rate, key=block_key), None
+            block = nnx.merge(graphdef, params)
+            return block(x, queries=queries, drop_path_rate=rate, key=block_key), None
 
-        if self.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        return jax.lax.scan(body, x, (params, numbers, rates), unroll=min(self.scan_unroll, count))[0]
+        def step(queries):
+            whole = functools.partial(body, queries)
+            # What is recomputed must not be shared with the forward pass; in a scan it cannot be.
+            return jax.checkpoint(whole, prevent_cse=queries is not None) if self.remat else whole
+
+        scanned = layers if queries is None else jax.tree.map(lambda leaf: leaf[:-1], layers)
+        x, _ = jax.lax.scan(step(None), x, scanned, unroll=min(self.scan_unroll, count))
+        if queries is None:
+            return x
+        return step(queries)(x, jax.tree.map(lambda leaf: leaf[-1], layers))[0]
 
     def _final_tokens(self, images, key):
         """Class (and distillation) token after the last norm, float32 [B, 1 or 2, D]."""
@@ -258,8 +280,7 @@ class VisionTransformer(nnx.Module):
         x, tokens = self._embed(images, embed_key)
         x = self._run(self.gpsa_blocks, 0, x, block_key)
         x = jnp.concatenate([tokens, x], axis=1)
-        x = self._run(self.sa_blocks, self.local_up_to_layer, x, block_key)
-        return self.norm(x[:, : tokens.shape[1]])
+        return self.norm(self._run(self.sa_blocks, self.local_up_to_layer, x, block_key, tokens.shape[1]))
 
     def features(self, images, *, key=None):
         """Class token after the last norm, float32 [B, D]. Arguments as for a call."""

@@ -12,6 +12,8 @@ from flax import nnx
 from convit_jax.models.attention import (
     GatedPositionalSelfAttention,
     SelfAttention,
+    along_axes,
+    attention,
     dropout,
     local_positional_weights,
 )
@@ -57,6 +59,38 @@ def test_separable_equals_explicit_in_value_and_gradient(grid):
     np.testing.assert_allclose(out, expected, atol=1e-5)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 7])
+def test_attention_is_that_of_jax_in_value_and_gradient(queries):
+    q, k, v, weights = (jax.random.normal(jax.random.key(i), (2, 3, 7, 8)) for i in range(4))
+    q, weights = 3 * q[:, :, :queries], weights[:, :, :queries]
+
+    def definition(q, k, v):
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+        return jax.nn.dot_product_attention(q, k, v).transpose(0, 2, 1, 3)
+
+    def outputs_and_gradients(function):
+        out, gradient = jax.vjp(function, q, k, v)
+        return out, *gradient(weights)
+
+    pairs = zip(outputs_and_gradients(attention), outputs_and_gradients(definition), strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_attention_keeps_no_map_for_its_gradient_and_survives_large_scores():
+    q, k, v = (100 * jax.random.normal(jax.random.key(i), (2, 3, 20, 8)) for i in range(3))
+    out, gradient = jax.vjp(attention, q, k, v)
+    assert max(leaf.size for leaf in jax.tree.leaves(gradient)) == q.size < 2 * 3 * 20 * 20
+    assert all(jnp.isfinite(x).all() for x in (out, *gradient(out)))
+
+
+def test_along_axes_is_the_outer_product_of_its_factors():
+    a_y, a_x, v = (jax.random.normal(jax.random.key(3), s) for s in ((2, 3, 3), (2, 4, 4), (5, 2, 12, 6)))
+    dense = jnp.stack([jnp.kron(y, x) for y, x in zip(a_y, a_x, strict=True)])
+    expected = jnp.einsum("hnm,bhmd->bhnd", dense, v)
+    np.testing.assert_allclose(along_axes(a_y, a_x, v), expected, atol=1e-5)
 
 
 def test_bfloat16_agrees_to_its_accuracy():

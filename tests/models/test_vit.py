@@ -62,6 +62,20 @@ def test_the_distillation_token_has_its_own_head_and_logits_are_the_mean_of_both
     assert (run(other, images(), method="both_logits")[1] != distillation_logits).all()
 
 
+def test_a_block_for_its_first_tokens_gives_what_the_whole_one_gives_there():
+    block = small().blocks[3]
+    x = jax.random.normal(jax.random.key(1), (2, 7, 16))
+    np.testing.assert_allclose(block(x, queries=2), block(x)[:, :2], atol=1e-6)
+
+
+def test_patches_are_embedded_as_by_a_strided_convolution():
+    embed = small().patch_embed
+    kernel, bias = embed.proj.kernel[...], embed.proj.bias[...]
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    expected = jax.lax.conv_general_dilated(images(), kernel, (8, 8), "VALID", dimension_numbers=dimensions)
+    np.testing.assert_allclose(embed(images()), (expected + bias).reshape(3, 6, 16), atol=1e-5)
+
+
 @pytest.mark.parametrize("setting", [{"remat": True}, {"scan_unroll": 4}])
 def test_remat_and_unrolling_change_no_gradient(setting):
     def gradient(model):

@@ -1,0 +1,153 @@
+"""One program of benchmarks.model: ConViT, or the same network with plain attention, in a process of its own.
+
+Reads requests `TASK SECONDS` from standard input and answers each with a line of JSON. The tasks are
+inference (logits), training (forward, backward, AdamW; no augmentation, no stochastic depth) and peak (a
+large matrix product). The first request of a task compiles: the answer then has first_step, the seconds
+of tracing, compiling or loading from the cache, and one step, with the inputs in place.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from convit_jax.models import vit
+from convit_jax.models.attention import SelfAttention
+from convit_jax.models.variants import abstract_model, count_macs, initial_params, model_settings
+
+
+class PlainAttention(SelfAttention):
+    """In the place of GPSA: same tokens, heads and sizes, no position."""
+
+    def __init__(self, dim, num_heads, grid, *, conv_init, locality_strength, gate_init, **settings):
+        super().__init__(dim, num_heads, **settings)
+
+
+def network(program, settings):
+    """(graphdef, parameters) of "convit", or of "plain": the same with plain attention everywhere."""
+    gpsa = vit.GatedPositionalSelfAttention if program == "convit" else PlainAttention
+    with mock.patch.object(vit, "GatedPositionalSelfAttention", gpsa):
+        graphdef, _ = abstract_model(settings)
+        return graphdef, initial_params(settings, 0)
+
+
+def compiled(function, *arguments, donate=()):
+    """(compiled function, MB that it needs for arguments, results and temporaries)."""
+    program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    memory = program.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return program, (needed + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e6
+
+
+def inference(graphdef, params, images):
+    """A function that starts one step and returns what to wait for, and the MB it needs."""
+    forward, megabytes = compiled(lambda params, images: nnx.merge(graphdef, params)(images), params, images)
+    return lambda: forward(params, images), megabytes
+
+
+def training(graphdef, params, images):
+    """Likewise; the weights change from step to step."""
+    optimizer = optax.adamw(1e-3, weight_decay=0.05)
+    state = (params, optimizer.init(params))
+    rows, classes = images.shape[0], params["head"]["bias"].shape[0]
+    targets = jax.nn.one_hot(jnp.arange(rows) % classes, classes)
+
+    def loss_fn(params, images, targets):
+        return jnp.mean(optax.softmax_cross_entropy(nnx.merge(graphdef, params)(images), targets))
+
+    def step(state, images, targets):
+        params, opt_state = state
+        grads = jax.grad(loss_fn)(params, images, targets)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    state = jax.tree.map(jnp.copy, state)  # the step overwrites it
+    update, megabytes = compiled(step, state, images, targets, donate=0)
+
+    def once():
+        nonlocal state
+        state = update(state, images, targets)
+        return state[1][0].count
+
+    return once, megabytes
+
+
+def matrix_product(dtype):
+    """A function that starts a large square product, and its FLOPs."""
+    size = 8192 if jax.default_backend() == "gpu" else 2048
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    multiply = jax.jit(lambda x: x @ x)
+    return lambda: multiply(x), 2 * size**3
+
+
+def rate(once, seconds):
+    """Steps a second, and a second of processor time, over about so many seconds, after one step more."""
+    began = time.perf_counter()
+    jax.block_until_ready(once())
+    steps = max(1, round(seconds / (time.perf_counter() - began)))
+    began, processor = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        last = once()
+    jax.block_until_ready(last)
+    return steps / (time.perf_counter() - began), steps / (time.process_time() - processor)
+
+
+def peak_memory():
+    """MB: of the device, where it says so, else of this process (VmHWM of Linux)."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 1e6
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--program", choices=("convit", "plain"), required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--image_size", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--settings", type=json.loads, default={}, help="of the model, as JSON")
+    options = parser.parse_args()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    settings = model_settings(options.model, image_size=options.image_size, **options.settings)
+    graphdef, params = network(options.program, settings)
+    images = jax.random.normal(jax.random.key(1), (options.batch, *settings["image_size"], 3))
+    jax.block_until_ready((params, images))
+    ready = {}
+    for line in sys.stdin:
+        task, seconds = line.split()
+        answer = {}
+        if task == "peak":
+            if task not in ready:
+                ready[task] = matrix_product(settings["dtype"])
+            once, flops = ready[task]
+            answer["flops"], _ = [flops * x for x in rate(once, float(seconds))]
+        else:
+            if task not in ready:
+                began, processor = time.perf_counter(), time.process_time()
+                ready[task] = {"inference": inference, "training": training}[task](graphdef, params, images)
+                jax.block_until_ready(ready[task][0]())
+                answer["first_step"] = time.perf_counter() - began
+                answer["first_step_processor"] = time.process_time() - processor
+            once, answer["program_mb"] = ready[task]
+            if float(seconds):
+                steps = rate(once, float(seconds))
+                answer["images_per_second"], answer["images_per_processor_second"] = (
+                    options.batch * x for x in steps
+                )
+            answer["peak_mb"] = peak_memory()
+            answer["macs"] = count_macs(settings)
+        device = jax.devices()[0]
+        print(json.dumps({**answer, "device": device.device_kind, "jax": jax.__version__}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

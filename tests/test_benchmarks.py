@@ -1,0 +1,67 @@
+"""The benchmarks' own arithmetic, and that they run; their numbers are no matter here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from conftest import ROOT
+
+from benchmarks.model import Program, summary
+from benchmarks.model_jax import network
+from convit_jax.models.variants import model_settings
+
+SETTINGS = dict(depth=2, local_up_to_layer=1, embed_dim=16, num_heads=4, patch_size=8, num_classes=10)
+
+
+def test_the_benchmark_of_models_runs_and_writes_its_table(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.model", "--models=convit_tiny@16", "--batch=2", "--fresh"]
+    options = [
+        "--tasks=training",
+        "--rounds=1",
+        "--seconds=0.01",
+        f"--settings={json.dumps(SETTINGS)}",
+        "--json",
+        tmp_path / "x",
+    ]
+    done = subprocess.run([*command, *options], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "convit_tiny@16, batch 2, 1 rounds, cpu" in done.stdout
+    found = json.loads((tmp_path / "x").read_text())["models"]["convit_tiny@16"]
+    rows = {(row["task"], row["program"]): row for row in found["rates"]}
+    assert set(rows) == {("training", "convit"), ("training", "plain")}
+    for row in rows.values():
+        assert min(row["images_per_second"], row["first_step_cold"], row["mfu"], row["program_mb"]) > 0
+    assert len(found["ratios"]) == 2  # speed, memory
+
+
+def test_the_plain_network_differs_in_the_position_alone():
+    settings = model_settings("convit_tiny", image_size=16, **SETTINGS)
+    convit, plain = (network(program, settings)[1] for program in ("convit", "plain"))
+    weights = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in convit.items()}
+    position = 3 * 4 + 4 + 4  # pos_proj and gates of four heads
+    assert {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in plain.items()} == {
+        **weights,
+        "gpsa_blocks": weights["gpsa_blocks"] - position,
+    }
+
+
+def test_a_ratio_is_the_median_over_neighbouring_turns():
+    class Options:
+        tasks, rounds = ["inference"], 3
+
+    def program(name, rates):
+        answers = [
+            dict(images_per_second=r, images_per_processor_second=r, first_step=1.0, first_step_processor=1.0)
+            | dict(peak_mb=1.0, macs=1e9)
+            for r in rates
+        ]
+        peak = [dict(flops=1e12)]
+        return Program(name, [], {}, answers={"inference": answers, "training": [], "peak": peak})
+
+    found = summary([program("convit", [10.0, 30.0, 20.0]), program("plain", [10.0, 10.0, 10.0])], Options)
+    assert found["ratios"][0]["images_per_second"] == 2.0
+    assert found["ratios"][0]["images_per_second_range"] == [1.0, 3.0]
+    assert found["rates"][0]["mfu"] == pytest.approx(2e9 * 20 / 1e12)
