@@ -111,9 +111,8 @@ def cached_index(directory, name, fingerprint, build, keep=lambda index: True):
         cache / "convit_jax/indices" / f"{digest}-{name}.index",
     ]
     for path in places:
-        with contextlib.suppress(
-            OSError, ValueError, LookupError, TypeError
-        ):  # none, cut off, or of other data
+        # There is none, or it is cut off, or of other data.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             return _read(path, fingerprint)
     index = build()
     for path in places if keep(index) else ():

@@ -72,8 +72,9 @@ class TrainExample:
         batch = empty(len(slots), self.size)
         wanted = None
         for row, slot in enumerate(slots):
-            if self.slots.example(slot) != wanted:  # repeats of an image are neighbours, and decoded once
-                wanted = self.slots.example(slot)
+            index = self.slots.example(slot)
+            if index != wanted:  # repeats of an image are neighbours, and decoded once
+                wanted = index
                 image, shown = self._readable(wanted)
             if self.crop == "resized":
                 rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
@@ -130,6 +131,7 @@ class EvalExample:
 
 
 def empty(rows, size):
+    """A batch of so many black images of size (h, w), with label 0."""
     return {
         "image": np.zeros((rows, *size, 3), np.uint8),
         "label": np.zeros(rows, np.int32),

@@ -6,7 +6,7 @@ import jax
 
 from convit_jax.training.sharding import put_batch
 
-AHEAD = 2  # batches that the host may be ahead of the device
+AHEAD = 2  # steps that the host may be ahead of the device: enough to hide it, few batches in memory
 
 
 def evaluate(models, batches, eval_step, zero, mesh, *, stopped=lambda: False, progress=lambda batches: None):

@@ -19,7 +19,7 @@ from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.pretrained import load_into
 from convit_jax.training import checkpoint
-from convit_jax.training.evaluation import evaluate
+from convit_jax.training.evaluation import AHEAD, evaluate
 from convit_jax.training.metrics import Clock, Evaluations, MetricsLog, Progress
 from convit_jax.training.optimizer import make_optimizer, make_schedule
 from convit_jax.training.plan import make_plan
@@ -48,8 +48,6 @@ from convit_jax.training.step import (
     train_metrics,
 )
 from convit_jax.training.summary import describe, facts
-
-AHEAD = 2  # steps that the host may be ahead of the device: enough to hide it, few batches in memory
 
 
 def train(config, workdir):
