@@ -13,8 +13,40 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 TRUNC_NORMAL = nnx.initializers.normal(0.02)  # the original cuts at +-2, which is 100 sigma
+
+
+@jax.custom_vjp
+def product(x, kernel):
+    """x [..., D] times kernel [D, E] -> [..., E].
+
+    Its gradient for the kernel transposes the narrower of x and the cotangent; JAX's own always transposes
+    the cotangent, which a CPU has to copy for that.
+    """
+    return x @ kernel
+
+
+def _product_forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(kept, d_out):
+    x, kernel = kept
+    rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+    d_kernel = rows.T @ d_rows if rows.shape[1] <= d_rows.shape[1] else (d_rows.T @ rows).T
+    return d_out @ kernel.T, d_kernel
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _dot_general(x, kernel, dimension_numbers, *, precision=None, **_):
+    """What nnx.Linear calls; it always multiplies the last axis with the first."""
+    if precision is not None:
+        return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision)
+    return product(x, kernel)
 
 
 def linear(dim_in, dim_out, *, use_bias=True, dtype, precision=None, rngs):
@@ -26,6 +58,7 @@ def linear(dim_in, dim_out, *, use_bias=True, dtype, precision=None, rngs):
         kernel_init=TRUNC_NORMAL,
         dtype=dtype,
         precision=precision,
+        dot_general=_dot_general,
         rngs=rngs,
     )
 
@@ -61,24 +94,23 @@ def attention(q, k, v):
     """softmax(q k / sqrt(d)) v: q [B, H, Q, d], k and v [B, H, N, d] -> [B, H, Q, d].
 
     The rows are divided by their sums after the product, which is cheaper, and the gradient computes the
-    probabilities P again from q and k (as FlashAttention does): no map is kept from the forward pass.
+    probabilities P again from q and k (as FlashAttention does): nothing but the result is kept of the
+    forward pass, so that it can be one kernel.
     """
-    return _attention_forward(q, k, v)[0]
+    scores = _scores(q, k)
+    exp = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return (apply_maps(exp, v) / jnp.sum(exp, axis=-1, keepdims=True)).astype(v.dtype)
 
 
 def _attention_forward(q, k, v):
-    scores = _scores(q, k)
-    largest = jnp.max(scores, axis=-1, keepdims=True)
-    exp = jnp.exp(scores - largest)
-    total = jnp.sum(exp, axis=-1, keepdims=True)
-    out = (apply_maps(exp, v) / total).astype(v.dtype)
-    return out, (q, k, v, out, largest + jnp.log(total))
+    out = checkpoint_name(attention(q, k, v), "attention")
+    return out, (q, k, v, out)
 
 
 def _attention_backward(kept, d_out):
     """dS = P * (d_out v^T - rowsum(d_out * out)) / sqrt(d), and from it dq, dk; dv = P^T d_out."""
-    q, k, v, out, log_total = kept
-    maps = jnp.exp(_scores(q, k) - log_total)
+    q, k, v, out = kept
+    maps = content_probabilities(q, k)
     d_v = jnp.einsum("bhqn,bhqd->bhnd", maps.astype(v.dtype), d_out)
     d_maps = jnp.einsum("bhqd,bhnd->bhqn", d_out, v, preferred_element_type=jnp.float32)
     inner = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
@@ -95,7 +127,7 @@ def split_heads(x, count, num_heads):
     """[B, N, count * D] -> `count` arrays [B, H, N, d]: heads beside the batch, for batched products."""
     batch, tokens, width = x.shape
     x = x.reshape(batch, tokens, count, num_heads, width // (count * num_heads))
-    return tuple(x.transpose(2, 0, 3, 1, 4))
+    return tuple(checkpoint_name(x.transpose(2, 0, 3, 1, 4), "qkv"))
 
 
 def join_heads(x):
