@@ -10,6 +10,7 @@ had grown at the highest (VmHWM of Linux). The table gives medians.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -39,7 +40,7 @@ def to_params(checkpoint, model):
     _, shapes = abstract_model(model_settings(model))
     jax.devices()  # JAX is started
     return lambda: jax.block_until_ready(
-        jax.device_put(weights.to_params(reader.read_state_dict(checkpoint), shapes))
+        jax.device_put(weights.to_params(reader.open_state_dict(checkpoint), shapes))
     )
 
 
@@ -90,14 +91,17 @@ def timm_create_and_load(checkpoint, model):
     return lambda: timm.create_model(model).load_state_dict(torch.load(checkpoint, weights_only=True))
 
 
-def torch_save_file(checkpoint, model):
-    """PyTorch: read, and write as safetensors; does not wait for the disk."""
+def torch_save_file(checkpoint, model, *, synced=False):
+    """PyTorch: read, and write as safetensors; waits for the disk only if `synced`."""
     import torch
     from safetensors.torch import save_file
 
     def job():
         with tempfile.TemporaryDirectory() as folder:
             save_file(torch.load(checkpoint, weights_only=True), Path(folder) / "weights.safetensors")
+            if synced:
+                with open(Path(folder) / "weights.safetensors", "rb") as file:
+                    os.fsync(file.fileno())
 
     return job
 
@@ -106,12 +110,17 @@ OURS, PEERS = ["jax", "convit_jax.pretrained"], ["torch", "timm"]
 JOBS = {  # name: (function, whether it needs the other interpreter, modules whose memory does not count)
     "read_state_dict": (read, False, ["numpy", "convit_jax.pytorch.reader"]),
     "torch.load": (torch_load, True, ["torch"]),
-    "read_state_dict + to_params": (to_params, False, OURS),
+    "open_state_dict + to_params": (to_params, False, OURS),
     "torch.load + load_state_dict": (torch_load_state_dict, True, PEERS),
     "load_pretrained": (load_pretrained, False, OURS),
     "create_model + load + load_state_dict": (timm_create_and_load, True, PEERS),
     "convert SOURCE DIRECTORY": (convert, False, OURS),
     "torch.load + save_file .safetensors": (torch_save_file, True, ["torch", "safetensors.torch"]),
+    "torch.load + save_file, fsync": (
+        functools.partial(torch_save_file, synced=True),
+        True,
+        ["torch", "safetensors.torch"],
+    ),
 }
 
 

@@ -4,8 +4,10 @@ A command defines its own flags, may take --config with overrides of any field, 
 `launch`, which prints a UserError alone and ends with exit status 1.
 """
 
+import contextlib
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -45,6 +47,7 @@ def launch(
             fail(str(error))
 
     def run(argv):
+        import_jax()
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # else Orbax tells of every file it writes
         try:
@@ -52,14 +55,39 @@ def launch(
         except UserError as error:
             sentence = str(error)
         except KeyboardInterrupt:
-            print(f"{name}: {interrupted}", file=sys.stderr)
-            return 130
+            sentence = None
         except BrokenPipeError:  # who reads our output, as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        fail(sentence)  # here, where the error no longer holds a loader's last batch in shared memory
+        # Here, where the error no longer holds a loader's last batch in shared memory.
+        if sentence is None:
+            print(f"{name}: {interrupted}", file=sys.stderr)
+            leave(130)
+        fail(sentence)
 
     app.run(run, flags_parser=parse)
+
+
+def import_jax():
+    """Import JAX; Ctrl-C meanwhile ends the process at once, where its modules in C++ would crash."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # in the background it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import jax  # noqa: F401
+
+    signal.signal(signal.SIGINT, handler)
+
+
+def leave(status):
+    """End the process without what Python does at its end.
+
+    JAX compiles in a thread of its own, which goes on after Ctrl-C, and at Python's end loses the device
+    under its hands: a segmentation fault.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def define_processes():

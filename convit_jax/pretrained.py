@@ -17,7 +17,7 @@ from convit_jax.models.attention import TRUNC_NORMAL
 from convit_jax.models.positions import resize_pos_embed
 from convit_jax.models.variants import model_settings
 from convit_jax.pytorch import weights
-from convit_jax.pytorch.reader import EMA_PLACES, read_state_dict
+from convit_jax.pytorch.reader import EMA_PLACES, open_state_dict
 from convit_jax.weight_formats import from_converted, from_hub, from_run, from_tensors
 
 BEHAVIOUR = ("dtype", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
@@ -85,7 +85,7 @@ def load(source, *, num_classes=None, image_size=None, num_heads=None, which="be
         raise UserError(f"num_classes is {num_classes}: it must be at least 1.")
 
     if path.is_file():
-        loaded = from_tensors(read_state_dict(path, EMA_PLACES if ema else None), source, wanted)
+        loaded = from_tensors(open_state_dict(path, EMA_PLACES if ema else None), source, wanted)
     elif (path / "checkpoints").is_dir():
         loaded = from_run(path, which, ema)
     elif ema:
@@ -158,7 +158,7 @@ def _resized(loaded, size):
             f"image_size {size[0]} x {size[1]} is not a multiple of the patches of {patch}: change it."
         )
     old, new = ([side // patch for side in sides] for sides in (settings["image_size"], size))
-    pos_embed = resize_pos_embed(loaded.tensors["pos_embed"], old, new)
+    pos_embed = resize_pos_embed(np.asarray(loaded.tensors["pos_embed"]), old, new)
     return dataclasses.replace(
         loaded,
         tensors={**loaded.tensors, "pos_embed": pos_embed},

@@ -21,7 +21,7 @@ from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, model_settings
 from convit_jax.pytorch import safetensors_file, weights
 from convit_jax.pytorch.architecture import infer
-from convit_jax.pytorch.reader import read_state_dict
+from convit_jax.pytorch.reader import open_state_dict
 
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
 
@@ -56,7 +56,8 @@ class Preprocessing:
 class Pretrained:
     """Weights with what belongs to them.
 
-    tensors: {name: numpy array} with the original's names, layouts and the file's dtypes. settings: of
+    tensors: {name: numpy array, or Stored while it lies in its file} with the original's names, layouts
+    and the file's dtypes. settings: of
     VisionTransformer. class_names: folders of the classes (ImageNet: WordNet ids), or None. source: where
     it is from. changes: what was done to the weights since, in words.
     """
@@ -112,7 +113,7 @@ def from_hub(path, file, source, wanted):
         trained_at = tuple(config["input_size"][1:]) if "input_size" in config else None
         class_names = tuple(config["label_names"]) if config.get("label_names") else None
     return from_tensors(
-        read_state_dict(file),
+        open_state_dict(file),
         source,
         wanted,
         trained_at=trained_at,
@@ -128,7 +129,7 @@ def from_converted(path):
         settings = model_settings("convit_tiny", **config["model"])  # every setting is given
         preprocessing = _preprocessing(config["preprocessing"])
         class_names = tuple(config["class_names"]) if config["class_names"] else None
-    tensors = read_state_dict(path / "weights.safetensors")
+    tensors = open_state_dict(path / "weights.safetensors")
     return Pretrained(tensors, settings, preprocessing, class_names, str(path))
 
 

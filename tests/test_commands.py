@@ -36,3 +36,28 @@ def test_help_shows_the_flags_of_a_command():
     done = run_python("-m", "convit_jax.evaluate", "--help")
     for flag in ("--checkpoint:", "--config:", "--which:", "--heads:"):
         assert flag in done.stdout
+
+
+def test_ctrl_c_while_jax_compiles_ends_without_a_crash():
+    """JAX's compiling thread outlives the interruption; an orderly end of Python would crash in it."""
+    code = """if True:
+        import os, signal, threading, time
+        import jax
+        from convit_jax.commands import launch
+
+        def main(arguments):
+            def sines(x):
+                for number in range(300):
+                    x = jax.numpy.sin(x @ x + number)
+                return x
+
+            x = jax.numpy.ones((8, 8))
+            compiled = jax.jit(sines).lower(x)
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            compiled.compile()
+            time.sleep(60)  # a compilation that was faster
+
+        launch("sines", main)
+    """
+    done = run_python("-c", code, timeout=100)
+    assert (done.returncode, done.stderr) == (130, "sines: interrupted.\n")

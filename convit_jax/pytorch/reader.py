@@ -6,6 +6,7 @@ that are asked for are then read, each storage once, straight into the array tha
 memory is what is asked for, never more than the file. What is wrong is said in one sentence.
 """
 
+import collections
 import contextlib
 import os
 import re
@@ -15,6 +16,7 @@ import numpy as np
 from convit_jax.errors import UserError
 from convit_jax.pytorch import safetensors_file, torch_file
 from convit_jax.pytorch.allowed import NumpyArray, NumpyType, Ordered
+from convit_jax.pytorch.stored import Held, explained, stored
 from convit_jax.pytorch.tensors import Storage, Tensor, in_threads, read_bytes
 from convit_jax.pytorch.unpickler import Call, quoted
 
@@ -35,7 +37,7 @@ def read(path):
     Raises:
       UserError: it cannot be read, is damaged, or holds more than tensors and plain containers.
     """
-    with opened(path) as (tree, plain):
+    with opened(path) as (_, tree, plain):
         return plain.value(tree)
 
 
@@ -49,10 +51,32 @@ def read_state_dict(path, places=None):
     Raises:
       UserError: as read; or the file holds no state dict there, and the sentence says what it holds.
     """
-    with opened(path) as (tree, plain):
+    with opened(path) as (_, tree, plain):
         found = find_state_dict(tree, places)
         plain.read_ahead(found.values())
-        tensors = plain.value(found)
+        return without_prefixes(plain.value(found))
+
+
+def open_state_dict(path, places=None):
+    """The same, for one use of each tensor: {name: Stored}, whose numbers are read when they are taken.
+
+    A tensor that does not lie in the file as it is, or shares its storage, is an array here too.
+    """
+    with opened(path) as (file, tree, plain):
+        found = find_state_dict(tree, places)
+        uses = collections.Counter(item.storage.key for item in found.values() if isinstance(item, Tensor))
+        held, left = Held(path, file), {}
+        for name, item in found.items():
+            if isinstance(item, Tensor) and uses[item.storage.key] == 1 and item.nbytes:
+                left[name] = stored(held, item, plain.locate(item.storage))
+        rest = {name: item for name, item in found.items() if left.get(name) is None}
+        plain.read_ahead(rest.values())
+        arrays = plain.value(rest)
+        return without_prefixes({name: arrays[name] if name in rest else left[name] for name in found})
+
+
+def without_prefixes(tensors):
+    """The same tensors without what stands before every name."""
     while any(all(name.startswith(prefix) for name in tensors) for prefix in PREFIXES):
         tensors = {name.partition(".")[2]: array for name, array in tensors.items()}
     return tensors
@@ -60,22 +84,15 @@ def read_state_dict(path, places=None):
 
 @contextlib.contextmanager
 def opened(path):
-    """(tree, plain) of a file: its object, in which tensors are not read yet, and a Plain to read them."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            tree, fetch = open_any(file, size)
-            yield tree, Plain(fetch, size)
-    except UserError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): check the path.") from error
-    except MemoryError as error:
-        raise UserError(f"cannot read {path}: there is not enough memory for it.") from error
+    """(file, tree, plain): open, its object, in which tensors are not read yet, and a Plain to read them."""
+    with explained(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        tree, locate = open_any(file, size)
+        yield file, tree, Plain(file, locate, size)
 
 
 def open_any(file, size):
-    """(object, fetch) of a file, by the kind that its first bytes tell; fetch(storage) -> uint8 [n]."""
+    """(object, locate) of a file, by the kind that its first bytes tell; locate(storage) -> Span."""
     head = read_bytes(file, 0, min(size, 512)).tobytes()
     file.seek(0)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -84,7 +101,7 @@ def open_any(file, size):
     if head.startswith(b"PK\x03\x04"):
         return torch_file.open_zip(file, size)
     if head[8:9] == b"{" and b"\0" in head[:8]:  # a text has no zero byte, the header's length has some
-        return safetensors_file.read(file, size), None
+        return safetensors_file.open_tensors(file, size)
     if head.startswith(b"version https://git-lfs"):
         raise UserError("it is a Git LFS pointer, not the file itself: fetch that with `git lfs pull`.")
     if text.startswith(b"<"):
@@ -107,9 +124,12 @@ class Plain:
     that repeat one number by stride 0), so depth, number of values and bytes are bounded.
     """
 
-    def __init__(self, fetch, size):
-        self.fetch, self.data, self.done = fetch, {}, {}
+    def __init__(self, file, locate, size):
+        self.file, self.locate, self.data, self.done = file, locate, {}, {}
         self.bytes_left = 4 * size + 2**24
+
+    def fetch(self, storage):
+        return self.locate(storage).read(self.file)
 
     def read_ahead(self, items):
         """Read the storages of many tensors at once."""

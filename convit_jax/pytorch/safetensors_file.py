@@ -14,14 +14,15 @@ import numpy as np
 
 from convit_jax.errors import UserError
 from convit_jax.pytorch import dtypes
-from convit_jax.pytorch.tensors import in_threads, read_bytes, to_native
+from convit_jax.pytorch.stored import Stored
+from convit_jax.pytorch.tensors import Span, Storage, Tensor, read_bytes
 from convit_jax.pytorch.unpickler import quoted
 
 MAX_HEADER = 10_000_000  # of a ConViT: 30,000
 
 
-def read(file, size):
-    """{name: array} of an open file of `size` bytes, in the header's order."""
+def open_tensors(file, size):
+    """({name: Tensor}, locate) of an open file of `size` bytes, in the header's order; see torch_file."""
     length = int.from_bytes(read_bytes(file, 0, 8).tobytes(), "little")
     if length > size - 8:
         raise UserError(f"its header declares {length:,} bytes, the file has {size - 8:,}.")
@@ -40,17 +41,18 @@ def read(file, size):
     if place != size - 8 - length:
         raise UserError(f"its header describes {place:,} bytes of data, the file has {size - 8 - length:,}.")
 
-    def tensor(span):
-        begin, end, name = span
-        dtype, shape = dtypes.SAFETENSORS[entries[name]["dtype"]], entries[name]["shape"]
-        data = read_bytes(file, 8 + length + begin, end - begin)
-        if dtype.kind == "b" and data.max(initial=0) > 1:
-            raise UserError(f"{quoted(name)} holds booleans other than 0 and 1.")
-        if sys.byteorder == "big":
-            to_native(data, dtype)
-        return data.view(dtype).reshape(shape)
+    places = {name: 8 + length + begin for begin, _, name in spans}
 
-    return dict(zip(entries, in_threads(tensor, spans), strict=True))
+    def tensor(name):
+        dtype, shape = dtypes.SAFETENSORS[entries[name]["dtype"]], tuple(entries[name]["shape"])
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        return Tensor(Storage(name, dtype, math.prod(shape) * dtype.itemsize), dtype, 0, shape, strides)
+
+    def locate(storage):
+        swap = None if sys.byteorder == "little" else storage.dtype
+        return Span(places[storage.key], storage.nbytes, swap=swap)
+
+    return {name: tensor(name) for name in entries}, locate
 
 
 def parse(header):
@@ -120,7 +122,17 @@ def write(file, tensors):
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for name in by_width:
-        file.write(little_endian_bytes(tensors[name]))
+        for piece in pieces(tensors[name]):
+            file.write(piece)
+
+
+def pieces(tensor):
+    """The bytes to write of an array or a Stored tensor, the latter a few at a time: uint8 [n] each."""
+    if isinstance(tensor, Stored):
+        for _, rows in tensor.rows():
+            yield little_endian_bytes(rows)
+    else:
+        yield little_endian_bytes(tensor)
 
 
 def little_endian_bytes(array):

@@ -18,6 +18,25 @@ from convit_jax.errors import UserError
 
 PIECE = 2**18  # bytes
 THREADS = 4
+DAMAGED = "it is damaged (wrong checksum of bytes {:,} to {:,}): fetch it again."
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a storage lies in the file.
+
+    crc: its CRC-32, 0 if there is none. swap: element type of numbers that lie in the other byte order.
+    """
+
+    start: int
+    nbytes: int
+    crc: int = 0
+    swap: np.dtype | None = None
+
+    def read(self, file):
+        """Its bytes from the open file, uint8 [nbytes], in this machine's byte order."""
+        data = read_bytes(file, self.start, self.nbytes, self.crc)
+        return data if self.swap is None else to_native(data, self.swap)
 
 
 @dataclass(eq=False, slots=True)
@@ -98,20 +117,25 @@ def read_bytes(file, offset, nbytes, crc=0):
     Safe in several threads.
     """
     data = fresh(nbytes)
-    view, done, found = memoryview(data), 0, 0
-    while done < nbytes:
-        piece = view[done : done + PIECE]
-        count = os.preadv(file.fileno(), [piece], offset + done)
-        if not count:
-            raise UserError(f"it ends {nbytes - done:,} bytes too early: fetch it again.")
+    found = 0
+    for done in range(0, nbytes, PIECE):
+        piece = data[done : done + PIECE]
+        read_into(file, piece, offset + done)
         if crc:
-            found = zlib.crc32(piece[:count], found)
-        done += count
+            found = zlib.crc32(piece, found)
     if found != crc:
-        raise UserError(
-            f"it is damaged (wrong checksum of bytes {offset:,} to {offset + nbytes:,}): fetch it again."
-        )
+        raise UserError(DAMAGED.format(offset, offset + nbytes))
     return data
+
+
+def read_into(file, memory, offset):
+    """Fill uint8 [n] from a place in an open file."""
+    view, done = memoryview(memory), 0
+    while done < len(view):
+        count = os.preadv(file.fileno(), [view[done:]], offset + done)
+        if not count:
+            raise UserError(f"it ends {len(view) - done:,} bytes too early: fetch it again.")
+        done += count
 
 
 def in_threads(function, items):

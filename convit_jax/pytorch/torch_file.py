@@ -13,14 +13,14 @@ import sys
 from convit_jax.errors import UserError
 from convit_jax.pytorch import allowed
 from convit_jax.pytorch.archive import Archive
-from convit_jax.pytorch.tensors import read_bytes, to_native
+from convit_jax.pytorch.tensors import Span, read_bytes
 from convit_jax.pytorch.unpickler import Unpickler, quoted
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 def open_zip(file, size):
-    """(object, fetch) of PyTorch's zip format."""
+    """(object, locate) of PyTorch's zip format; locate(storage) -> Span."""
     archive = Archive(file, size)
     pickles = [name for name in archive.members if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -48,16 +48,17 @@ def open_zip(file, size):
         storages.setdefault(key, root_storage)
         return storage
 
-    def fetch(storage):
-        data = archive.read(f"{root}data/{storage.key}")
-        return data if order == sys.byteorder else to_native(data, storages[storage.key].dtype)
+    def locate(storage):
+        member = archive.members[f"{root}data/{storage.key}"]
+        swap = None if order == sys.byteorder else storages[storage.key].dtype
+        return Span(member.start, member.size, member.crc, swap)
 
     program = archive.read(pickles[0])
-    return Unpickler(io.BytesIO(program), len(program), allowed.find, persistent).load(), fetch
+    return Unpickler(io.BytesIO(program), len(program), allowed.find, persistent).load(), locate
 
 
 def open_stream(file, size):
-    """(object, fetch) of the older format, in which storages come last, each after its number of elements."""
+    """(object, locate) of the older format: storages come last, each after its number of elements."""
     storages = {}
 
     def persistent(identity):
@@ -92,8 +93,9 @@ def open_stream(file, size):
         places[key] = place + 8
         place += 8 + storage.nbytes
 
-    def fetch(storage):
-        data = read_bytes(file, places[storage.key], storages[storage.key].nbytes)
-        return data if sys.byteorder == "little" else to_native(data, storages[storage.key].dtype)
+    def locate(storage):
+        whole = storages[storage.key]
+        swap = None if sys.byteorder == "little" else whole.dtype
+        return Span(places[storage.key], whole.nbytes, swap=swap)
 
-    return tree, fetch
+    return tree, locate

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convit_jax.errors import UserError
+from convit_jax.pytorch.stored import Stored
 from convit_jax.pytorch.tensors import fresh, in_threads
 
 LEAVES = {"kernel": "weight", "scale": "weight"}
@@ -79,7 +80,8 @@ def check(tensors, params, source):
 
 
 def to_params(tensors, params):
-    """Our parameters, a nested dict of float32 numpy arrays, from a state dict that passed `check`.
+    """Our parameters, a nested dict of float32 numpy arrays, from a state dict that passed `check`,
+    {name: array or Stored}.
 
     params: the parameters, or their shapes, that it fills.
     """
@@ -89,7 +91,7 @@ def to_params(tensors, params):
         leaf, (_, stacked, names) = row
         array = fresh(4 * leaf.size).view(np.float32).reshape(leaf.shape)  # JAX on a CPU takes it as it is
         for part, name in zip(array if stacked else [array], names, strict=True):
-            _copy(_from_original(tensors[name]), part)
+            _take(tensors[name], part)
         return array
 
     filled = {}
@@ -112,6 +114,16 @@ def to_state_dict(params):
             tensors[name] = np.empty(array.shape, array.dtype)
             _copy(array, tensors[name])
     return tensors
+
+
+def _take(tensor, target):
+    """target[...] = a tensor, an array or Stored, in our layout."""
+    if not isinstance(tensor, Stored):
+        _copy(_from_original(tensor), target)
+        return
+    for first, rows in tensor.rows():
+        place = slice(first, first + len(rows))
+        target[(..., place) if tensor.ndim in (2, 4) else place] = _from_original(rows)
 
 
 def _copy(source, target):

@@ -16,14 +16,15 @@ import numpy as np
 
 from convit_jax.errors import UserError
 from convit_jax.pytorch import dtypes, safetensors_file
-from convit_jax.pytorch.safetensors_file import little_endian_bytes
+from convit_jax.pytorch.safetensors_file import pieces
+from convit_jax.pytorch.stored import Stored
 
 ALIGNMENT = 64
 TORCH_NAMES = {np.dtype(dtype): (name, storage) for name, storage, _, dtype in dtypes.TABLE}
 
 
 def write(path, tensors):
-    """Write {name: array} to a .pth, .pt or .safetensors file, in this order; whole or not at all.
+    """Write {name: array or Stored} to a .pth, .pt or .safetensors file, in this order; whole or not at all.
 
     Raises:
       UserError: another suffix, an element type that the format lacks, or a disk that does not take it.
@@ -32,7 +33,7 @@ def write(path, tensors):
     writers = {".pth": write_zip, ".pt": write_zip, ".safetensors": safetensors_file.write}
     if path.suffix not in writers:
         raise UserError(f"{path} does not end in .pth, .pt or .safetensors: give a name that does.")
-    tensors = {name: native(np.asarray(array)) for name, array in tensors.items()}
+    tensors = {name: native(array) for name, array in tensors.items()}
     for name, array in tensors.items():
         if array.dtype not in TORCH_NAMES:
             raise UserError(f"PyTorch has no element type for {name!r} ({array.dtype}): convert it first.")
@@ -67,28 +68,35 @@ def whole_file(path):
 
 def native(array):
     """The array in this machine's byte order, which tells apart the same element types."""
+    if isinstance(array, Stored):
+        return array
+    array = np.asarray(array)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def write_zip(file, tensors):
     """torch.save's zip archive of an OrderedDict of contiguous tensors."""
     with zipfile.ZipFile(file, "w") as archive:
-        add(archive, "data.pkl", state_dict_pickle(tensors))
-        add(archive, "byteorder", b"little")
+        add(archive, "data.pkl", [state_dict_pickle(tensors)])
+        add(archive, "byteorder", [b"little"])
         for number, array in enumerate(tensors.values()):
-            add(archive, f"data/{number}", little_endian_bytes(array))
-        add(archive, "version", b"3\n")
+            add(archive, f"data/{number}", pieces(array), array.nbytes)
+        add(archive, "version", [b"3\n"])
 
 
-def add(archive, name, data):
-    """A stored member; its header is padded, as PyTorch's is, so that data begins aligned."""
+def add(archive, name, parts, nbytes=0):
+    """A stored member of some parts, `nbytes` together if that may be much.
+
+    Its header is padded, as PyTorch's is, so that data begins aligned.
+    """
     info = zipfile.ZipInfo(f"archive/{name}")
-    wide = len(data) >= 2**31  # needs 20 bytes of header more
+    wide = nbytes >= 2**31  # needs 20 bytes of header more
     front = archive.fp.tell() + 30 + len(info.filename) + 20 * wide + 4
     padding = -front % ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     with archive.open(info, "w", force_zip64=wide) as member:
-        member.write(data)
+        for part in parts:
+            member.write(part)
 
 
 def state_dict_pickle(tensors):

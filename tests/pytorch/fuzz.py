@@ -174,6 +174,8 @@ def main():
             try:
                 with contextlib.suppress(UserError):
                     check(reader.read_state_dict(path))
+                with contextlib.suppress(UserError):
+                    check({name: np.asarray(each) for name, each in reader.open_state_dict(path).items()})
                 check(reader.read(path))
                 counts["read"] += 1
             except UserError as error:

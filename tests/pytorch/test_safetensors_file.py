@@ -51,7 +51,7 @@ FALSE = {
     "a long number": (file(b'{"a":' + b"9" * 10_000 + b"}"), "its header is not JSON"),
     "not UTF-8": (file(b'{"\xff":1}'), "its header is not JSON"),
     "unprintable": (file({"\ud800\n": entry(dtype="?")}), r"'\\ud800\\n' has the element"),
-    "booleans of 2": (file({"a": entry(0, 2, dtype="BOOL")}, b"\0\2"), "'a' holds booleans other than"),
+    "booleans of 2": (file({"a": entry(0, 2, dtype="BOOL")}, b"\0\2"), "of booleans holds bytes other"),
 }  # fmt: skip
 
 
