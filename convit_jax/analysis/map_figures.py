@@ -1,0 +1,258 @@
+"""Attention maps as figures: one page a kind, a row a layer, a column a head, as PDF and PNG.
+
+Every map of every page has the same scale, logarithmic from uniform attention (1/N, N patches; what is
+below is left white) to all attention on one patch, so that layers and heads can be compared. The map
+colours the image itself, faded; the query is framed. One sequential palette whose lightness falls all
+the way: it survives colour-blindness and a grey print.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from convit_jax.errors import UserError
+
+PALETTE = "GnBu"
+FRAME = "#D55E00"  # of the query: vermilion, apart from every colour of the palette
+PIXELS = 112  # of the longer side of a map
+FADED = 0.65  # lightness of what is black in the image
+GAP, CAPTION, LABEL, MARGIN = 0.07, 0.15, 0.62, 0.15  # inches: between maps, above one, left of a row
+
+
+class Page:
+    """A page laid out in inches, y downwards: a single axes on which maps and words are placed.
+
+    An axes for each of 192 maps would take matplotlib half a minute.
+    """
+
+    def __init__(self, width, height):
+        from matplotlib.figure import Figure
+
+        self.figure = Figure(figsize=(width, height))
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set(xlim=(0, width), ylim=(height, 0))
+        self.axes.set_axis_off()
+
+    def words(self, x, y, text, size=7, **style):
+        self.axes.text(x, y, text, fontsize=size, **{"va": "center", **style})
+
+    def picture(self, x, y, width, height, pixels, grid, query):
+        """An image uint8 [h, w, 3] with a frame around patch `query` (row, column; None: no frame)."""
+        from matplotlib.patheffects import withStroke
+        from matplotlib.patches import Rectangle
+
+        self.axes.imshow(pixels, extent=(x, x + width, y + height, y), interpolation="none", aspect="auto")
+        self.axes.add_patch(Rectangle((x, y), width, height, fill=False, ec="0.6", lw=0.4))
+        if query is not None:
+            step_y, step_x = height / grid[0], width / grid[1]
+            corner = (x + query[1] * step_x, y + query[0] * step_y)
+            frame = Rectangle(corner, step_x, step_y, fill=False, ec=FRAME, lw=0.9)
+            frame.set_path_effects([withStroke(linewidth=1.8, foreground="white")])
+            self.axes.add_patch(frame)
+
+    def scale(self, x, y, width, patches):
+        """The colours' meaning: a bar from 1/N to 1."""
+        self.axes.imshow(
+            (colours(np.linspace(0, 1, 256)[None]) * 255).astype(np.uint8),
+            extent=(x, x + width, y + 0.11, y),
+            interpolation="none",
+            aspect="auto",
+        )
+        for value in [1 / patches, *(10.0**power for power in range(-4, 1))]:
+            if value >= 1 / patches:
+                at = x + width * float(strength(value, patches))
+                self.axes.plot([at, at], [y + 0.11, y + 0.15], color="black", lw=0.6)
+                near = value != 1 / patches and value < 1.6 / patches
+                name = f"uniform 1/{patches}" if value == 1 / patches else f"{value:g}"
+                if not near:
+                    self.words(at, y + 0.22, name, 6.5, ha="left" if value == 1 / patches else "center")
+
+    def save(self, stem):
+        """Write stem.pdf and stem.png; their paths. Raises UserError."""
+        import matplotlib
+
+        paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png")]
+        for path in paths:
+            try:
+                with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType, as publishers ask for
+                    self.figure.savefig(path, dpi=160)
+            except OSError as error:
+                raise UserError(f"cannot write the picture {path} ({error}): give another --output.") from error
+        return paths
+
+
+def strength(attention, patches):
+    """Attention on the common scale: 0 for 1/N or less, 1 for 1."""
+    with np.errstate(divide="ignore"):
+        return np.clip(np.log(attention * patches) / np.log(max(patches, 2)), 0, 1)
+
+
+def colours(values):
+    """Colours in 0..1 [..., 3] for values in 0..1."""
+    from matplotlib import colormaps
+
+    return np.where(values[..., None] > 0, colormaps[PALETTE](0.1 + 0.9 * values)[..., :3], 1.0)
+
+
+def over_image(attention, image):
+    """A map [rows, columns] multiplied over the faded image uint8 [H, W, 3] (None: white): uint8."""
+    rows, columns = attention.shape
+    size = max(2, PIXELS // max(rows, columns))
+    pixels = colours(strength(attention, attention.size)).repeat(size, 0).repeat(size, 1)
+    if image is not None:
+        grey = Image.fromarray(image).convert("L").resize((columns * size, rows * size), Image.Resampling.BOX)
+        pixels = pixels * (FADED + (1 - FADED) * np.asarray(grey)[..., None] / 255)
+    return np.round(255 * pixels).astype(np.uint8)
+
+
+def map_side(rows, columns):
+    """Inches of the longer side of a map on a page of rows x columns of them."""
+    return min(1.3, max(0.78, min(9 / columns, 9 / rows)))
+
+
+def draw_page(stem, title, explanation, rows, image, query):
+    """Draw one page of maps.
+
+    Args:
+      stem: path without its ending. title, explanation: words at the top (explanation: list of lines).
+      rows: list of (label, maps [H, rows, columns], captions), the latter one a head.
+      image: uint8 [H, W, 3] as the network sees it. query: (row, column) to frame, or None.
+
+    Returns:
+      The paths written.
+    """
+    grid = rows[0][1].shape[1:]
+    heads = len(rows[0][1])
+    side = map_side(len(rows), heads)
+    w, h = side * grid[1] / max(grid), side * grid[0] / max(grid)
+    photo = 1.35 / max(grid)
+    top = MARGIN + max(1.35 * grid[0] / max(grid), 1.1) + 0.32
+    width = max(2 * MARGIN + LABEL + heads * (w + GAP), 6.0)
+    page = Page(width, top + len(rows) * (h + CAPTION + GAP) + MARGIN)
+
+    page.picture(MARGIN, MARGIN, photo * grid[1], photo * grid[0], image, grid, query)
+    x = 2 * MARGIN + photo * grid[1]
+    page.words(x, MARGIN + 0.08, title, 11, weight="bold")
+    for number, line in enumerate(explanation):
+        page.words(x, MARGIN + 0.32 + 0.15 * number, line, 7.5)
+    page.scale(x, MARGIN + 0.8, 2.6, grid[0] * grid[1])
+
+    for head in range(heads):
+        page.words(MARGIN + LABEL + head * (w + GAP) + w / 2, top - 0.1, f"head {head + 1}", 7.5, ha="center")
+    for number, (label, maps, captions) in enumerate(rows):
+        y = top + number * (h + CAPTION + GAP) + CAPTION
+        page.words(MARGIN, y + h / 2, label, 7.5, linespacing=1.3)
+        for head, (values, caption) in enumerate(zip(maps, captions, strict=True)):
+            x = MARGIN + LABEL + head * (w + GAP)
+            page.words(x + w / 2, y - CAPTION / 2 + 0.01, caption, 6.2, ha="center")
+            page.picture(x, y, w, h, over_image(values, image), grid, query)
+    return page.save(stem)
+
+
+def draw_layers(directory, layers, image, query):
+    """Draw every page of a model's LayerMaps into a directory; the paths written.
+
+    image: uint8 [H, W, 3] as the network sees it. query: (row, column) of the patch they were made for.
+    """
+    gated = [layer for layer in layers if layer.gates is not None]
+    place = f"row {query[0]}, column {query[1]}"
+    framed = f"From the framed patch ({place}, counted from 0) to the others."
+    gate_line = "σ: the gate, the weight of position against content."
+    paths = []
+
+    def page(name, title, explanation, rows, query):
+        paths.extend(draw_page(directory / name, title, explanation, rows, image, query))
+
+    rows = [(label(n, layer), layer.query, captions_of_query(layer)) for n, layer in enumerate(layers)]
+    lines = [framed, f"GPSA: σ · position + (1 − σ) · content. {gate_line}" if gated else ""]
+    if any(layer.query_tokens.shape[1] for layer in layers):
+        lines.append("cls: attention to the class token, which has no place in the image.")
+    page("query", "Attention of a patch", lines, rows, query)
+    if gated:
+        for part in ("content", "position"):
+            rows = [(label(n, layer), getattr(layer, part), gates(layer)) for n, layer in enumerate(gated)]
+            formula = "softmax(q·k / √d)" if part == "content" else "softmax(v·r), the same for every image"
+            lines = [framed, f"The {part} part of GPSA alone: {formula}.", gate_line]
+            page(f"query_{part}", f"{part.title()} part of a patch's attention", lines, rows, query)
+    extra = layers[-1].tokens.shape[0]
+    for token, name in enumerate(("class", "distillation")[:extra]):
+        rows = [
+            (label(n, layer), layer.tokens[token], captions_of_token(layer, token))
+            for n, layer in enumerate(layers)
+            if layer.tokens.shape[0]
+        ]
+        lines = [f"From the {name} token to the patches.", "cls, dist: its attention to the tokens themselves."]
+        lines[1] = "cls: its attention to itself." if extra == 1 else lines[1]
+        page(f"{name}_token", f"Attention of the {name} token", lines, rows, None)
+    return paths
+
+
+def label(number, layer):
+    """What stands left of a layer's row."""
+    return f"layer {number + 1}\n{'plain' if layer.gates is None else 'GPSA'}"
+
+
+def gates(layer):
+    """The gate of each head, as "σ 0.73"."""
+    return [f"σ {gate:.2f}" for gate in layer.gates]
+
+
+def captions_of_query(layer):
+    """What stands above each head's map of the query: its gate, or what goes to the tokens."""
+    return gates(layer) if layer.gates is not None else shares(layer.query_tokens)
+
+
+def captions_of_token(layer, token):
+    """What stands above each head's map of a token."""
+    return shares(layer.tokens_tokens[token])
+
+
+def shares(attention):
+    """Attention to class (and distillation) token [H, T] in words, one a head."""
+    names = ("cls", "dist")
+    return [" ".join(f"{n} {a:.2f}" for n, a in zip(names, row, strict=False)) for row in attention]
+
+
+def draw_init(directory, content, positions, strengths, image, query):
+    """Draw the attention of a layer before training (Fig. 3) into a directory; the paths written.
+
+    content: [H, rows, columns] or None. positions: one [H, rows, columns] for each of `strengths`; with
+    strengths None one of the ordinary init. image: uint8 [H, W, 3], or None. Heads stand as the pixels of
+    the k x k filter that they start as; heads beyond it below.
+    """
+    heads, *grid = positions[0].shape
+    k = math.isqrt(heads)
+    groups = [] if content is None else [("content, untrained", content)]
+    if strengths is None:
+        groups.append(("position, ordinary init", positions[0]))
+    else:
+        groups += [(f"position, α = {a:g}", maps) for a, maps in zip(strengths, positions, strict=True)]
+    side = min(1.0, 2.6 / k)
+    w, h = side * grid[1] / max(grid), side * grid[0] / max(grid)
+    lines = k + math.ceil((heads - k * k) / k)
+    group_w, group_h = k * (w + GAP) - GAP, lines * (h + GAP) - GAP
+    first = 0 if image is None else 1
+    # An image stands first, as large as a group.
+    space = 0.3
+    photo_w = group_w if first else 0
+    photo_h = photo_w * grid[0] / grid[1]
+    width = max(2 * MARGIN + first * (photo_w + space) + len(groups) * (group_w + space) - space, 5.0)
+    top = MARGIN + 0.75
+    page = Page(width, top + max(group_h, photo_h) + MARGIN + 0.15)
+    page.words(MARGIN, MARGIN + 0.08, f"Attention of the {heads} heads of a GPSA layer before training", 10.5, weight="bold")
+    page.scale(MARGIN, MARGIN + 0.27, 2.6, grid[0] * grid[1])
+    x = MARGIN
+    if first:
+        page.words(x, top - 0.02, "image and query", 8)
+        page.picture(x, top + 0.12, photo_w, photo_h, image, grid, query)
+        x += photo_w + space
+    for title, maps in groups:
+        page.words(x, top - 0.02, title, 8)
+        for head, values in enumerate(maps):
+            row, column = (head % k, head // k) if head < k * k else divmod(head - k * k, k)
+            row += k if head >= k * k else 0
+            place = (x + column * (w + GAP), top + 0.12 + row * (h + GAP))
+            page.picture(*place, w, h, over_image(values, image), grid, query)
+        x += group_w + space
+    return page.save(directory / "init")
