@@ -22,7 +22,9 @@ def define():
     flags.DEFINE_bool("augmentations", False, "Draw training images as the training step sees them.")
     flags.DEFINE_bool("init", False, "Draw the attention of a GPSA layer before training (Fig. 3).")
     flags.DEFINE_string("image", None, "An image file, or the number of an image of the test split.")
-    flags.DEFINE_string("query", None, "ROW,COLUMN of the patch whose attention is drawn, from 0; the centre.")
+    flags.DEFINE_string(
+        "query", None, "ROW,COLUMN of the patch whose attention is drawn, from 0; the centre."
+    )
     flags.DEFINE_string("output", None, "Folder for the pictures.")
     define_weights()
 
@@ -63,19 +65,19 @@ def draw_augmentations(path):
 
 def draw_attention(directory):
     """Attention maps of the weights for the image."""
-    from convit_jax.analysis.map_figures import draw_layers
+    from convit_jax.analysis.map_figures import attention_pages
     from convit_jax.analysis.maps import check_query, layer_maps
 
     loaded = load_weights()
     query = check_query(parse_query(flags.FLAGS.query), grid_of(loaded.settings))
     image, normalised = read_image(loaded.settings, loaded.preprocessing)
     make_folder(directory)
-    return draw_layers(directory, layer_maps(loaded.model(), normalised, query), image, query)
+    return attention_pages(directory, layer_maps(loaded.model(), normalised, query), image, query)
 
 
 def draw_init(directory):
     """The first GPSA layer of the weights' model, or of the config's, before training."""
-    from convit_jax.analysis.map_figures import draw_init
+    from convit_jax.analysis.map_figures import init_page
     from convit_jax.analysis.maps import check_query, init_maps
     from convit_jax.models.variants import model_settings
     from convit_jax.training.plan import model_arguments
@@ -95,7 +97,7 @@ def draw_init(directory):
     strengths = (alpha / 2, alpha, 2 * alpha)
     content, positions = init_maps(settings, seed, query, strengths, normalised)
     make_folder(directory)
-    return draw_init(
+    return init_page(
         directory, content, positions, strengths if settings["conv_init"] else None, image, query
     )
 

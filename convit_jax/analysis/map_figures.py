@@ -13,10 +13,10 @@ from PIL import Image
 
 from convit_jax.errors import UserError
 
-PALETTE = "GnBu"
+PALETTE = "YlGnBu"
 FRAME = "#D55E00"  # of the query: vermilion, apart from every colour of the palette
 PIXELS = 112  # of the longer side of a map
-FADED = 0.65  # lightness of what is black in the image
+FADED = 0.8  # lightness of what is black in the image
 GAP, CAPTION, LABEL, MARGIN = 0.07, 0.15, 0.62, 0.15  # inches: between maps, above one, left of a row
 
 
@@ -59,14 +59,12 @@ class Page:
             interpolation="none",
             aspect="auto",
         )
-        for value in [1 / patches, *(10.0**power for power in range(-4, 1))]:
-            if value >= 1 / patches:
-                at = x + width * float(strength(value, patches))
-                self.axes.plot([at, at], [y + 0.11, y + 0.15], color="black", lw=0.6)
-                near = value != 1 / patches and value < 1.6 / patches
-                name = f"uniform 1/{patches}" if value == 1 / patches else f"{value:g}"
-                if not near:
-                    self.words(at, y + 0.22, name, 6.5, ha="left" if value == 1 / patches else "center")
+        names = {1 / patches: f"1/{patches}", 0.01: "1 %", 0.1: "10 %", 1: "100 %"}
+        for value, name in names.items():
+            at = width * float(strength(value, patches))
+            if at > 0.4 or value == 1 / patches:  # apart from the first
+                self.axes.plot([x + at, x + at], [y + 0.11, y + 0.15], color="black", lw=0.6)
+                self.words(x + at, y + 0.22, name, 6.5, ha="center" if at > 0 else "left")
 
     def save(self, stem):
         """Write stem.pdf and stem.png; their paths. Raises UserError."""
@@ -78,7 +76,9 @@ class Page:
                 with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType, as publishers ask for
                     self.figure.savefig(path, dpi=160)
             except OSError as error:
-                raise UserError(f"cannot write the picture {path} ({error}): give another --output.") from error
+                raise UserError(
+                    f"cannot write the picture {path} ({error}): give another --output."
+                ) from error
         return paths
 
 
@@ -92,7 +92,7 @@ def colours(values):
     """Colours in 0..1 [..., 3] for values in 0..1."""
     from matplotlib import colormaps
 
-    return np.where(values[..., None] > 0, colormaps[PALETTE](0.1 + 0.9 * values)[..., :3], 1.0)
+    return np.where(values[..., None] > 0, colormaps[PALETTE](values)[..., :3], 1.0)
 
 
 def over_image(attention, image):
@@ -150,7 +150,7 @@ def draw_page(stem, title, explanation, rows, image, query):
     return page.save(stem)
 
 
-def draw_layers(directory, layers, image, query):
+def attention_pages(directory, layers, image, query):
     """Draw every page of a model's LayerMaps into a directory; the paths written.
 
     image: uint8 [H, W, 3] as the network sees it. query: (row, column) of the patch they were made for.
@@ -182,7 +182,10 @@ def draw_layers(directory, layers, image, query):
             for n, layer in enumerate(layers)
             if layer.tokens.shape[0]
         ]
-        lines = [f"From the {name} token to the patches.", "cls, dist: its attention to the tokens themselves."]
+        lines = [
+            f"From the {name} token to the patches.",
+            "cls, dist: its attention to the tokens themselves.",
+        ]
         lines[1] = "cls: its attention to itself." if extra == 1 else lines[1]
         page(f"{name}_token", f"Attention of the {name} token", lines, rows, None)
     return paths
@@ -214,7 +217,7 @@ def shares(attention):
     return [" ".join(f"{n} {a:.2f}" for n, a in zip(names, row, strict=False)) for row in attention]
 
 
-def draw_init(directory, content, positions, strengths, image, query):
+def init_page(directory, content, positions, strengths, image, query):
     """Draw the attention of a layer before training (Fig. 3) into a directory; the paths written.
 
     content: [H, rows, columns] or None. positions: one [H, rows, columns] for each of `strengths`; with
@@ -230,29 +233,26 @@ def draw_init(directory, content, positions, strengths, image, query):
         groups += [(f"position, α = {a:g}", maps) for a, maps in zip(strengths, positions, strict=True)]
     side = min(1.0, 2.6 / k)
     w, h = side * grid[1] / max(grid), side * grid[0] / max(grid)
-    lines = k + math.ceil((heads - k * k) / k)
-    group_w, group_h = k * (w + GAP) - GAP, lines * (h + GAP) - GAP
-    first = 0 if image is None else 1
-    # An image stands first, as large as a group.
-    space = 0.3
-    photo_w = group_w if first else 0
-    photo_h = photo_w * grid[0] / grid[1]
-    width = max(2 * MARGIN + first * (photo_w + space) + len(groups) * (group_w + space) - space, 5.0)
-    top = MARGIN + 0.75
-    page = Page(width, top + max(group_h, photo_h) + MARGIN + 0.15)
-    page.words(MARGIN, MARGIN + 0.08, f"Attention of the {heads} heads of a GPSA layer before training", 10.5, weight="bold")
+    lines = math.ceil(heads / k)
+    group_w, group_h = k * (w + GAP) - GAP, lines * (h + CAPTION + GAP)
+    photo_h = group_w * grid[0] / grid[1] if image is not None else 0
+    columns, top, space = len(groups) + (image is not None), MARGIN + 0.85, 0.3
+    width = max(2 * MARGIN + columns * (group_w + space) - space, 5.5)
+    page = Page(width, top + 0.12 + max(group_h, photo_h + CAPTION) + MARGIN)
+    page.words(MARGIN, MARGIN + 0.08, f"{heads} heads of a GPSA layer before training", 11, weight="bold")
     page.scale(MARGIN, MARGIN + 0.27, 2.6, grid[0] * grid[1])
+
     x = MARGIN
-    if first:
-        page.words(x, top - 0.02, "image and query", 8)
-        page.picture(x, top + 0.12, photo_w, photo_h, image, grid, query)
-        x += photo_w + space
+    if image is not None:  # as large as a group
+        page.words(x, top, "image and query", 8.5)
+        page.picture(x, top + 0.12 + CAPTION, group_w, photo_h, image, grid, query)
+        x += group_w + space
     for title, maps in groups:
-        page.words(x, top - 0.02, title, 8)
+        page.words(x, top, title, 8.5)
         for head, values in enumerate(maps):
-            row, column = (head % k, head // k) if head < k * k else divmod(head - k * k, k)
-            row += k if head >= k * k else 0
-            place = (x + column * (w + GAP), top + 0.12 + row * (h + GAP))
-            page.picture(*place, w, h, over_image(values, image), grid, query)
+            column, row = divmod(head, k) if head < k * k else (head % k, head // k)
+            left, upper = x + column * (w + GAP), top + 0.12 + row * (h + CAPTION + GAP)
+            page.words(left + w / 2, upper + CAPTION / 2 + 0.01, f"head {head + 1}", 6.2, ha="center")
+            page.picture(left, upper + CAPTION, w, h, over_image(values, image), grid, query)
         x += group_w + space
     return page.save(directory / "init")

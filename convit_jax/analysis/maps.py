@@ -80,7 +80,7 @@ def check_query(query, grid):
     row, column = query
     if not (0 <= row < rows and 0 <= column < columns):
         raise UserError(
-            f"--query is {row},{column}, but the images have {rows} rows and {columns} columns of patches: "
+            f"query is {row},{column}, but the images have {rows} rows and {columns} columns of patches: "
             f"give 0,0 to {rows - 1},{columns - 1}."
         )
     return query
@@ -101,7 +101,9 @@ def init_maps(settings, seed, query, strengths, image=None):
       UserError: the model has no GPSA layer.
     """
     if settings["local_up_to_layer"] == 0:
-        raise UserError("this model has no GPSA layer, so nothing in it starts as a convolution: take a ConViT.")
+        raise UserError(
+            "this model has no GPSA layer, so nothing in it starts as a convolution: take a ConViT."
+        )
     graphdef, _ = abstract_model(settings)
     model = nnx.merge(graphdef, initial_params(settings, seed))
     rows, columns = model.grid
