@@ -35,7 +35,8 @@ def force_gates(params, to, layers=None):
     count = len(gating) if layers is None else layers
     if not 1 <= count <= len(gating):
         raise UserError(
-            f"gpsa_layers is {layers}, but the weights have {len(gating)} GPSA layers: give 1 to {len(gating)}."
+            f"gpsa_layers is {layers}, but the weights have {len(gating)} GPSA layers: give 1 to "
+            f"{len(gating)}."
         )
     gating[:count] = FORCED[to]
     return {**params, "gpsa_blocks": {**blocks, "attn": {**blocks["attn"], "gating_param": gating}}}

@@ -15,16 +15,18 @@ from convit_jax.errors import UserError
 
 PALETTE = "YlGnBu"
 FRAME = "#D55E00"  # of the query: vermilion, apart from every colour of the palette
+SIGMA = r"$\sigma(\lambda)$"
+FORMULAS = {
+    "content": r"softmax($q k / \sqrt{d}$)",
+    "position": "softmax($v r$), the same for every image",
+}
 PIXELS = 112  # of the longer side of a map
 FADED = 0.8  # lightness of what is black in the image
 GAP, CAPTION, LABEL, MARGIN = 0.07, 0.15, 0.62, 0.15  # inches: between maps, above one, left of a row
 
 
 class Page:
-    """A page laid out in inches, y downwards: a single axes on which maps and words are placed.
-
-    An axes for each of 192 maps would take matplotlib half a minute.
-    """
+    """A page laid out in inches, y downwards: one axes on which all maps and words are placed."""
 
     def __init__(self, width, height):
         from matplotlib.figure import Figure
@@ -39,8 +41,8 @@ class Page:
 
     def picture(self, x, y, width, height, pixels, grid, query):
         """An image uint8 [h, w, 3] with a frame around patch `query` (row, column; None: no frame)."""
-        from matplotlib.patheffects import withStroke
         from matplotlib.patches import Rectangle
+        from matplotlib.patheffects import withStroke
 
         self.axes.imshow(pixels, extent=(x, x + width, y + height, y), interpolation="none", aspect="auto")
         self.axes.add_patch(Rectangle((x, y), width, height, fill=False, ec="0.6", lw=0.4))
@@ -52,7 +54,10 @@ class Page:
             self.axes.add_patch(frame)
 
     def scale(self, x, y, width, patches):
-        """The colours' meaning: a bar from 1/N to 1."""
+        """The colours' meaning: a bar from 1/N to 1, under a line of words."""
+        self.words(
+            x, y - 0.11, f"Attention, on a logarithmic scale; white: uniform (1/{patches}) or less.", 7.5
+        )
         self.axes.imshow(
             (colours(np.linspace(0, 1, 256)[None]) * 255).astype(np.uint8),
             extent=(x, x + width, y + 0.11, y),
@@ -108,7 +113,7 @@ def over_image(attention, image):
 
 def map_side(rows, columns):
     """Inches of the longer side of a map on a page of rows x columns of them."""
-    return min(1.3, max(0.78, min(9 / columns, 9 / rows)))
+    return min(1.3, max(0.78, min(9 / columns, 13 / rows)))
 
 
 def draw_page(stem, title, explanation, rows, image, query):
@@ -127,7 +132,7 @@ def draw_page(stem, title, explanation, rows, image, query):
     side = map_side(len(rows), heads)
     w, h = side * grid[1] / max(grid), side * grid[0] / max(grid)
     photo = 1.35 / max(grid)
-    top = MARGIN + max(1.35 * grid[0] / max(grid), 1.1) + 0.32
+    top = MARGIN + max(1.35 * grid[0] / max(grid), 1.2) + 0.32
     width = max(2 * MARGIN + LABEL + heads * (w + GAP), 6.0)
     page = Page(width, top + len(rows) * (h + CAPTION + GAP) + MARGIN)
 
@@ -136,7 +141,7 @@ def draw_page(stem, title, explanation, rows, image, query):
     page.words(x, MARGIN + 0.08, title, 11, weight="bold")
     for number, line in enumerate(explanation):
         page.words(x, MARGIN + 0.32 + 0.15 * number, line, 7.5)
-    page.scale(x, MARGIN + 0.8, 2.6, grid[0] * grid[1])
+    page.scale(x, MARGIN + 0.91, 2.6, grid[0] * grid[1])
 
     for head in range(heads):
         page.words(MARGIN + LABEL + head * (w + GAP) + w / 2, top - 0.1, f"head {head + 1}", 7.5, ha="center")
@@ -157,36 +162,31 @@ def attention_pages(directory, layers, image, query):
     """
     gated = [layer for layer in layers if layer.gates is not None]
     place = f"row {query[0]}, column {query[1]}"
-    framed = f"From the framed patch ({place}, counted from 0) to the others."
-    gate_line = "σ: the gate, the weight of position against content."
+    framed = f"From the framed patch ({place}, counted from 0) to every patch."
+    gate_line = f"{SIGMA}: the gate, the weight of position against content."
+    extra = layers[-1].tokens.shape[0]  # class token, and distillation token
     paths = []
 
     def page(name, title, explanation, rows, query):
         paths.extend(draw_page(directory / name, title, explanation, rows, image, query))
 
     rows = [(label(n, layer), layer.query, captions_of_query(layer)) for n, layer in enumerate(layers)]
-    lines = [framed, f"GPSA: σ · position + (1 − σ) · content. {gate_line}" if gated else ""]
-    if any(layer.query_tokens.shape[1] for layer in layers):
-        lines.append("cls: attention to the class token, which has no place in the image.")
+    lines = [f"GPSA: {SIGMA} position + (1 - {SIGMA}) content, {SIGMA} the gate."] if gated else []
+    to_tokens = "cls: its attention to the class token" + "; dist: to the distillation token" * (extra == 2)
+    lines = [framed, *lines, f"{to_tokens}."]
     page("query", "Attention of a patch", lines, rows, query)
     if gated:
         for part in ("content", "position"):
             rows = [(label(n, layer), getattr(layer, part), gates(layer)) for n, layer in enumerate(gated)]
-            formula = "softmax(q·k / √d)" if part == "content" else "softmax(v·r), the same for every image"
-            lines = [framed, f"The {part} part of GPSA alone: {formula}.", gate_line]
+            lines = [framed, f"The {part} part of GPSA alone: {FORMULAS[part]}.", gate_line]
             page(f"query_{part}", f"{part.title()} part of a patch's attention", lines, rows, query)
-    extra = layers[-1].tokens.shape[0]
     for token, name in enumerate(("class", "distillation")[:extra]):
         rows = [
-            (label(n, layer), layer.tokens[token], captions_of_token(layer, token))
+            (label(n, layer), layer.tokens[token], shares(layer.tokens_tokens[token]))
             for n, layer in enumerate(layers)
             if layer.tokens.shape[0]
         ]
-        lines = [
-            f"From the {name} token to the patches.",
-            "cls, dist: its attention to the tokens themselves.",
-        ]
-        lines[1] = "cls: its attention to itself." if extra == 1 else lines[1]
+        lines = [f"From the {name} token to every patch.", f"{to_tokens}."]
         page(f"{name}_token", f"Attention of the {name} token", lines, rows, None)
     return paths
 
@@ -197,18 +197,13 @@ def label(number, layer):
 
 
 def gates(layer):
-    """The gate of each head, as "σ 0.73"."""
-    return [f"σ {gate:.2f}" for gate in layer.gates]
+    """The gate of each head, in words."""
+    return [f"{SIGMA} {gate:.2f}" for gate in layer.gates]
 
 
 def captions_of_query(layer):
     """What stands above each head's map of the query: its gate, or what goes to the tokens."""
     return gates(layer) if layer.gates is not None else shares(layer.query_tokens)
-
-
-def captions_of_token(layer, token):
-    """What stands above each head's map of a token."""
-    return shares(layer.tokens_tokens[token])
 
 
 def shares(attention):
@@ -230,17 +225,19 @@ def init_page(directory, content, positions, strengths, image, query):
     if strengths is None:
         groups.append(("position, ordinary init", positions[0]))
     else:
-        groups += [(f"position, α = {a:g}", maps) for a, maps in zip(strengths, positions, strict=True)]
+        groups += [
+            (rf"position, $\alpha$ = {a:g}", maps) for a, maps in zip(strengths, positions, strict=True)
+        ]
     side = min(1.0, 2.6 / k)
     w, h = side * grid[1] / max(grid), side * grid[0] / max(grid)
     lines = math.ceil(heads / k)
     group_w, group_h = k * (w + GAP) - GAP, lines * (h + CAPTION + GAP)
     photo_h = group_w * grid[0] / grid[1] if image is not None else 0
-    columns, top, space = len(groups) + (image is not None), MARGIN + 0.85, 0.3
+    columns, top, space = len(groups) + (image is not None), MARGIN + 0.95, 0.3
     width = max(2 * MARGIN + columns * (group_w + space) - space, 5.5)
     page = Page(width, top + 0.12 + max(group_h, photo_h + CAPTION) + MARGIN)
     page.words(MARGIN, MARGIN + 0.08, f"{heads} heads of a GPSA layer before training", 11, weight="bold")
-    page.scale(MARGIN, MARGIN + 0.27, 2.6, grid[0] * grid[1])
+    page.scale(MARGIN, MARGIN + 0.4, 2.6, grid[0] * grid[1])
 
     x = MARGIN
     if image is not None:  # as large as a group

@@ -99,7 +99,7 @@ def test_a_page_for_each_kind_of_map(tmp_path):
     kinds = ("query", "query_content", "query_position", "class_token")
     assert paths == [tmp_path / f"{kind}{ending}" for kind in kinds for ending in (".pdf", ".png")]
     assert all(path.stat().st_size > 5000 for path in paths)
-    assert map_figures.gates(layers[0]) == ["σ 0.12", "σ 0.25", "σ 1.00", "σ 0.00"]
+    assert [words.split()[1] for words in map_figures.gates(layers[0])] == ["0.12", "0.25", "1.00", "0.00"]
     with pytest.raises(UserError, match="cannot write the picture"):
         map_figures.attention_pages(tmp_path / "none", layers, PIXELS, QUERY)
 
