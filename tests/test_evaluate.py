@@ -53,7 +53,7 @@ def test_what_is_changed_for_an_evaluation_is_said(digits_config, tmp_path):
     assert last.startswith(f"top-1 {top1:.3f} ")
 
 
-def test_interventions_that_do_not_fit_are_refused(digits_config, tmp_path):
+def test_interventions_that_do_not_fit_are_refused():
     golden = ("-m", "convit_jax.evaluate", f"--checkpoint={ROOT}/tests/golden/convit_golden.pth")
     assert "--gpsa_layers says in how many layers" in says(*golden, "--gpsa_layers=2")
     assert "gpsa_layers is 9, but the weights have" in says(*golden, "--gates=position", "--gpsa_layers=9")
