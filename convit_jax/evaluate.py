@@ -3,9 +3,12 @@
     python -m convit_jax.evaluate --checkpoint=convit_small --config=configs/convit_s.py \\
         --config.data.dir=IMAGENET
     python -m convit_jax.evaluate --checkpoint=runs/convit_s
+    python -m convit_jax.evaluate --checkpoint=runs/convit_s --mask=position_embedding
+    python -m convit_jax.evaluate --checkpoint=runs/convit_s --gates=content --gpsa_layers=5
 
 Preprocessing (crop, interpolation, mean, std) comes with the weights, the images from the `data` section
-of --config; a run directory's own config serves if none is given.
+of --config; a run directory's own config serves if none is given. The last two are Tables 5 and 6 of the
+paper: what is lost without the position embedding, and with gates forced to position or content only.
 """
 
 import json
@@ -18,6 +21,13 @@ from absl import flags
 
 from convit_jax.commands import define_weights, launch, load_weights
 from convit_jax.errors import UserError
+
+
+def define():
+    define_weights()
+    flags.DEFINE_enum("mask", None, ["position_embedding"], "Set it to 0 (Table 5).")
+    flags.DEFINE_enum("gates", None, ["position", "content"], "Force sigma(lambda) to 1 or to 0 (Table 6).")
+    flags.DEFINE_integer("gpsa_layers", None, "In so many of the first GPSA layers; all of them.")
 
 
 def main(_):
@@ -36,6 +46,7 @@ def main(_):
     from convit_jax.training.step import eval_metrics, make_eval_step
 
     loaded = load_weights()
+    params, changes = intervene(loaded.params())
     config = flags.FLAGS.config or run_config(flags.FLAGS.checkpoint)
     use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -67,6 +78,8 @@ def main(_):
         processes=jax.process_count(),
     )
     say(describe(loaded))
+    if changes:
+        say(f"Changed for this evaluation: {'; '.join(changes)}")
     say(f"{len(indices):,} images of {len(names)} classes in batches of {batch_size}; {how.words()}")
 
     # ---- One pass over them ----------------------------------------------------------------
@@ -74,7 +87,7 @@ def main(_):
     normalization = ConfigDict({"data": {"mean": how.mean, "std": how.std}})
     step = jax.jit(make_eval_step(graphdef, normalization), out_shardings=replicated(mesh))
     zero = jax.jit(eval_metrics, out_shardings=replicated(mesh))()
-    params = jax.device_put(loaded.params(), replicated(mesh))
+    params = jax.device_put(params, replicated(mesh))
     unreadable = Unreadable(source, config.data.max_unreadable, say if is_first() else warn)
 
     def relabelled(batch):
@@ -84,6 +97,29 @@ def main(_):
     result = evaluate({"": params}, map(relabelled, rows), step, zero, mesh, progress=progress)[""]
     progress(steps)
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
+
+
+def intervene(params):
+    """(the parameters as --mask and --gates change them, what was changed in words)."""
+    from convit_jax.analysis.interventions import force_gates, mask_position_embedding
+
+    values, changes = flags.FLAGS, []
+    if values.mask:
+        params = mask_position_embedding(params)
+        changes.append("position embedding set to 0")
+    if values.gates:
+        params = force_gates(params, values.gates, values.gpsa_layers)
+        total = len(params["gpsa_blocks"]["attn"]["gating_param"])
+        sigma = {"position": 1, "content": 0}[values.gates]
+        changes.append(
+            f"gates of the first {values.gpsa_layers or total} of {total} GPSA layers set to "
+            f"{values.gates} only (sigma = {sigma})"
+        )
+    elif values.gpsa_layers is not None:
+        raise UserError(
+            "--gpsa_layers says in how many layers --gates holds: add --gates=position or content."
+        )
+    return params, changes
 
 
 def run_config(checkpoint):
@@ -150,4 +186,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    launch("evaluate", main, define=define_weights, config="", processes=True)
+    launch("evaluate", main, define=define, config="", processes=True)

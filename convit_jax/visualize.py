@@ -1,40 +1,161 @@
-"""Pictures of what a training sees.
+"""Pictures of what a network looks at, and of what a training sees.
 
-python -m convit_jax.visualize --augmentations --config=configs/convit_ti.py --output=augmented.png
+    python -m convit_jax.visualize --checkpoint=PATH --image=photo.jpg --output=DIR [--query=ROW,COLUMN]
+    python -m convit_jax.visualize --init --config=configs/convit_s.py [--image=photo.jpg] --output=DIR
+    python -m convit_jax.visualize --augmentations --config=configs/convit_ti.py --output=augmented.png
+
+The first draws attention maps of every layer and head, the second those of a GPSA layer before training
+(Fig. 3; with --checkpoint in place of --config, of that model). IMAGE is a file, or a number: that image
+of the test split of the run's own data, or of --config's.
 """
 
+import re
 from pathlib import Path
 
 from absl import flags
 
-from convit_jax.commands import launch
+from convit_jax.commands import define_weights, launch, load_weights
 from convit_jax.errors import UserError
 
 
 def define():
     flags.DEFINE_bool("augmentations", False, "Draw training images as the training step sees them.")
-    flags.DEFINE_string("output", None, "The picture, or a folder for it.")
+    flags.DEFINE_bool("init", False, "Draw the attention of a GPSA layer before training (Fig. 3).")
+    flags.DEFINE_string("image", None, "An image file, or the number of an image of the test split.")
+    flags.DEFINE_string(
+        "query", None, "ROW,COLUMN of the patch whose attention is drawn, from 0; the centre."
+    )
+    flags.DEFINE_string("output", None, "Folder for the pictures.")
+    define_weights()
 
 
 def main(_):
     """Draw what the flags ask for and say where it is."""
+    values = flags.FLAGS
+    if values.augmentations:
+        draw = draw_augmentations
+    elif values.init:
+        draw = draw_init
+    elif values.checkpoint and values.image:
+        draw = draw_attention
+    else:
+        raise UserError(
+            "say what to draw: --checkpoint=PATH --image=IMAGE for attention maps, --init for the "
+            "convolutional init, or --augmentations."
+        )
+    if values.output is None:
+        raise UserError("say where to draw it: --output=DIR.")
+    for path in draw(Path(values.output).expanduser()):
+        print(path)
+
+
+def draw_augmentations(path):
+    """Training images after augmentation, into a file, or a folder's augmentations.png."""
     from convit_jax.analysis.montage import augmentation_montage
     from convit_jax.training.plan import make_plan
 
-    if not flags.FLAGS.augmentations:
-        raise UserError("say what to draw: --augmentations.")
-    if flags.FLAGS.output is None:
-        raise UserError("say where to draw it: --output=FILE.png.")
-    config, path = flags.FLAGS.config, Path(flags.FLAGS.output).expanduser()
+    config = flags.FLAGS.config
     if path.is_dir() or not path.suffix:
         path = path / "augmentations.png"
     plan = make_plan(config, devices=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path.parent} ({error}): give another --output.") from error
+    make_folder(path.parent)
     augmentation_montage(config, plan, path)
-    print(path)
+    return [path]
+
+
+def draw_attention(directory):
+    """Attention maps of the weights for the image."""
+    from convit_jax.analysis.map_figures import attention_pages
+    from convit_jax.analysis.maps import check_query, layer_maps
+
+    loaded = load_weights()
+    query = check_query(parse_query(flags.FLAGS.query), grid_of(loaded.settings))
+    image, normalised = read_image(loaded.settings, loaded.preprocessing)
+    make_folder(directory)
+    return attention_pages(directory, layer_maps(loaded.model(), normalised, query), image, query)
+
+
+def draw_init(directory):
+    """The first GPSA layer of the weights' model, or of the config's, before training."""
+    from convit_jax.analysis.map_figures import init_page
+    from convit_jax.analysis.maps import check_query, init_maps
+    from convit_jax.models.variants import model_settings
+    from convit_jax.training.plan import model_arguments
+    from convit_jax.weight_formats import Preprocessing
+
+    config = flags.FLAGS.config
+    if flags.FLAGS.checkpoint:
+        loaded = load_weights()
+        settings, how, seed = loaded.settings, loaded.preprocessing, 0
+    else:
+        settings = model_settings(**model_arguments(config, config.data.num_classes or 1000))
+        how = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
+        seed = config.seed
+    query = check_query(parse_query(flags.FLAGS.query), grid_of(settings))
+    image, normalised = read_image(settings, how) if flags.FLAGS.image else (None, None)
+    alpha = settings["locality_strength"]
+    strengths = (alpha / 2, alpha, 2 * alpha)
+    content, positions = init_maps(settings, seed, query, strengths, normalised)
+    make_folder(directory)
+    return init_page(
+        directory, content, positions, strengths if settings["conv_init"] else None, image, query
+    )
+
+
+def grid_of(settings):
+    """(rows, columns) of patches."""
+    return tuple(side // settings["patch_size"] for side in settings["image_size"])
+
+
+def parse_query(text):
+    """(row, column) of "3,4"; None of None."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if match is None:
+        raise UserError(f"--query is {text!r}: give ROW,COLUMN of a patch, as 3,4, counted from 0.")
+    return int(match[1]), int(match[2])
+
+
+def read_image(settings, how):
+    """(uint8 [H, W, 3] as the network sees --image, the same normalised, float32)."""
+    import jax
+
+    from convit_jax.data.augment import normalize
+    from convit_jax.data.images import centre_crop, decode
+    from convit_jax.predict import read_bytes
+
+    if settings["in_chans"] != 3:
+        raise UserError(f"these weights take images of {settings['in_chans']} channels: pictures have 3.")
+    given = flags.FLAGS.image
+    if given.isdigit() and not Path(given).exists():
+        record = test_image(int(given))
+    else:
+        record = read_bytes(Path(given).expanduser())
+    image = centre_crop(decode(record, given), settings["image_size"], how.crop_ratio, how.interpolation)
+    return image, jax.device_get(normalize(image[None], how.mean, how.std))[0]
+
+
+def test_image(number):
+    """The record of an image of the test split, of the run's data or of --config's."""
+    from convit_jax.data.sources import open_source
+    from convit_jax.evaluate import run_config
+
+    values = flags.FLAGS
+    checkpoint = values.checkpoint and Path(values.checkpoint).expanduser()
+    own = checkpoint and (checkpoint / "checkpoints").is_dir() and not values["config"].present
+    source = open_source((run_config(checkpoint) if own else values.config).data, "test")
+    if number >= len(source):
+        raise UserError(f"--image is {number}, but the test split has the images 0 to {len(source) - 1}.")
+    return source[number]
+
+
+def make_folder(path):
+    """A folder for pictures."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path} ({error}): give another --output.") from error
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, run_python, says
+from flax import nnx
 
 from convit_jax import pretrained
+from convit_jax.analysis.interventions import force_gates, mask_position_embedding
+from convit_jax.data.sources import open_source
 from convit_jax.errors import UserError
 from convit_jax.evaluate import match_classes
 from convit_jax.training.loop import train
@@ -27,6 +30,33 @@ def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(digits
     save(pretrained.load(tmp_path / "run"), tmp_path / "w")
     config = ["--config=configs/digits.py", "--config.eval_batch_size=77"]
     assert last_line(f"--checkpoint={tmp_path}/w", *config) == expected
+
+
+def test_what_is_changed_for_an_evaluation_is_said(digits_config, tmp_path):
+    train(digits_config, tmp_path / "run")
+    command = ("-m", "convit_jax.evaluate", f"--checkpoint={tmp_path}/run")
+    done = run_python(*command, "--mask=position_embedding", "--gates=content", "--gpsa_layers=1")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "Changed for this evaluation: position embedding set to 0; gates of the first 1 of 2 GPSA layers "
+        "set to content only (sigma = 0)\n" in done.stdout
+    )
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"top-1 \d+\.\d{3}  top-5 \d+\.\d{3}  loss \d\.\d{3}  images 360", last)
+
+    loaded = pretrained.load(tmp_path / "run")
+    params = force_gates(mask_position_embedding(loaded.params()), "content", 1)
+    digits = open_source(digits_config.data, "test")
+    normalised = (digits.images / np.float32(255) - np.float32(0.305)) / np.float32(0.376)
+    logits = nnx.merge(loaded.network[0], params)(normalised)
+    top1 = 100 * np.mean(logits.argmax(-1) == digits.labels)
+    assert last.startswith(f"top-1 {top1:.3f} ")
+
+
+def test_interventions_that_do_not_fit_are_refused():
+    golden = ("-m", "convit_jax.evaluate", f"--checkpoint={ROOT}/tests/golden/convit_golden.pth")
+    assert "--gpsa_layers says in how many layers" in says(*golden, "--gpsa_layers=2")
+    assert "gpsa_layers is 9, but the weights have" in says(*golden, "--gates=position", "--gpsa_layers=9")
 
 
 def test_images_in_folders(image_folder, tmp_path):

@@ -1,14 +1,22 @@
 """python -m convit_jax.visualize as a user starts it."""
 
-import subprocess
-import sys
+import numpy as np
+import pytest
+from absl import flags
+from conftest import ROOT, run_python, says
+from PIL import Image
 
-from conftest import ROOT
+from convit_jax import visualize as command
+from convit_jax.errors import UserError
+from convit_jax.models.variants import model_settings
+from convit_jax.training.loop import train
+from convit_jax.weight_formats import Preprocessing
+
+GOLDEN = ROOT / "tests/golden/convit_golden.pth"
 
 
 def visualize(*arguments):
-    command = [sys.executable, "-m", "convit_jax.visualize", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return run_python("-m", "convit_jax.visualize", *arguments, timeout=200)
 
 
 def test_augmentations_of_the_default_config_into_a_folder(tmp_path):
@@ -18,12 +26,57 @@ def test_augmentations_of_the_default_config_into_a_folder(tmp_path):
     assert (tmp_path / "pictures/augmentations.png").stat().st_size > 10_000
 
 
+def test_attention_of_a_run_on_an_image_of_its_own_test_split(digits_config, tmp_path):
+    train(digits_config, tmp_path / "run")
+    done = visualize(f"--checkpoint={tmp_path}/run", "--image=7", "--query=0,3", f"--output={tmp_path}/maps")
+    assert (done.returncode, done.stderr) == (0, "")
+    names = ("query", "query_content", "query_position", "class_token")
+    files = [f"{tmp_path}/maps/{name}.{ending}" for name in names for ending in ("pdf", "png")]
+    assert done.stdout.split() == files
+    assert (tmp_path / "maps/query_position.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_init_of_a_config_at_a_photo(tmp_path):
+    Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "photo.png")
+    done = visualize("--init", f"--image={tmp_path}/photo.png", f"--output={tmp_path}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [f"{tmp_path}/init.pdf", f"{tmp_path}/init.png"]
+
+
+def test_the_image_is_what_the_network_sees(tmp_path, monkeypatch):
+    pixels = np.zeros((30, 60, 3), np.uint8)
+    pixels[:, 20:40] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    monkeypatch.setattr(
+        flags, "FLAGS", type("Flags", (), {"image": str(tmp_path / "wide.png"), "checkpoint": None})
+    )
+    settings = model_settings("convit_tiny", image_size=(32, 16))
+    how = Preprocessing(crop_ratio=1.0, mean=(0.5,) * 3, std=(0.25,) * 3)
+    image, normalised = command.read_image(settings, how)
+    assert image.shape == (32, 16, 3)
+    assert image.min() == 255  # the centre
+    np.testing.assert_allclose(normalised, 2)
+    with pytest.raises(UserError, match="take images of 1 channels"):
+        command.read_image({**settings, "in_chans": 1}, how)
+
+
+def test_a_query_is_two_numbers():
+    assert command.parse_query("3, 4") == (3, 4)
+    assert command.parse_query(None) is None
+    for text in ("3", "3,x", "-1,2", "1,2,3"):
+        with pytest.raises(UserError, match=f"--query is '{text}': give ROW,COLUMN"):
+            command.parse_query(text)
+
+
 def test_what_is_missing_is_said_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
+    weights, out = f"--checkpoint={GOLDEN}", f"--output={tmp_path}"
     for arguments, sentence in (
-        ((), "say what to draw: --augmentations."),
+        ((), "say what to draw: --checkpoint=PATH --image=IMAGE for"),
+        (("--init",), "say where to draw it: --output=DIR."),
         (("--augmentations", f"--output={tmp_path}/file/x.png"), "cannot make the folder"),
+        ((weights, "--image=nothing.jpg", out), "cannot read the image nothing.jpg"),
+        ((weights, "--image=1", "--query=9,0", out), "query is 9,0, but the images have"),
+        ((weights, "--image=360", out), "--image is 360, but the test split has the images 0 to 359."),
     ):
-        done = visualize(*arguments)
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"visualize: {sentence}")
+        assert says("-m", "convit_jax.visualize", *arguments).startswith(f"visualize: {sentence}")

@@ -260,6 +260,11 @@ class GatedPositionalSelfAttention(nnx.Module):
         relative = jnp.stack([dx, dy, dx**2 + dy**2], axis=-1).astype(jnp.float32)
         return jax.nn.softmax(self.pos_proj(relative).transpose(2, 0, 1), axis=-1)
 
+    def content_maps(self, x):
+        """softmax_j(q_i . k_j / sqrt(d)), the content's part before the gate, float32 [B, H, N, N]."""
+        q, k, _ = self._qkv(x)
+        return content_probabilities(q, k)
+
     def attention_maps(self, x):
         """The paper's A in its explicit form, float32 [B, H, N, N], of patches x [B, N, D]."""
         q, k, _ = self._qkv(x)

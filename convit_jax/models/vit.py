@@ -315,15 +315,18 @@ class VisionTransformer(nnx.Module):
             return (class_logits + distillation_logits) / 2
         return self.head(self.features(images, key=key))
 
-    def attention_maps(self, images):
-        """List over blocks of attention, float32 [B, H, N, N]; once it joined, the class token is token 0,
-        the distillation token token 1.
+    def attention_inputs(self, images):
+        """For each block (its attention layer, the normalised tokens [B, N, D] that enter it).
+
+        Once it joined, the class token is token 0, the distillation token token 1.
         """
         x, tokens = self._embed(images, None)
-        maps = []
         for number, block in enumerate(self.blocks):
             if number == self.local_up_to_layer:
                 x = jnp.concatenate([tokens, x], axis=1)
-            maps.append(block.attn.attention_maps(block.norm1(x)))
+            yield block.attn, block.norm1(x)
             x = block(x)
-        return maps
+
+    def attention_maps(self, images):
+        """List over blocks of attention, float32 [B, H, N, N]; tokens as of attention_inputs."""
+        return [attn.attention_maps(x) for attn, x in self.attention_inputs(images)]

@@ -1,0 +1,73 @@
+"""Tables 5 and 6: parameters changed as the paper says, nothing else, and no NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_same
+from flax import nnx
+
+from convit_jax import create_model
+from convit_jax.analysis.interventions import force_gates, mask_position_embedding
+from convit_jax.errors import UserError
+
+SMALL = dict(image_size=(12, 16), patch_size=4, embed_dim=16, depth=4, num_classes=5, num_heads=4)
+IMAGES = jax.random.normal(jax.random.key(0), (2, 12, 16, 3))
+
+
+def convit(**settings):
+    model = create_model("convit_tiny", **SMALL, local_up_to_layer=3, **settings)
+    return nnx.graphdef(model), jax.device_get(nnx.to_pure_dict(nnx.state(model)))
+
+
+@pytest.mark.parametrize(
+    ("to", "layers", "dtype"),
+    [("position", None, "float32"), ("content", 1, "float32"), ("content", None, "bfloat16")],
+)
+def test_forced_gates_leave_one_part_of_the_attention(to, layers, dtype):
+    graphdef, params = convit(dtype=dtype)
+    before = jax.tree.map(np.copy, params)
+    model, forced = nnx.merge(graphdef, params), nnx.merge(graphdef, force_gates(params, to, layers))
+    assert_same(params, before)
+    for number, (attn, x) in enumerate(forced.attention_inputs(IMAGES)):
+        if number < (layers or 3):
+            assert attn.gates().tolist() == [to == "position"] * 4
+            part = {"position": attn.positional_probabilities()[None], "content": attn.content_maps(x)}[to]
+            maps = attn.attention_maps(x)
+            np.testing.assert_array_equal(maps, jnp.broadcast_to(part, maps.shape))
+            explicit = jnp.einsum("bhnm,bmhd->bnhd", maps, attn.v(x).reshape(2, 12, 4, 4).astype(maps.dtype))
+            tolerance = 1e-5 if dtype == "float32" else 0.05
+            out = attn(x).astype(jnp.float32)
+            np.testing.assert_allclose(out, attn.proj(explicit.reshape(x.shape)), atol=tolerance)
+        elif number < 3:
+            np.testing.assert_array_equal(attn.gates(), model.blocks[number].attn.gates())
+    logits = forced(IMAGES)
+    assert jnp.isfinite(logits).all()
+    assert jnp.abs(logits - model(IMAGES)).max() > 0
+
+
+def test_a_gate_between_one_and_all_layers_or_a_sentence():
+    params = convit()[1]
+    gating = force_gates(params, "content", 2)["gpsa_blocks"]["attn"]["gating_param"]
+    np.testing.assert_array_equal(gating, [[-np.inf] * 4, [-np.inf] * 4, [1] * 4])
+    for layers in (0, 4):
+        with pytest.raises(UserError, match=f"gpsa_layers is {layers}, but the weights have 3 GPSA layers"):
+            force_gates(params, "position", layers)
+    deit = nnx.to_pure_dict(nnx.state(create_model("deit_tiny", **SMALL)))
+    with pytest.raises(UserError, match="no GPSA layer"):
+        force_gates(deit, "position")
+
+
+@pytest.mark.parametrize("name", ["convit_tiny", "deit_tiny"])
+def test_without_position_embedding_the_patches_enter_bare(name):
+    model = create_model(name, **SMALL, local_up_to_layer=3 if name == "convit_tiny" else 0)
+    graphdef, params = nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model))
+    masked = nnx.merge(graphdef, mask_position_embedding(params))
+    _, x = next(masked.attention_inputs(IMAGES))
+    patches = model.patch_embed(IMAGES)
+    if name == "deit_tiny":  # its class token has a position of its own, which goes too
+        token = jnp.broadcast_to(model.cls_token[...], (2, 1, 16))
+        patches = jnp.concatenate([token, patches], axis=1)
+    np.testing.assert_allclose(x, model.blocks[0].norm1(patches), atol=1e-6)
+    changed = mask_position_embedding(params)
+    assert_same({**changed, "pos_embed": params["pos_embed"]}, params)

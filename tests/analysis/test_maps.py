@@ -1,0 +1,117 @@
+"""Attention maps: the parts of GPSA add up to the model's own maps, for the right patch; legible pages."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from convit_jax import create_model
+from convit_jax.analysis import map_figures
+from convit_jax.analysis.maps import check_query, init_maps, layer_maps
+from convit_jax.errors import UserError
+from convit_jax.models.variants import model_settings
+
+SMALL = dict(image_size=(12, 16), patch_size=4, embed_dim=16, depth=4, num_classes=5, num_heads=4)
+IMAGE = jax.random.normal(jax.random.key(0), (12, 16, 3))
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+QUERY = (1, 3)  # patch 7 of 3 x 4
+
+
+def convit(**settings):
+    """A ConViT of 2 GPSA layers with other gates and contents in each."""
+    model = create_model("convit_tiny", **SMALL, local_up_to_layer=2, **settings)
+    attn = model.gpsa_blocks.attn
+    attn.gating_param = nnx.Param(jax.random.normal(jax.random.key(1), (2, 4)))
+    attn.qk.kernel = nnx.Param(30 * attn.qk.kernel[...])
+    return model
+
+
+def test_the_parts_add_up_to_the_maps_of_the_model():
+    model = convit()
+    layers = layer_maps(model, IMAGE, QUERY)
+    for layer, maps in zip(layers, model.attention_maps(IMAGE[None]), strict=True):
+        extra = maps.shape[-1] - 12
+        expected = np.asarray(maps[0, :, extra + 7])
+        np.testing.assert_allclose(layer.query.reshape(4, 12), expected[:, extra:], atol=1e-6)
+        np.testing.assert_array_equal(layer.query_tokens, expected[:, :extra])
+    for layer, block in zip(layers[:2], model.blocks[:2], strict=True):
+        gate = layer.gates[:, None, None]
+        np.testing.assert_array_equal(layer.gates, block.attn.gates())
+        np.testing.assert_allclose(gate * layer.position + (1 - gate) * layer.content, layer.query, atol=1e-6)
+        assert np.abs(layer.position - layer.content).max() > 0.05
+        assert layer.tokens.shape == (0, 4, 3, 4)
+    for layer in layers[2:]:
+        assert layer.gates is layer.content is layer.position is None
+        total = layer.tokens.sum((-2, -1)) + layer.tokens_tokens.sum(-1)
+        np.testing.assert_allclose(total, np.ones((1, 4)), atol=1e-6)
+
+
+def test_two_tokens_of_a_distilled_deit():
+    model = create_model("deit_tiny", **SMALL, distilled=True)
+    maps = [np.asarray(each[0]) for each in model.attention_maps(IMAGE[None])]
+    for layer, whole in zip(layer_maps(model, IMAGE, QUERY), maps, strict=True):
+        np.testing.assert_allclose(layer.tokens[1].reshape(4, 12), whole[:, 1, 2:], atol=1e-6)
+        np.testing.assert_allclose(layer.tokens_tokens[0], whole[:, 0, :2], atol=1e-6)
+        np.testing.assert_allclose(layer.query_tokens, whole[:, 2 + 7, :2], atol=1e-6)
+
+
+def test_heads_start_as_the_pixels_of_a_filter():
+    settings = model_settings(
+        "convit_tiny", **{**SMALL, "embed_dim": 20, "num_heads": 10}, local_up_to_layer=2
+    )
+    content, positions = init_maps(settings, 0, (1, 2), (1.0, 4.0), IMAGE)
+    assert content.shape == (10, 3, 4)
+    assert len(positions) == 2
+    for head in range(9):
+        peak = np.unravel_index(positions[1][head].argmax(), (3, 4))
+        assert peak == (1 + head % 3 - 1, 2 + head // 3 - 1)
+        assert positions[1][head].max() > positions[0][head].max()
+    np.testing.assert_array_equal(positions[0][9], positions[1][9])  # beyond the filter: random
+    content, (ordinary,) = init_maps({**settings, "conv_init": False}, 0, (1, 2), (1.0,))
+    assert content is None
+    assert ordinary.max() < 0.2
+    with pytest.raises(UserError, match="no GPSA layer"):
+        init_maps(model_settings("deit_tiny", **SMALL), 0, (1, 2), (1.0,))
+
+
+def test_the_query_is_a_patch():
+    assert check_query(None, (3, 4)) == (1, 2)
+    assert check_query((2, 3), (3, 4)) == (2, 3)
+    with pytest.raises(UserError, match="query is 3,0, but the images have 3 rows and 4 columns"):
+        check_query((3, 0), (3, 4))
+
+
+def test_the_scale_is_logarithmic_and_darkens_all_the_way():
+    np.testing.assert_allclose(map_figures.strength(np.array([0, 1 / 16, 1 / 4, 1]), 16), [0, 0, 0.5, 1])
+    luminance = map_figures.colours(np.linspace(0, 1, 50)) @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(luminance) < 0).all()
+    uniform = map_figures.over_image(np.full((3, 4), 1 / 12), None)
+    assert uniform.shape == (3 * 28, 4 * 28, 3)
+    assert (uniform == 255).all()
+
+
+def test_a_page_for_each_kind_of_map(tmp_path):
+    layers = layer_maps(convit(), IMAGE, QUERY)
+    layers[0] = dataclasses.replace(layers[0], gates=np.array([0.125, 0.25, 1, 0]))
+    paths = map_figures.attention_pages(tmp_path, layers, PIXELS, QUERY)
+    kinds = ("query", "query_content", "query_position", "class_token")
+    assert paths == [tmp_path / f"{kind}{ending}" for kind in kinds for ending in (".pdf", ".png")]
+    assert all(path.stat().st_size > 5000 for path in paths)
+    assert [words.split()[1] for words in map_figures.gates(layers[0])] == ["0.12", "0.25", "1.00", "0.00"]
+    with pytest.raises(UserError, match="cannot write the picture"):
+        map_figures.attention_pages(tmp_path / "none", layers, PIXELS, QUERY)
+
+
+def test_pages_of_a_distilled_deit_and_of_the_init(tmp_path):
+    model = create_model("deit_tiny", **SMALL, distilled=True)
+    paths = map_figures.attention_pages(tmp_path, layer_maps(model, IMAGE, QUERY), PIXELS, QUERY)
+    assert [path.name for path in paths[1::2]] == ["query.png", "class_token.png", "distillation_token.png"]
+    assert map_figures.shares(np.array([[0.25, 0.5]])) == ["cls 0.25 dist 0.50"]
+    maps = np.full((6, 3, 4), 1 / 12)
+    for strengths, image in (((0.5,), PIXELS), (None, None)):
+        paths = map_figures.init_page(
+            tmp_path, maps if image is not None else None, [maps], strengths, image, QUERY
+        )
+        assert [path.name for path in paths] == ["init.pdf", "init.png"]
