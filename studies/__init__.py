@@ -41,9 +41,9 @@ def ablations(images, rows, seeds, *, overrides=None, paper=None):
     """Table 3: its rows on all images and on a tenth of each class. rows: {letter: (config, overrides)}."""
     return {
         "title": f"Ablations on {images}",
-        "question": "What each part of ConViT is worth, on all images and on a tenth of each class (Table 3).",
+        "question": "The worth of each part of ConViT, on all images and on a tenth of each class (Table 3).",
         "rows": "ablation",
-        "columns": "images",
+        "columns": "images of each class",
         "labels": {
             "a": "a: ConViT",
             "b": "b: gates fixed",

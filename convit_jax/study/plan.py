@@ -78,9 +78,11 @@ class Plan:
         """In the order of the plan."""
         return list(dict.fromkeys(run.column for run in self.runs))
 
-    def label(self, row):
-        """The row as it is printed."""
-        return str(self.labels.get(row, row)) if not _number(row) else f"{self.rows} {row:g}"
+    def label(self, row, long=False):
+        """The row as it is printed; long: a number says of what it is."""
+        if _number(row):
+            return f"{self.rows} {row:g}" if long else f"{row:g}"
+        return self.labels.get(row, row)
 
     def numeric(self):
         """Whether the columns are numbers, so that they can be an axis."""
@@ -121,7 +123,7 @@ def read_plan(source, changes):
             raise UserError(f"the plan {source} has the metric {metric!r}: choose of {', '.join(METRICS)}.")
     runs, paper = [], {}
     for entry in filled.pop("runs"):
-        runs.append(_runs(source, entry, _changed(changes)))
+        runs.append(_runs(source, filled["rows"], entry, _changed(changes)))
         paper[entry.get("row"), entry.get("column")] = entry.get("paper", {})
     # Seed by seed, so that the whole table is there early, if only of one seed.
     runs = [run for of_seed in itertools.zip_longest(*runs) for run in of_seed if run]
@@ -189,18 +191,19 @@ def _changed(changes):
     return changed
 
 
-def _runs(source, entry, changed):
-    """The Runs of one entry of a plan, one a seed."""
+def _runs(source, rows, entry, changed):
+    """The Runs of one entry of a plan, one a seed. rows: what the plan's rows are."""
     unknown = [name for name in entry if name not in OF_A_RUN]
     missing = [name for name in ("row", "config", "seeds") if name not in entry]
     if unknown or missing:
         what = f"sets {unknown[0]!r}{nearest(unknown[0], OF_A_RUN)}" if unknown else f"lacks {missing[0]!r}."
         raise UserError(f"a run in the plan {source} {what} A run has {', '.join(OF_A_RUN)}.")
-    cell = [str(part) for part in (entry["row"], entry.get("column")) if part is not None]
     runs = []
     for seed in entry["seeds"]:
-        parts = [re.sub(r"[^\w.+]+", "-", part).strip("-").lower() for part in (*cell, f"seed{seed}")]
-        name = "-".join(parts)
+        row = f"{rows} {entry['row']}" if _number(entry["row"]) else entry["row"]
+        parts = (row, entry.get("column"), f"seed{seed}")
+        slugs = [re.sub(r"[^\w.+]+", "-", str(part)).strip("-").lower() for part in parts if part is not None]
+        name = "-".join(slugs)
         overrides = {**entry.get("overrides", {}), **changed, "seed": seed}
         file = os.path.relpath(ROOT / entry["config"])
         flags = (f"--config={file}", *(f"--config.{field}={value}" for field, value in overrides.items()))

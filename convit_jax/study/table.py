@@ -13,7 +13,7 @@ import statistics
 from convit_jax.study.plan import METRICS
 from convit_jax.training.rundir import write_whole
 
-COLUMNS = "run row column seed state step steps top1 top5 loss best_top1 seconds failure".split()
+COLUMNS = ("run", "row", "column", "seed", "state", "step", "steps", "top1", "top5", "loss", "best_top1")
 
 
 def values(plan, outcomes, metric):
@@ -54,7 +54,7 @@ def write_tables(plan, outcomes, output):
 def _csv(plan, outcomes):
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow([*COLUMNS, "seconds", "failure"])
     for run in plan.runs:
         found = outcomes[run.name]
         last = [found.last.get(name) for name in ("top1", "top5", "loss")]
@@ -116,7 +116,7 @@ def _cell(plan, cells, metric, row, column, seeds):
         text += f" ± {spread(numbers):.2f}" if len(numbers) > 1 else ""
         text += f" [n = {len(numbers)}]" if len(numbers) < seeds else ""
     paper = plan.paper[row, column].get(metric)
-    return text if paper is None else f"{text} ({paper:g})"
+    return text if paper is None else f"{text} ({paper})"
 
 
 def _gap(plan, cells, metric, row, column):
@@ -125,4 +125,4 @@ def _gap(plan, cells, metric, row, column):
     gap = relative_gap(*(cells.get(key, []) for key in keys))
     text = "-" if gap is None else f"{gap[0]:+.1f}%" + (f" ± {gap[1]:.1f}%" if gap[1] is not None else "")
     papers = [plan.paper.get(key, {}).get(metric) for key in keys]
-    return text if None in papers else f"{text} ({100 * (papers[0] - papers[1]) / papers[1]:+.0f}%)"
+    return text if None in papers else f"{text} ({100 * (papers[0] - papers[1]) / papers[1]:+.1f}%)"
