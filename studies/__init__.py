@@ -31,6 +31,7 @@ def sample_efficiency(images, models, fractions, seeds, *, baseline, overrides=N
         "question": f"{against} on a part of each class, as many images shown on every part (Table 2).",
         "rows": "model",
         "columns": "fraction of each class",
+        "scale": "fraction",
         "baseline": baseline,
         "metrics": list(paper) if paper else ["top1"],
         "runs": _over_fractions(models, {float(f): f for f in fractions}, seeds, overrides, paper),

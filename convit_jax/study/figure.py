@@ -76,8 +76,7 @@ def _lines(plan, cells, Figure):
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.margins(x=0.08)
-        if plan.fractions():
-            panel.set_xscale("log")
+        panel.set_xscale("linear" if plan.scale == "linear" else "log")
         panel.xaxis.set_major_locator(FixedLocator(columns))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xticklabels([plan.column_label(column) for column in columns])

@@ -5,6 +5,7 @@ The file (studies/digits.py) has get_plan(), or get_plan(name) for PLAN.py:NAME,
   title, question    what is compared, and which table or figure of the paper that is
   rows, columns      what the rows and the columns of the table are, as "model" and "fraction of each
                      class"; without columns there is one
+  scale              of columns that are numbers: "linear", "log", or "fraction", which is "log" in per cent
   runs               dicts of row, column, config (a file), overrides {"optim.lr": 1e-3}, seeds, and the
                      paper's own numbers, {"top1": 47.8}
   labels             of rows, where a row's name should be longer in the table; may be left out
@@ -30,8 +31,9 @@ from convit_jax.training.plan import make_plan, model_arguments
 from convit_jax.training.rundir import MAY_CHANGE, flatten
 
 NEEDED = ("title", "question", "rows", "runs")
-OPTIONAL = {"columns": None, "labels": {}, "baseline": None, "metrics": ("top1",)}
+OPTIONAL = {"columns": None, "scale": "linear", "labels": {}, "baseline": None, "metrics": ("top1",)}
 OF_A_RUN = ("row", "column", "config", "overrides", "seeds", "paper")
+SCALES = ("linear", "log", "fraction")
 METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss"}
 
 
@@ -64,6 +66,7 @@ class Plan:
     question: str
     rows: str
     columns: str | None
+    scale: str
     labels: dict
     baseline: object
     metrics: tuple
@@ -88,15 +91,11 @@ class Plan:
         """Whether the columns are numbers, so that they can be an axis."""
         return len(self.column_names()) > 1 and all(map(_number, self.column_names()))
 
-    def fractions(self):
-        """Whether the columns are fractions: printed in per cent, on a logarithmic axis."""
-        return self.numeric() and all(isinstance(column, float) for column in self.column_names())
-
     def column_label(self, column):
         """The column as it is printed."""
         if column is None:
             return "all images"
-        if self.fractions():
+        if self.scale == "fraction":
             return f"{100 * column:g}%"
         return f"{column:g}" if _number(column) else str(column)
 
@@ -121,6 +120,10 @@ def read_plan(source, changes):
     for metric in filled["metrics"]:
         if metric not in METRICS:
             raise UserError(f"the plan {source} has the metric {metric!r}: choose of {', '.join(METRICS)}.")
+    if filled["scale"] not in SCALES:
+        raise UserError(
+            f"the plan {source} has the scale {filled['scale']!r}: choose of {', '.join(SCALES)}."
+        )
     runs, paper = [], {}
     for entry in filled.pop("runs"):
         runs.append(_runs(source, filled["rows"], entry, _changed(changes)))

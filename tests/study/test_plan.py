@@ -106,6 +106,7 @@ def test_a_change_on_the_command_line_reaches_every_run_and_its_command(tmp_path
         (WHOLE | {"runs": [{"row": "a", "seeds": [0]}]}, "lacks 'config'. A run has row, column, config"),
         (WHOLE | {"runs": [ENTRY, ENTRY]}, "has two runs a-seed0: give each row, column and seed once"),
         (WHOLE | {"baseline": "b"}, "has the baseline 'b', which is none of its rows"),
+        (WHOLE | {"scale": "logs"}, "has the scale 'logs': choose of linear, log, fraction"),
         (WHOLE | {"metrics": ["top2"]}, "has the metric 'top2': choose of top1, top5, loss"),
         (
             WHOLE | {"runs": [{**ENTRY, "overrides": {"optim.lrr": 1}}]},
