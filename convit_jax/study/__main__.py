@@ -91,7 +91,7 @@ def study(plan, output, signals):
         elif now.failure:
             live.end(f"failed: {now.failure} (its output: {folder(output, run)}/output.log)")
         else:
-            live.end(f"stopped at step {now.step:,}, saved")
+            live.end("stopped; the same command continues it")
         if not signals.number:
             write(plan, output)
 
@@ -133,13 +133,14 @@ def conclude(plan, output, outcomes, with_others, signal_number):
         print(f"  figure  {output}/figure.pdf, figure.png")
     states = [found.state for found in outcomes.values()]
     left, failed = len(states) - states.count("done"), states.count("failed")
+    if not left:
+        return 0
     if signal_number or left > with_others:
         command = ["python", "-m", "convit_jax.study", plan.source, f"--output={output}", *plan.changes]
         said = f"{left} of {len(states)} runs" + (f", {failed} failed" if failed else "")
         print(f"  left    {said}; the same command goes on with them:\n          {shlex.join(command)}")
         return 128 + signal_number if signal_number else 1
-    if left:
-        print(f"  left    {left} of {len(states)} runs, which other commands are at")
+    print(f"  left    {left} of {len(states)} runs, which other commands are at")
     return 0
 
 

@@ -68,9 +68,8 @@ def _lines(plan, cells, Figure):
             of_row = [(c, gap[0], gap[1] or 0.0) for c, gap in of_row if gap is not None]
             if of_row:
                 panels[1].errorbar(*zip(*of_row, strict=True), **look, lw=1.6, ms=6, capsize=3)
-            of_paper = [
-                (c, relative_gap([paper[c]], [plan.paper[plan.baseline, c][metric]])[0]) for c in paper
-            ]
+            theirs = {c: plan.paper.get((plan.baseline, c), {}).get(metric) for c in paper}
+            of_paper = [(c, relative_gap([paper[c]], [theirs[c]])[0]) for c in paper if theirs[c]]
             if of_paper:
                 panels[1].plot(*zip(*of_paper, strict=True), color=look["color"], **PAPER)
     for panel in panels:

@@ -93,8 +93,6 @@ class Plan:
 
     def column_label(self, column):
         """The column as it is printed."""
-        if column is None:
-            return "all images"
         if self.scale == "fraction":
             return f"{100 * column:g}%"
         return f"{column:g}" if _number(column) else str(column)
@@ -110,6 +108,8 @@ def read_plan(source, changes):
       UserError: no such plan, or something in it that cannot be, named with its run.
     """
     given = _get_plan(source)
+    if not isinstance(given, dict):
+        raise UserError(f"get_plan() of the plan {source} returns no dict, but {type(given).__name__}.")
     unknown = [name for name in given if name not in (*NEEDED, *OPTIONAL)]
     missing = [name for name in NEEDED if name not in given]
     if unknown or missing:
@@ -126,7 +126,7 @@ def read_plan(source, changes):
         )
     runs, paper = [], {}
     for entry in filled.pop("runs"):
-        runs.append(_runs(source, filled["rows"], entry, _changed(changes)))
+        runs.append(_runs(source, filled, entry, _changed(changes)))
         paper[entry.get("row"), entry.get("column")] = entry.get("paper", {})
     # Seed by seed, so that the whole table is there early, if only of one seed.
     runs = [run for of_seed in itertools.zip_longest(*runs) for run in of_seed if run]
@@ -194,19 +194,20 @@ def _changed(changes):
     return changed
 
 
-def _runs(source, rows, entry, changed):
-    """The Runs of one entry of a plan, one a seed. rows: what the plan's rows are."""
+def _runs(source, plan, entry, changed):
+    """The Runs of one entry of a plan, one a seed. plan: the dict of get_plan()."""
+    needed = ("row", "config", "seeds") if plan["columns"] is None else ("row", "column", "config", "seeds")
     unknown = [name for name in entry if name not in OF_A_RUN]
-    missing = [name for name in ("row", "config", "seeds") if name not in entry]
+    missing = [name for name in needed if name not in entry]
     if unknown or missing:
         what = f"sets {unknown[0]!r}{nearest(unknown[0], OF_A_RUN)}" if unknown else f"lacks {missing[0]!r}."
         raise UserError(f"a run in the plan {source} {what} A run has {', '.join(OF_A_RUN)}.")
     runs = []
     for seed in entry["seeds"]:
-        row = f"{rows} {entry['row']}" if _number(entry["row"]) else entry["row"]
-        parts = (row, entry.get("column"), f"seed{seed}")
-        slugs = [re.sub(r"[^\w.+]+", "-", str(part)).strip("-").lower() for part in parts if part is not None]
-        name = "-".join(slugs)
+        of_row = [plan["rows"]] if _number(entry["row"]) else []
+        parts = [*of_row, entry["row"], entry.get("column"), f"seed{seed}"]
+        words = [f"{part:g}" if _number(part) else part for part in parts if part is not None]
+        name = "-".join(re.sub(r"[^\w.+]+", "-", word).strip("-").lower() for word in words)
         overrides = {**entry.get("overrides", {}), **changed, "seed": seed}
         file = os.path.relpath(ROOT / entry["config"])
         flags = (f"--config={file}", *(f"--config.{field}={value}" for field, value in overrides.items()))

@@ -19,7 +19,7 @@ from convit_jax.commands import ROOT
 from convit_jax.errors import UserError
 from convit_jax.study.plan import identity
 from convit_jax.training.metrics import read_metrics
-from convit_jax.training.rundir import disk_errors, hold, write_whole
+from convit_jax.training.rundir import Held, disk_errors, hold, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +134,11 @@ def take(output, run):
     """A handle that keeps a run for this command until it is closed, or None if another command has it."""
     try:
         ours = hold(folder(output, run), "study.lock")
-    except UserError:
+    except Held:
         return None
     try:
         hold(folder(output, run)).close()  # a train.py that was started by hand
-    except UserError:
+    except Held:
         ours.close()
         return None
     return ours

@@ -28,6 +28,10 @@ MAY_DIFFER = ("data.dir", "data.workers", "compilation_cache")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Held(UserError):
+    """Another process has the directory."""
+
+
 def claim(workdir, config, facts):
     """Make a run directory, or take up the one of the same run; write config.json and run.json.
 
@@ -54,7 +58,7 @@ def hold(workdir, lock="lock", *, wait=False):
       wait: until the other process is done, rather than raise.
 
     Raises:
-      UserError: another process is training there, or the directory cannot be made.
+      Held: another process is training there. UserError: the directory cannot be made.
     """
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,7 @@ def hold(workdir, lock="lock", *, wait=False):
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         handle.close()
-        raise UserError(
+        raise Held(
             f"another process is training in {workdir}: wait until it ends, or give another --workdir."
         ) from error
     except OSError:  # a file system without locks

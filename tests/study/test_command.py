@@ -64,7 +64,7 @@ def test_a_study_outlives_a_failure_and_a_signal_and_skips_what_is_done(plan, tm
     assert f"3 runs in {output}: 3 to do" in said
     assert "[1/3] first-seed0: top-1 " in said
     assert "[2/3] broken-seed0: failed: there is no file or directory nowhere.pth" in said
-    assert "[3/3] last-seed0: stopped at step " in said
+    assert "[3/3] last-seed0: stopped; the same command continues it" in said
     again = f"python -m convit_jax.study {plan} --output={output}"
     assert f"2 of 3 runs, 1 failed; the same command goes on with them:\n          {again}\n" in said
     assert states(output) == {"first-seed0": "done", "broken-seed0": "failed", "last-seed0": "begun"}
