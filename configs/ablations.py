@@ -11,6 +11,11 @@ g no  no  no  yes 73.7 44.8
 from configs import convit_s_plus, deit_s_plus
 from convit_jax.errors import UserError
 
+# What each row changes in a ConViT; e is a DeiT.
+FIXED = {"model.gate_init": 0.0, "optim.frozen": ("gating_param",)}  # in the middle, sigma(0) = 0.5
+FROZEN = {"model.gate_init": 0.0, "optim.frozen": ("gpsa_blocks.attn",)}  # only the MLPs of GPSA blocks learn
+RANDOM = {"model.conv_init": False}
+CHANGES = {"a": {}, "b": FIXED, "c": RANDOM, "d": FIXED | RANDOM, "f": FROZEN, "g": FROZEN | RANDOM}
 ROWS = ("a", "b", "c", "d", "e", "f", "g")
 
 
@@ -22,11 +27,5 @@ def get_config(row="a"):
     if row == "e":
         return deit_s_plus.get_config()
     config = convit_s_plus.get_config()
-    if row in "bdfg":  # gates fixed in the middle, sigma(0) = 0.5
-        config.model.gate_init = 0.0
-        config.optim.frozen = ("gating_param",)
-    if row in "cdg":
-        config.model.conv_init = False
-    if row in "fg":  # only the MLPs of the GPSA blocks learn
-        config.optim.frozen = ("gpsa_blocks.attn",)
+    config.update_from_flattened_dict(CHANGES[row])
     return config

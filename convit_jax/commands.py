@@ -128,7 +128,7 @@ def config_file():
 
 def _parse(argv, define, config, arguments):
     """Define and read the flags: argv without them. Raises UserError for what is wrong with them."""
-    try:
+    with _said_of(argv, config):
         if config is not None:
             # Not at import: ml_collections reads the command line as soon as the flag is defined.
             config_flags.DEFINE_config_file(
@@ -142,6 +142,28 @@ def _parse(argv, define, config, arguments):
         rest = flags.FLAGS(argv)
         if config is not None and flags.FLAGS.config is not None:
             flags.FLAGS.config.lock()  # raises if the file could not be loaded
+    if len(rest) > 1 and not arguments:
+        raise UserError(f"unexpected argument {rest[1]!r}: flags look like --config.epochs=10.")
+    return rest
+
+
+def load_config(arguments):
+    """The config that train.py makes of ["--config=configs/digits.py", "--config.epochs=5"].
+
+    Raises UserError for what is wrong with them, as train.py says it.
+    """
+    argv, values = ["train.py", *arguments], flags.FlagValues()
+    with _said_of(argv, ""):
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        values(argv)
+        return values.config.lock()
+
+
+@contextlib.contextmanager
+def _said_of(argv, config):
+    """Turns what absl and ml_collections raise of a command line into a UserError."""
+    try:
+        yield
     except (AttributeError, KeyError) as error:
         sentence = _unknown_field(argv) or _unknown_in_file(error)
         if sentence is None:
@@ -162,9 +184,6 @@ def _parse(argv, define, config, arguments):
         elif flag and config is not None and flag[1] in _fields():
             message = f"there is no flag --{flag[1]}, did you mean --config.{flag[1]}?"
         raise UserError(own[1] if own else message) from error
-    if len(rest) > 1 and not arguments:
-        raise UserError(f"unexpected argument {rest[1]!r}: flags look like --config.epochs=10.")
-    return rest
 
 
 def _fields():

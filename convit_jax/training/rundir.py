@@ -28,6 +28,10 @@ MAY_DIFFER = ("data.dir", "data.workers", "compilation_cache")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Held(UserError):
+    """Another process has the directory."""
+
+
 def claim(workdir, config, facts):
     """Make a run directory, or take up the one of the same run; write config.json and run.json.
 
@@ -44,22 +48,26 @@ def claim(workdir, config, facts):
         write_whole(workdir / "run.json", json.dumps(facts, indent=1) + "\n")
 
 
-def hold(workdir):
-    """A handle that keeps a run directory for this process until it is closed, or the process is gone.
+def hold(workdir, lock="lock", *, wait=False):
+    """A handle that keeps a directory for this process until it is closed, or the process is gone.
 
     Two runs in one directory would remove each other's half-written checkpoints.
 
+    Args:
+      lock: the name of the file that is locked; each keeps those away that ask for the same.
+      wait: until the other process is done, rather than raise.
+
     Raises:
-      UserError: another process is training there, or the directory cannot be made.
+      Held: another process is training there. UserError: the directory cannot be made.
     """
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        handle = (workdir / "lock").open("w")
+        handle = (workdir / lock).open("w")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         handle.close()
-        raise UserError(
+        raise Held(
             f"another process is training in {workdir}: wait until it ends, or give another --workdir."
         ) from error
     except OSError:  # a file system without locks

@@ -1,0 +1,103 @@
+"""The paper's experiments as plans for any images and models; the files in this folder say for which.
+
+convit_jax/study/plan.py says what a plan is.
+"""
+
+from configs.ablations import CHANGES
+from convit_jax.errors import UserError
+
+# A ConViT of any size becomes the DeiT of the same depth, width and heads: no GPSA, class token from the
+# start, a position embedding for it too, biases of query, key, value (convit_jax/models/variants.py).
+DEIT = {"model.name": "deit_tiny", "model.local_up_to_layer": 0}
+
+
+def chosen(name, plans):
+    """The plan of this name."""
+    if name not in plans:
+        raise UserError(f"say which plan of the file, as PLAN.py:NAME; it has {', '.join(plans)}.")
+    return plans[name]
+
+
+def sample_efficiency(images, models, fractions, seeds, *, baseline, overrides=None, paper=None):
+    """Table 2: models on a part of each class, as many images shown on every part.
+
+    Args:
+      images: what they are, as "digits". models: {row: (config, overrides)}. fractions: of each class.
+      overrides: of all runs. paper: {"top1": {row: [a number for each fraction]}}.
+    """
+    against = " against ".join(reversed(models))
+    return {
+        "title": f"Sample efficiency on {images}",
+        "question": f"{against} on a part of each class, as many images shown on every part (Table 2).",
+        "rows": "model",
+        "columns": "fraction of each class",
+        "scale": "fraction",
+        "baseline": baseline,
+        "metrics": list(paper) if paper else ["top1"],
+        "runs": _over_fractions(models, {float(f): f for f in fractions}, seeds, overrides, paper),
+    }
+
+
+def ablations(images, rows, seeds, *, overrides=None, paper=None):
+    """Table 3: its rows on all images and on a tenth of each class. rows: {letter: (config, overrides)}."""
+    return {
+        "title": f"Ablations on {images}",
+        "question": "The worth of each part of ConViT, on all images and on a tenth of each class (Table 3).",
+        "rows": "ablation",
+        "columns": "images of each class",
+        "labels": {
+            "a": "a: ConViT",
+            "b": "b: gates fixed",
+            "c": "c: no convolutional init",
+            "d": "d: gates fixed, no convolutional init",
+            "e": "e: DeiT",
+            "f": "f: as b, GPSA frozen",
+            "g": "g: as d, GPSA frozen",
+        },
+        "runs": _over_fractions(rows, {"all": 1.0, "10%": 0.1}, seeds, overrides, paper),
+    }
+
+
+def small_ablations(config):
+    """The rows of `ablations` for the config of a small ConViT."""
+    return {row: (config, CHANGES.get(row, DEIT)) for row in "abcdefg"}
+
+
+def locality(images, config, strengths, layers, seeds, *, overrides=None):
+    """Fig. 8: each locality strength with each number of GPSA layers, and the model without any."""
+
+    def entry(row, count, own):
+        changes = {**(overrides or {}), "model.local_up_to_layer": count, **own}
+        return {"row": row, "column": count, "config": config, "overrides": changes, "seeds": seeds}
+
+    return {
+        "title": f"Locality on {images}",
+        "question": "Locality strength of the convolutional init, and number of GPSA layers (Fig. 8).",
+        "rows": "locality strength",
+        "columns": "number of GPSA layers",
+        "runs": [
+            entry("no GPSA", 0, {}),
+            *(entry(a, count, {"model.locality_strength": a}) for a in strengths for count in layers),
+        ],
+    }
+
+
+def _over_fractions(rows, fractions, seeds, overrides, paper):
+    """Runs of each row on each fraction. fractions: {column: fraction}."""
+    return [
+        {
+            "row": row,
+            "column": column,
+            "config": config,
+            "overrides": {
+                **(overrides or {}),
+                **own,
+                "data.sampling_ratio": fraction,
+                "data.keep_total_images": True,
+            },
+            "seeds": seeds,
+            "paper": {metric: numbers[row][n] for metric, numbers in (paper or {}).items()},
+        }
+        for row, (config, own) in rows.items()
+        for n, (column, fraction) in enumerate(fractions.items())
+    ]

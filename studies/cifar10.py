@@ -1,0 +1,41 @@
+"""The paper's experiments on CIFAR-10 as an image folder, in the paper's proportions at 32 px.
+
+python -m convit_jax.study studies/cifar10.py:sample_efficiency --config.data.dir=CIFAR10
+# or :ablations, :locality; without a GPU :sample_efficiency_cpu, a smaller model on 2, 5 and 10 %
+"""
+
+from studies import DEIT, ablations, chosen, locality, sample_efficiency, small_ablations
+
+CONFIG = "configs/cifar10.py"  # patches of 4: a grid of 8 x 8
+GPU = {
+    "epochs": 100,
+    "model.depth": 12,
+    "model.local_up_to_layer": 10,
+    "model.embed_dim": 192,
+    "model.num_heads": 4,
+    "model.dtype": "bfloat16",
+    "data.workers": 8,
+}
+CPU = {"epochs": 20}  # with the config's 6 blocks, 5 of them GPSA, 96 wide
+SEEDS = (0, 1, 2)
+FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)
+TENTH = {"data.sampling_ratio": 0.1, "data.keep_total_images": True}
+
+
+def get_plan(name=""):
+    models = {"DeiT": (CONFIG, DEIT), "ConViT": (CONFIG, {})}
+    return chosen(
+        name,
+        {
+            "sample_efficiency": sample_efficiency(
+                "CIFAR-10", models, FRACTIONS, SEEDS, baseline="DeiT", overrides=GPU
+            ),
+            "sample_efficiency_cpu": sample_efficiency(
+                "CIFAR-10", models, FRACTIONS[:3], SEEDS, baseline="DeiT", overrides=CPU
+            ),
+            "ablations": ablations("CIFAR-10", small_ablations(CONFIG), SEEDS, overrides=GPU),
+            "locality": locality(
+                "a tenth of CIFAR-10", CONFIG, (0.01, 0.1, 1.0), (3, 6, 9), SEEDS, overrides=GPU | TENTH
+            ),
+        },
+    )

@@ -1,0 +1,31 @@
+"""The paper's experiments on scikit-learn's digits: minutes a run on a CPU, no download.
+
+python -m convit_jax.study studies/digits.py:sample_efficiency     # or :ablations, :locality
+"""
+
+from studies import DEIT, ablations, chosen, locality, sample_efficiency, small_ablations
+
+CONFIG = "configs/digits.py"  # 6 blocks, of ConViT 5 GPSA, 72 wide, 9 heads
+SETTINGS = {
+    "epochs": 100,
+    "data.subset_rule": "random",  # so that seeds differ in their images too
+}
+SEEDS = (0, 1, 2, 3, 4)
+FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)  # about 3, 7, 14, 43, 144 images of a class
+TENTH = {"data.sampling_ratio": 0.1, "data.keep_total_images": True}
+
+
+def get_plan(name=""):
+    models = {"DeiT": (CONFIG, DEIT), "ConViT": (CONFIG, {})}
+    return chosen(
+        name,
+        {
+            "sample_efficiency": sample_efficiency(
+                "digits", models, FRACTIONS, SEEDS, baseline="DeiT", overrides=SETTINGS
+            ),
+            "ablations": ablations("digits", small_ablations(CONFIG), SEEDS, overrides=SETTINGS),
+            "locality": locality(
+                "a tenth of digits", CONFIG, (0.01, 0.1, 1.0), (1, 3, 5), SEEDS, overrides=SETTINGS | TENTH
+            ),
+        },
+    )

@@ -1,0 +1,76 @@
+"""The paper's experiments on ImageNet, with the paper's recipe; its numbers are printed beside ours.
+
+python -m convit_jax.study studies/imagenet.py:models --config.data.dir=IMAGENET              # Table 1
+python -m convit_jax.study studies/imagenet.py:sample_efficiency --config.data.dir=IMAGENET   # Table 2
+python -m convit_jax.study studies/imagenet.py:ablations --config.data.dir=IMAGENET           # Table 3
+python -m convit_jax.study studies/imagenet.py:locality --config.data.dir=IMAGENET            # Fig. 8
+"""
+
+from studies import ablations, chosen, locality, sample_efficiency
+
+SEEDS = (0,)
+TOP1 = {
+    "DeiT": {"Ti": 72.2, "Ti+": 75.9, "S": 79.8, "S+": 79.0, "B": 81.8, "B+": 77.5},
+    "ConViT": {"Ti": 73.1, "Ti+": 76.7, "S": 81.3, "S+": 82.2, "B": 82.4, "B+": 82.5},
+}
+TOP5 = {
+    "DeiT": {"Ti+": 93.2, "S+": 94.4, "B+": 93.5},
+    "ConViT": {"Ti": 91.7, "Ti+": 93.6, "S": 95.7, "S+": 95.9, "B": 95.9, "B+": 95.9},
+}
+FRACTIONS = (0.05, 0.1, 0.3, 0.5, 1)
+TABLE_2 = {
+    "top1": {"DeiT-S": (34.8, 48.0, 66.1, 74.6, 79.9), "ConViT-S": (47.8, 59.6, 73.7, 78.2, 81.4)},
+    "top5": {"DeiT-S": (57.8, 71.5, 86.0, 91.8, 95.0), "ConViT-S": (70.7, 80.3, 90.7, 93.8, 95.8)},
+}
+TABLE_3 = {  # all images, a tenth of each class
+    "a": (82.2, 59.7),
+    "b": (82.0, 57.4),
+    "c": (81.4, 56.9),
+    "d": (81.6, 54.6),
+    "e": (79.1, 47.8),
+    "f": (78.6, 54.3),
+    "g": (73.7, 44.8),
+}
+FIRST_100 = {"epochs": 20, "data.num_classes": 100}
+
+
+def models():
+    """Table 1."""
+    runs = []
+    for size in TOP1["DeiT"]:
+        for kind in TOP1:
+            name = f"{kind}_{size}".lower().replace("+", "_plus")
+            paper = {"top1": TOP1[kind][size]} | ({"top5": TOP5[kind][size]} if size in TOP5[kind] else {})
+            runs.append(
+                {"row": f"{kind}-{size}", "config": f"configs/{name}.py", "seeds": SEEDS, "paper": paper}
+            )
+    return {
+        "title": "The twelve models on ImageNet",
+        "question": "ConViT against DeiT at six sizes (the paper's Table 1).",
+        "rows": "model",
+        "metrics": ["top1", "top5"],
+        "runs": runs,
+    }
+
+
+def get_plan(name=""):
+    small = {"DeiT-S": ("configs/deit_s.py", {}), "ConViT-S": ("configs/convit_s.py", {})}
+    rows = {row: (f"configs/ablations.py:{row}", {}) for row in TABLE_3}
+    return chosen(
+        name,
+        {
+            "models": models(),
+            "sample_efficiency": sample_efficiency(
+                "ImageNet", small, FRACTIONS, SEEDS, baseline="DeiT-S", paper=TABLE_2
+            ),
+            "ablations": ablations("ImageNet", rows, SEEDS, paper={"top1": TABLE_3}),
+            "locality": locality(
+                "the first 100 classes of ImageNet",
+                "configs/convit_s.py",
+                (0.01, 0.1, 1.0),
+                (3, 6, 9),
+                SEEDS,
+                overrides=FIRST_100,
+            ),
+        },
+    )

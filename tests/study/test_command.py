@@ -1,0 +1,107 @@
+"""python -m convit_jax.study as a user starts it, with real runs that take a second once compiled."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, says
+
+PLAN = """
+TINY = {{
+    "batch_size": 80, "epochs": 100, "steps": 120, "log_every": 5, "mesh.data": 1, "optim.warmup_epochs": 0.0,
+    "model.embed_dim": 16, "model.num_heads": 4, "model.depth": 3, "model.local_up_to_layer": 2,
+    "compilation_cache": "{cache}",
+}}
+
+def get_plan():
+    rows = {{"first": {{}}, "broken": {{"init_from": "nowhere.pth"}}, "last": {{}}}}
+    return {{
+        "title": "Three", "question": "Do they run?", "rows": "model",
+        "runs": [
+            {{"row": row, "config": "configs/digits.py", "overrides": {{**TINY, **own}}, "seeds": [0]}}
+            for row, own in rows.items()
+        ],
+    }}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path, compiled_once):
+    file = tmp_path / "three.py"
+    file.write_text(PLAN.format(cache=compiled_once))
+    return file
+
+
+def start(*arguments):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-m", "convit_jax.study", *map(str, arguments)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def states(output):
+    lines = csv.DictReader((output / "table.csv").read_text().splitlines())
+    return {line["run"]: line["state"] for line in lines}
+
+
+def test_a_study_outlives_a_failure_and_a_signal_and_skips_what_is_done(plan, tmp_path):
+    output = tmp_path / "out"
+    process, metrics = start(plan, f"--output={output}"), output / "runs/last-seed0/metrics.jsonl"
+    try:
+        until = time.monotonic() + 300
+        while not (metrics.exists() and metrics.read_text()) and process.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (130, "")
+    assert f"3 runs in {output}: 3 to do" in said
+    assert "[1/3] first-seed0: top-1 " in said
+    assert "[2/3] broken-seed0: failed: there is no file or directory nowhere.pth" in said
+    assert "[3/3] last-seed0: stopped; the same command continues it" in said
+    again = f"python -m convit_jax.study {plan} --output={output}"
+    assert f"2 of 3 runs, 1 failed; the same command goes on with them:\n          {again}\n" in said
+    assert states(output) == {"first-seed0": "done", "broken-seed0": "failed", "last-seed0": "begun"}
+
+    done = (output / "runs/first-seed0/output.log").read_bytes()
+    process = start(plan, f"--output={output}")
+    said, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors) == (1, "")
+    assert "1 done, 1 begun, 1 failed" in said
+    assert (output / "runs/first-seed0/output.log").read_bytes() == done
+    assert "[2/3] broken-seed0: failed: " in said  # tried again
+    assert "[3/3] last-seed0: top-1 " in said
+    assert "Continuing at step " in (output / "runs/last-seed0/output.log").read_text()
+    assert "left    1 of 3 runs, 1 failed; the same command" in said
+    assert states(output) == {"first-seed0": "done", "broken-seed0": "failed", "last-seed0": "done"}
+    assert "Failed:\n\n- broken-seed0: there is no file or" in (output / "table.md").read_text()
+    assert (output / "figure.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{plan}", "--output={tmp}/file/out"], "cannot write {tmp}/file/out (Not a directory)"),
+        (
+            ["{plan}", "--config.optim.lrr=1"],
+            "run first-seed0: the config has no field 'optim.lrr', did you mean",
+        ),
+        (
+            ["studies/digit.py:locality"],
+            "there is no plan 'studies/digit.py', did you mean 'studies/digits.py'?",
+        ),
+        ([], "give one PLAN, as studies/digits.py:sample_efficiency"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_runs(arguments, sentence, plan, tmp_path):
+    (tmp_path / "file").write_text("")
+    names = {"plan": plan, "tmp": tmp_path}
+    given = [argument.format(**names) for argument in arguments]
+    assert says("-m", "convit_jax.study", *given).startswith(f"study: {sentence.format(**names)}")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,188 @@
+"""The plans in studies/, and what is said of a plan with a mistake in it."""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import ROOT
+
+from convit_jax.errors import UserError
+from convit_jax.models.variants import FAMILIES, model_settings
+from convit_jax.study.__main__ import next_run
+from convit_jax.study.plan import check, read_plan
+from convit_jax.study.runs import claim, folder, outcome, take, train_command
+from convit_jax.training.plan import model_arguments
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections on Python 3.11
+
+ENTRY = {"row": "a", "config": "configs/digits.py", "seeds": [0, 1]}
+WHOLE = {"title": "Two", "question": "Do they differ?", "rows": "model", "runs": [ENTRY]}
+
+
+def settings(run):
+    return model_settings(**model_arguments(run.config, 10))
+
+
+def written(tmp_path, plan, changes=()):
+    """A Plan of a dict, by way of a file."""
+    (tmp_path / "mine.py").write_text(f"def get_plan():\n    return {plan!r}\n")
+    return read_plan(str(tmp_path / "mine.py"), list(changes))
+
+
+@pytest.mark.parametrize(
+    ("source", "runs"),
+    [
+        ("digits.py:sample_efficiency", 2 * 5 * 5),
+        ("digits.py:ablations", 7 * 2 * 5),
+        ("digits.py:locality", 10 * 5),
+        ("cifar10.py:sample_efficiency", 2 * 5 * 3),
+        ("cifar10.py:sample_efficiency_cpu", 2 * 3 * 3),
+        ("cifar10.py:ablations", 7 * 2 * 3),
+        ("cifar10.py:locality", 10 * 3),
+        ("imagenet.py:models", 12),
+        ("imagenet.py:sample_efficiency", 2 * 5),
+        ("imagenet.py:ablations", 7 * 2),
+        ("imagenet.py:locality", 10),
+    ],
+)
+def test_a_plan_has_its_runs_and_names_its_command(source, runs):
+    plan = read_plan(f"studies/{source}", [])
+    assert len(plan.runs) == runs
+    assert (
+        len({tuple(sorted((k, str(v)) for k, v in run.config.to_dict().items())) for run in plan.runs})
+        == runs
+    )
+    assert all(settings(run) for run in plan.runs)
+    file, _, name = source.partition(":")
+    text = (ROOT / "studies" / file).read_text()
+    assert f"python -m convit_jax.study studies/{file}:" in text
+    assert f":{name}" in text
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_the_small_deit_is_a_deit_of_the_same_size(data):
+    runs = {run.row: run for run in read_plan(f"studies/{data}.py:sample_efficiency", []).runs}
+    convit, deit = settings(runs["ConViT"]), settings(runs["DeiT"])
+    assert {name for name in deit if deit[name] != convit[name]} == {*FAMILIES["deit"]}
+    assert {name: deit[name] for name in FAMILIES["deit"]} == FAMILIES["deit"]
+    fields = runs["ConViT"].config, runs["DeiT"].config
+    for section in ("optim", "augment", "data"):
+        assert fields[0][section].to_dict() == fields[1][section].to_dict()
+
+
+def test_table_2_shows_as_many_images_on_every_fraction():
+    for run in read_plan("studies/imagenet.py:sample_efficiency", []).runs:
+        assert run.config.data.keep_total_images
+        assert run.config.data.sampling_ratio == run.column
+
+
+def test_the_small_ablations_change_what_those_of_the_paper_change():
+    small = {run.row: run.config for run in read_plan("studies/digits.py:ablations", []).runs}
+    large = {run.row: run.config for run in read_plan("studies/imagenet.py:ablations", []).runs}
+    for row in "abcdfg":
+        for field in ("gate_init", "conv_init"):
+            assert small[row].model[field] == large[row].model[field]
+        assert small[row].optim.frozen == large[row].optim.frozen
+    assert settings_of(small["e"])["local_up_to_layer"] == settings_of(large["e"])["local_up_to_layer"] == 0
+
+
+def settings_of(config):
+    return model_settings(**model_arguments(config, 10))
+
+
+def test_a_change_on_the_command_line_reaches_every_run_and_its_command(tmp_path):
+    plan = written(tmp_path, WHOLE, ["--config.epochs=7"])
+    assert [run.config.epochs for run in plan.runs] == [7, 7]
+    assert [run.config.seed for run in plan.runs] == [0, 1]
+    command = train_command(plan.runs[1], tmp_path)
+    assert command[-3:] == ["--config.epochs=7", "--config.seed=1", f"--workdir={tmp_path}/runs/a-seed1"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        (WHOLE | {"titel": ""}, "sets 'titel', did you mean 'title'?"),
+        ({"title": "x"}, "lacks 'question'. A plan has title, question, rows, runs"),
+        (WHOLE | {"runs": [{"row": "a", "seeds": [0]}]}, "lacks 'config'. A run has row, column, config"),
+        (WHOLE | {"runs": [ENTRY, ENTRY]}, "has two runs a-seed0: give each row, column and seed once"),
+        (WHOLE | {"baseline": "b"}, "has the baseline 'b', which is none of its rows"),
+        (WHOLE | {"scale": "logs"}, "has the scale 'logs': choose of linear, log, fraction"),
+        (WHOLE | {"metrics": ["top2"]}, "has the metric 'top2': choose of top1, top5, loss"),
+        (
+            WHOLE | {"runs": [{**ENTRY, "overrides": {"optim.lrr": 1}}]},
+            "run a-seed0: the config has no field 'optim.lrr', did you mean 'optim.lr'?",
+        ),
+        (
+            WHOLE | {"runs": [{**ENTRY, "overrides": {"epochs": "many"}}]},
+            "run a-seed0: flag --config.epochs=many: invalid literal",
+        ),
+        (
+            WHOLE | {"runs": [{**ENTRY, "config": "configs/digit.py"}]},
+            "run a-seed0: there is no config file 'configs/digit.py', did you mean 'configs/digits.py'?",
+        ),
+    ],
+)
+def test_a_mistake_in_a_plan_is_named(plan, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as raised:
+        written(tmp_path, plan)
+    assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"model.num_heads": 7}, "run a-seed0: embed_dim 72 is not a multiple of num_heads 7"),
+        ({"data.sampling_ratio": 0.001}, "run a-seed0: data.sampling_ratio 0.001 leaves no image of class 0"),
+        ({"data.name": "folder"}, "run a-seed0: data.name is folder but data.dir is empty"),
+    ],
+)
+def test_a_model_or_data_that_cannot_be_is_named_before_the_first_run(overrides, sentence, tmp_path):
+    with pytest.raises(UserError) as raised:
+        check(written(tmp_path, WHOLE | {"runs": [{**ENTRY, "overrides": overrides}]}))
+    assert str(raised.value).startswith(sentence)
+
+
+def test_a_directory_belongs_to_one_plan_which_may_grow(tmp_path):
+    output = tmp_path / "out"
+    claim(output, written(tmp_path, WHOLE))
+    claim(output, written(tmp_path, WHOLE, ["--config.data.workers=3"]))  # changes no number
+    larger = WHOLE | {"runs": [{**ENTRY, "seeds": [0, 1, 2]}]}
+    claim(output, written(tmp_path, larger))
+    for plan, changes, sentence in (
+        (larger, ["--config.epochs=3"], "(epochs was 100, is 3): give another --output"),
+        (larger, ["--config.steps=3"], "(steps was None, is 3): give another --output"),
+        (WHOLE, [], "(its run a-seed2 is not in this plan): give another --output"),
+    ):
+        with pytest.raises(UserError) as raised:
+            claim(output, written(tmp_path, plan, changes))
+        assert sentence in str(raised.value)
+    assert str(raised.value).startswith(f"{output} holds another plan, {tmp_path}/mine.py ")
+
+
+def test_a_run_directory_of_another_config_is_refused(tmp_path):
+    plan, output = written(tmp_path, WHOLE), tmp_path / "out"
+    config = dataclasses.replace(plan.runs[0]).config.copy_and_resolve_references()
+    config.optim.lr = 0.5
+    folder(output, plan.runs[0]).mkdir(parents=True)
+    (folder(output, plan.runs[0]) / "config.json").write_text(config.to_json_best_effort())
+    with pytest.raises(
+        UserError, match=r"runs/a-seed0 holds a run with another config \(optim.lr was 0.5, is"
+    ):
+        claim(output, plan)
+
+
+def test_commands_share_the_runs_and_do_not_repeat_each_others_failures(tmp_path):
+    plan, output = written(tmp_path, WHOLE), tmp_path / "out"
+    claim(output, plan)
+    first = take(output, plan.runs[0])
+    assert take(output, plan.runs[0]) is None
+    run, now, ours, others = next_run(plan, output, lambda run, now: now.state == "to do")
+    assert (run.name, now.state, others) == ("a-seed1", "to do", 1)
+    assert next_run(plan, output, lambda run, now: True) == (None, None, None, 2)
+    ours.close()
+    first.close()
+    record = {"failure": "no room", "seconds": 3.0, "at": 1.0}
+    (folder(output, plan.runs[0]) / "outcome.json").write_text(json.dumps(record))
+    failed = outcome(output, plan.runs[0])
+    assert (failed.state, failed.failure, failed.seconds, failed.failed_at) == ("failed", "no room", 3.0, 1.0)

@@ -1,0 +1,80 @@
+"""Tables and figures of outcomes made up for the purpose."""
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+
+from convit_jax.study.figure import draw
+from convit_jax.study.plan import read_plan
+from convit_jax.study.runs import Outcome
+from convit_jax.study.table import markdown, relative_gap, write_tables
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections on Python 3.11
+
+DONE = Outcome("done", 10, 10, {"top1": 50.0, "top5": 90.0, "loss": 1.0}, best=51.0, seconds=7.5)
+
+
+def scored(top1):
+    return dataclasses.replace(DONE, last=DONE.last | {"top1": top1})
+
+
+def test_relative_gap_and_its_error():
+    gap, error = relative_gap([12.0, 14.0], [10.0, 10.0])
+    assert (gap, error) == (pytest.approx(30.0), pytest.approx(10.0))  # standard error of 13 is 1
+    rng = np.random.default_rng(0)  # against the spread of the gap over many drawn studies
+    numbers, baseline = rng.normal(60, 3, (20_000, 5)), rng.normal(40, 2, (20_000, 5))
+    drawn = 100 * (numbers.mean(1) / baseline.mean(1) - 1)
+    errors = [relative_gap(list(a), list(b))[1] for a, b in zip(numbers[:2000], baseline[:2000], strict=True)]
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(drawn.std(), rel=0.03)
+    assert relative_gap([12.0], [10.0]) == (pytest.approx(20.0), None)
+    assert relative_gap([], [10.0]) is None
+
+
+def test_the_table_of_sample_efficiency():
+    plan = read_plan("studies/digits.py:sample_efficiency", [])
+    outcomes = {run.name: scored(60.0 + run.seed if run.row == "ConViT" else 50.0) for run in plan.runs}
+    outcomes["convit-0.05-seed0"] = Outcome("failed", 3, 10, failure="no room")
+    for seed in range(5):
+        outcomes[f"deit-0.02-seed{seed}"] = Outcome("to do")
+    lines = markdown(plan, outcomes).splitlines()
+    assert "| model \\ fraction of each class | 2% | 5% | 10% | 30% | 100% |" in lines
+    full, four = "62.00 ± 1.58", "62.50 ± 1.29 [n = 4]"
+    assert f"| ConViT | {full} | {four} | {full} | {full} | {full} |" in lines
+    assert "| DeiT | - | " + " | ".join(["50.00 ± 0.00"] * 4) + " |" in lines
+    gap = "+24.0% ± 1.4%"
+    assert f"| ConViT over DeiT | - | +25.0% ± 1.3% | {gap} | {gap} | {gap} |" in lines
+    assert "- convit-0.05-seed0: no room" in lines
+    assert "Not done yet: 5 of 50 runs." in lines
+
+
+def test_the_papers_numbers_stand_beside_ours(tmp_path):
+    plan = read_plan("studies/imagenet.py:ablations", ["--config.data.dir=x"])
+    outcomes = {run.name: scored(80.0) for run in plan.runs}
+    write_tables(plan, outcomes, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "| ablation \\ images of each class | all | 10% |" in text
+    assert "| d: gates fixed, no convolutional init | 80.00 (81.6) | 80.00 (54.6) |" in text
+    assert "seed 0; in brackets the paper's." in text
+    assert "`python -m convit_jax.study studies/imagenet.py:ablations --config.data.dir=x`" in text
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert len(rows) == 14
+    assert rows[0] == dict(
+        run="a-all-seed0", row="a", column="all", seed="0", state="done", step="10", steps="10", top1="80.0"
+    ) | dict(top5="90.0", loss="1.0", best_top1="51.0", seconds="7.5", failure="")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["digits.py:sample_efficiency", "digits.py:locality", "imagenet.py:models", "imagenet.py:ablations"],
+)
+def test_a_figure_for_each_kind_of_plan_also_while_runs_are_missing(source, tmp_path):
+    plan = read_plan(f"studies/{source}", [])
+    missing = {run.name: Outcome("to do") for run in plan.runs}
+    draw(plan, missing, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    for count in (1, len(plan.runs)):
+        draw(plan, missing | {run.name: scored(50.0 + 9 * run.seed) for run in plan.runs[:count]}, tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.pdf", "figure.png"]
+        assert (tmp_path / "figure.png").stat().st_size > 10_000
