@@ -9,7 +9,7 @@ from conftest import ROOT, run_python
 
 from convit_jax import pretrained
 from convit_jax.errors import UserError
-from convit_jax.evaluate import match_classes
+from convit_jax.pretrained import match_classes
 from convit_jax.training.loop import train
 from convit_jax.weight_formats import save
 
