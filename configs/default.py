@@ -85,6 +85,12 @@ def get_config():
     config.data.max_unreadable = 10  # images that may fail: replaced in training, left out in the test
     config.data.workers = 8  # loader processes; 0: threads of the training process. Changes no number
 
+    config.distill = ConfigDict()  # learning from a teacher beside the labels (Table 4)
+    config.distill.teacher = placeholder(str)  # whatever convit_jax.load_pretrained takes; None: no teacher
+    config.distill.kind = "hard"  # learn the class that it gives; or "soft": its probabilities
+    config.distill.alpha = 0.5  # share of the teacher in the loss, 0 to 1
+    config.distill.temperature = 1.0  # of both softmaxes with kind = "soft"
+
     config.mesh = ConfigDict()  # how devices are arranged
     config.mesh.data = -1  # devices that share a batch; -1: all
     config.mesh.fsdp = 1  # devices that also share the parameters and the optimizer's state

@@ -38,7 +38,7 @@ def main(_):
     from convit_jax.data.loader import EvalExample, Unreadable, batches
     from convit_jax.data.sources import open_source
     from convit_jax.data.subsample import select
-    from convit_jax.pretrained import describe
+    from convit_jax.pretrained import describe, match_classes
     from convit_jax.training.evaluation import evaluate
     from convit_jax.training.loop import use_compilation_cache
     from convit_jax.training.processes import introduce, is_first, say, warn
@@ -133,33 +133,6 @@ def run_config(checkpoint):
             "--config.data.dir=IMAGES, or another config with a data section."
         )
     return ConfigDict(json.loads(file.read_text()))
-
-
-def match_classes(names, loaded):
-    """The weights' label of each of the data's, int32: by name where both know their names, else in order.
-
-    names: of the data's classes.
-
-    Raises:
-      UserError: more classes than the weights have, or fewer without names in common.
-    """
-    import numpy as np
-
-    theirs = {name: label for label, name in enumerate(loaded.class_names or ())}
-    if all(name in theirs for name in names):
-        return np.array([theirs[name] for name in names], np.int32)
-    known = loaded.settings["num_classes"]
-    if len(names) > known or (theirs and len(names) < known):
-        raise UserError(
-            f"the data has {len(names)} classes, as {names[0]!r}, and the weights have {known}: give weights "
-            "and images of the same classes, or name the folders as the weights' classes."
-        )
-    if theirs:
-        from convit_jax.training.processes import say
-
-        ours, weights = names[0], loaded.class_names[0]
-        say(f"The data's classes ({ours!r}, ...) are not the weights' ({weights!r}, ...): matched in order.")
-    return np.arange(len(names), dtype=np.int32)
 
 
 class Progress:

@@ -147,6 +147,31 @@ def load_into(source, settings, seed):
     return loaded
 
 
+def match_classes(names, loaded):
+    """The weights' label of each of the data's, int32: by name where both know their names, else in order.
+
+    names: of the data's classes.
+
+    Raises:
+      UserError: more classes than the weights have, or fewer without names in common.
+    """
+    theirs = {name: label for label, name in enumerate(loaded.class_names or ())}
+    if all(name in theirs for name in names):
+        return np.array([theirs[name] for name in names], np.int32)
+    known = loaded.settings["num_classes"]
+    if len(names) > known or (theirs and len(names) < known):
+        raise UserError(
+            f"the data has {len(names)} classes, as {names[0]!r}, and the weights have {known}: give weights "
+            "and images of the same classes, or name the folders as the weights' classes."
+        )
+    if theirs:
+        from convit_jax.training.processes import say
+
+        ours, weights = names[0], loaded.class_names[0]
+        say(f"The data's classes ({ours!r}, ...) are not the weights' ({weights!r}, ...): matched in order.")
+    return np.arange(len(names), dtype=np.int32)
+
+
 def _resized(loaded, size):
     """The same weights for images of another size (height, width) in pixels."""
     settings = loaded.settings

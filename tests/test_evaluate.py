@@ -12,7 +12,7 @@ from convit_jax import pretrained
 from convit_jax.analysis.interventions import force_gates, mask_position_embedding
 from convit_jax.data.sources import open_source
 from convit_jax.errors import UserError
-from convit_jax.evaluate import match_classes
+from convit_jax.pretrained import match_classes
 from convit_jax.training.loop import train
 from convit_jax.weight_formats import save
 

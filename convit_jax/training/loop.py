@@ -19,6 +19,7 @@ from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.pretrained import load_into
 from convit_jax.training import checkpoint
+from convit_jax.training.distill import load_teacher
 from convit_jax.training.evaluation import AHEAD, evaluate
 from convit_jax.training.metrics import Clock, Evaluations, MetricsLog, Progress
 from convit_jax.training.optimizer import make_optimizer, make_schedule
@@ -78,7 +79,10 @@ def train(config, workdir):
                 plan = make_plan(config, devices=mesh.size)
     data = {"training images": len(plan.train.slots.indices), "test images": len(plan.test.indices)}
     settings = {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
-    check_same({**data, "workdir": str(workdir), **settings})
+    with together():
+        teacher, teacher_params = load_teacher(config, plan)
+    taught = {"the teacher's weights": teacher and teacher.facts["weights"]}
+    check_same({**data, "workdir": str(workdir), **settings, **taught})
 
     # ---- Model, optimizer, compiled steps --------------------------------------------------
     graphdef, abstract_params = abstract_model(plan.model)
@@ -90,22 +94,28 @@ def train(config, workdir):
     )
     optimizer = make_optimizer(config.optim, schedule, abstract_params)
 
+    def empty_window():
+        return train_metrics(distilled=teacher is not None)
+
     def fresh(params=None):
         params = initial_params(plan.model, config.seed) if params is None else params
         state = new_state(params, optimizer, ema=config.optim.ema_decay > 0)
-        return {"state": state, "metrics": train_metrics()}
+        return {"state": state, "metrics": empty_window()}
 
     shapes = jax.eval_shape(fresh)
     shardings = state_shardings(mesh, shapes)
     train_step = jax.jit(
         with_votes(
-            make_train_step(graphdef, optimizer, schedule, config, plan.model["num_classes"], gather(mesh))
+            make_train_step(
+                graphdef, optimizer, schedule, config, plan.model["num_classes"], gather(mesh), teacher
+            )
         ),
         donate_argnums=0,
         out_shardings=(shardings["state"], shardings["metrics"], replicated(mesh)),
     )
     eval_step = jax.jit(make_eval_step(graphdef, config, gather(mesh)), out_shardings=replicated(mesh))
-    no_metrics, no_eval = jax.jit(lambda: (train_metrics(), eval_metrics()), out_shardings=replicated(mesh))()
+    no_metrics, no_eval = jax.jit(lambda: (empty_window(), eval_metrics()), out_shardings=replicated(mesh))()
+    teacher_params = jax.device_put(teacher_params, state_shardings(mesh, teacher_params))
 
     def rows(example, batch_size, first, last):
         """This process's share of the batches of steps first .. last - 1."""
@@ -123,7 +133,7 @@ def train(config, workdir):
         stop = AgreedStop(signals, mesh)
         # ---- The run directory is ours before anything in it is read or written ------------
         phase(f"taking {workdir}")
-        run = facts(config, plan, abstract_params, mesh.shape, jax.devices()[0].device_kind)
+        run = facts(config, plan, abstract_params, mesh.shape, jax.devices()[0].device_kind, teacher)
         with together():
             if is_first():
                 stack.callback(hold(workdir).close)
@@ -185,6 +195,8 @@ def train(config, workdir):
                 "images_per_second": images_per_second,
                 "data_wait": data_wait,
             }
+            if teacher:
+                values["train_distill_loss"] = float(sums["distill_loss"]) / int(sums["images"])
             if unreadable.seen:
                 values["unreadable_images"] = len(unreadable.seen)
             log.write(last_step, plan.epoch(last_step), values)
@@ -241,7 +253,7 @@ def train(config, workdir):
             votes = stop.votes()
             began = time.monotonic()
             with jax.transfer_guard("disallow"):  # nothing may slip in from the host by accident
-                state, metrics, largest_vote = train_step(state, metrics, batch, votes)
+                state, metrics, largest_vote = train_step(state, metrics, batch, votes, teacher_params)
             del batch  # its memory is free when the step is done, not one step later
             step += 1
             recent.append(largest_vote)

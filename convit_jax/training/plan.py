@@ -115,6 +115,7 @@ def _check(config, devices):
         "optim.schedule_per": (config.optim.schedule_per, ("epoch", "step")),
         "augment.crop": (config.augment.crop, ("resized", "pad")),
         "augment.policy": (config.augment.policy, ("randaugment", "three_augment", "none")),
+        "distill.kind": (config.distill.kind, ("hard", "soft")),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -129,6 +130,10 @@ def _check(config, devices):
     for name, (low, high) in limits.items():
         if not low <= config.augment[name] <= high:
             raise UserError(f"augment.{name} is {config.augment[name]}: it must be between {low} and {high}.")
+    if not 0 <= config.distill.alpha <= 1:
+        raise UserError(f"distill.alpha is {config.distill.alpha}: it must be between 0 and 1.")
+    if not 0 < config.distill.temperature < math.inf:
+        raise UserError(f"distill.temperature is {config.distill.temperature}: it must be above 0.")
     if config.data.name == "digits" and config.data.dir:
         raise UserError("data.dir is set but data.name is digits, which needs none: set data.name=folder.")
     if config.data.repeats < 1 or config.data.workers < 0:

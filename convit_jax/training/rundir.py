@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "data.dir",
     "data.max_unreadable",
     "data.workers",
+    "distill.teacher",  # its path; the weights are compared
     "mesh.data",
     "mesh.fsdp",
     "eval_batch_size",
@@ -23,7 +24,7 @@ MAY_CHANGE = (
     "compilation_cache",
 )
 # What each of several processes may have its own of.
-MAY_DIFFER = ("data.dir", "data.workers", "compilation_cache")
+MAY_DIFFER = ("data.dir", "data.workers", "distill.teacher", "compilation_cache")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -36,14 +37,17 @@ def claim(workdir, config, facts):
     """Make a run directory, or take up the one of the same run; write config.json and run.json.
 
     Raises:
-      UserError: the directory holds another run, or one on other data, or cannot be written.
+      UserError: the directory holds another run, or one on other data or with another teacher, or cannot
+        be written.
     """
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         if (workdir / "config.json").exists():
             check_same_run(config, json.loads((workdir / "config.json").read_text()), workdir)
         if (workdir / "run.json").exists():
-            check_same_data(facts, json.loads((workdir / "run.json").read_text()), workdir)
+            saved = json.loads((workdir / "run.json").read_text())
+            check_same_data(facts, saved, workdir)
+            check_same_teacher(facts, saved, workdir)
         write_whole(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
         write_whole(workdir / "run.json", json.dumps(facts, indent=1) + "\n")
 
@@ -131,3 +135,13 @@ def check_same_data(facts, saved, workdir):
                 f"the run in {workdir} had {name} {saved[name]:,}, now there are {facts[name]:,}: bring the "
                 "data back as it was to continue that run, or give another --workdir."
             )
+
+
+def check_same_teacher(facts, saved, workdir):
+    """Raise UserError if the teacher of a run has other weights; saved are the facts in its run.json."""
+    then, now = (run.get("teacher") or {"source": None, "weights": None} for run in (saved, facts))
+    if then["weights"] != now["weights"]:
+        raise UserError(
+            f"the run in {workdir} had the teacher {then['source']!r}, and is now given {now['source']!r} "
+            "with other weights: set distill.teacher to those of then, or give another --workdir."
+        )

@@ -101,9 +101,9 @@ class AgreedStop:
 
 
 def with_votes(step):
-    """A step (state, metrics, batch) -> (state, metrics) that takes votes too, and returns the largest."""
+    """A training step that takes votes after the batch, and returns the largest."""
 
-    def voting(state, metrics, batch, votes):
-        return *step(state, metrics, batch), jnp.max(votes)
+    def voting(state, metrics, batch, votes, teacher_params):
+        return *step(state, metrics, batch, teacher_params), jnp.max(votes)
 
     return voting

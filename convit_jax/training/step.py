@@ -23,11 +23,15 @@ def step_keys(seed, step):
     return jax.random.split(jax.random.fold_in(seed_key, step), 3)
 
 
-def train_metrics():
-    """The sums of an empty window; bad_step is the first step with a loss or gradient that is not finite."""
+def train_metrics(*, distilled=False):
+    """The sums of an empty window; bad_step is the first step with a loss or gradient that is not finite.
+
+    distilled: of a run with a teacher, with the part of the loss that comes from it.
+    """
     zero = jnp.int32(0)
     lr = jnp.float32(0)  # of the last step
-    return {"loss": jnp.float32(0), "correct": zero, "images": zero, "lr": lr, "bad_step": jnp.int32(FINE)}
+    sums = {"loss": jnp.float32(0), "correct": zero, "images": zero, "lr": lr, "bad_step": jnp.int32(FINE)}
+    return {**sums, "distill_loss": jnp.float32(0)} if distilled else sums
 
 
 def eval_metrics():
@@ -65,52 +69,62 @@ def augmented(batch, keys, config, num_classes):
     )
 
 
-def make_train_step(graphdef, optimizer, schedule, config, num_classes, whole=lambda tree: tree):
-    """(state, metrics, batch) -> (state, metrics), to be jitted with the state donated.
+def make_train_step(
+    graphdef, optimizer, schedule, config, num_classes, whole=lambda tree: tree, teacher=None
+):
+    """(state, metrics, batch, teacher's params) -> (state, metrics), to be jitted with the state donated.
 
     batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. whole: puts parameters that are cut over
-    devices together for the forward and backward pass (their gradients are cut again).
+    devices together for the forward and backward pass (their gradients are cut again). teacher: a
+    distill.Teacher, whose parameters the step is then given.
     """
     optim = config.optim
     parts = config.accumulate
 
-    def loss_fn(params, images, targets, key):
-        logits = nnx.merge(graphdef, whole(params))(images, key=key)
-        correct = jnp.sum(jnp.argmax(logits, -1) == jnp.argmax(targets, -1))
-        return jnp.mean(soft_cross_entropy(logits, targets)), correct
+    def loss_fn(params, images, targets, key, teacher_params):
+        """Mean loss, and sums over the images."""
+        model, sums = nnx.merge(graphdef, whole(params)), {}
+        if teacher is None:
+            logits = model(images, key=key)
+            loss = jnp.mean(soft_cross_entropy(logits, targets))
+        else:
+            loss, part, logits = teacher.loss(whole(teacher_params), model, images, targets, key)
+            sums["distill_loss"] = part * images.shape[0]
+        sums["correct"] = jnp.sum(jnp.argmax(logits, -1) == jnp.argmax(targets, -1))
+        return loss, sums
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def accumulated(params, images, targets, key):
+    def accumulated(params, images, targets, key, teacher_params):
         """Mean over `parts` micro-batches; each takes rows from every device's share of the batch."""
         if parts == 1:
-            return grad_fn(params, images, targets, key)
+            return grad_fn(params, images, targets, key, teacher_params)
 
         def split(x):
             return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+            return jax.tree.map(jnp.add, total, grad_fn(params, *part, teacher_params)), None
 
         inputs = (split(images), split(targets), jax.random.split(key, parts))
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], inputs)),
+            jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], inputs), teacher_params),
         )
-        ((loss, correct), grads), _ = jax.lax.scan(add, zeros, inputs)
-        return (loss / parts, correct), jax.tree.map(lambda grad: grad / parts, grads)
+        ((loss, sums), grads), _ = jax.lax.scan(add, zeros, inputs)
+        return (loss / parts, sums), jax.tree.map(lambda grad: grad / parts, grads)
 
-    def step(state, metrics, batch):
+    def step(state, metrics, batch, teacher_params=None):
         keys = step_keys(config.seed, state["step"])
         images, targets = augmented(batch, keys, config, num_classes)
-        (loss, correct), grads = accumulated(state["params"], images, targets, keys[2])
+        (loss, sums), grads = accumulated(state["params"], images, targets, keys[2], teacher_params)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         rows = images.shape[0]
         metrics = {
+            **{name: metrics[name] + value for name, value in sums.items()},
             "loss": metrics["loss"] + loss * rows,
-            "correct": metrics["correct"] + correct,
             "images": metrics["images"] + rows,
             "lr": schedule(state["step"]),
             "bad_step": jnp.where(

@@ -11,11 +11,11 @@ from convit_jax.models.variants import count_macs, count_params
 from convit_jax.training.optimizer import peak_learning_rate
 
 
-def facts(config, plan, params, mesh_shape, device_kind):
+def facts(config, plan, params, mesh_shape, device_kind, teacher):
     """What a run amounts to, for people and for run.json.
 
     params: nested dict of arrays, or of their shapes. mesh_shape: {"data": n, "fsdp": m}. device_kind:
-    their name, as JAX gives it.
+    their name, as JAX gives it. teacher: a distill.Teacher, or None.
     """
     macs = count_macs(plan.model)
     labels = plan.train.source.labels[plan.train.slots.indices]
@@ -44,6 +44,7 @@ def facts(config, plan, params, mesh_shape, device_kind):
         "mesh": dict(mesh_shape),
         "device_kind": device_kind,
         "jax": jax.__version__,
+        "teacher": teacher and teacher.facts,
     }
 
 
@@ -66,6 +67,9 @@ def describe(config, run, workdir):
         ("Devices", f"{run['devices']} x {run['device_kind']} ({mesh}), jax {run['jax']}"),
         ("Run", f"{workdir}"),
     ]
+    if teacher := run["teacher"]:
+        words = "; ".join([f"{teacher['source']}, {teacher['network']}", *teacher["changes"]])
+        rows.insert(-1, ("Teacher", words))
     sections = [("", {k: v for k, v in config.items() if not isinstance(v, ConfigDict)})]
     sections += [(f"{k}.", dict(v)) for k, v in config.items() if isinstance(v, ConfigDict)]
     settings = "\n".join(

@@ -1,0 +1,280 @@
+"""A student with a teacher: DeiT's losses, what the teacher sees, what must not change, what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import assert_same, saved
+from flax import nnx
+
+from convit_jax import load_pretrained, pretrained
+from convit_jax.errors import UserError
+from convit_jax.models.variants import abstract_model, initial_params, model_settings
+from convit_jax.pytorch import weights
+from convit_jax.pytorch.writer import write
+from convit_jax.training import distill
+from convit_jax.training.distill import distillation_loss, load_teacher
+from convit_jax.training.loop import train
+from convit_jax.training.metrics import read_metrics
+from convit_jax.training.optimizer import make_optimizer
+from convit_jax.training.plan import make_plan
+from convit_jax.training.step import augmented, make_train_step, new_state, step_keys, train_metrics
+from convit_jax.weight_formats import Preprocessing, Pretrained, save
+
+DIGITS = tuple("0123456789")
+LIKE_DIGITS = Preprocessing(crop_ratio=1.0, mean=(0.305,) * 3, std=(0.376,) * 3)
+
+
+def make_teacher(path, *, preprocessing=LIKE_DIGITS, class_names=DIGITS, seed=7, **changed):
+    """A small ConViT or DeiT in a converted directory, which finds each class as likely."""
+    sizes = dict(image_size=8, patch_size=2, embed_dim=12, num_heads=4, depth=2, local_up_to_layer=1)
+    settings = model_settings(changed.pop("name", "convit_tiny"), **{"num_classes": 10, **sizes, **changed})
+    params = jax.tree.map(lambda leaf: 5 * np.asarray(leaf), initial_params(settings, seed))
+    shape = (64, *settings["image_size"], settings["in_chans"])
+    images = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    usual = np.mean(nnx.merge(abstract_model(settings)[0], params)(images), axis=0)
+    for head in {"head", "head_dist"} & {*params}:
+        params[head]["bias"] = params[head]["bias"] - usual
+    tensors = weights.to_state_dict(params)
+    save(Pretrained(tensors, settings, preprocessing, class_names, str(path)), path)
+    return str(path)
+
+
+@pytest.fixture
+def student(digits_config, tmp_path):
+    """A config with a teacher, and all randomness on the student's side."""
+    digits_config.steps, digits_config.log_every, digits_config.checkpoint_every = 6, 2, 3
+    digits_config.augment.mixup, digits_config.augment.cutmix = 0.8, 1.0
+    digits_config.model.drop_path_rate = 0.2
+    digits_config.distill.teacher = make_teacher(tmp_path / "teacher")
+    return digits_config
+
+
+def one_step(config, *, taught=True):
+    """(state, metrics) of a first step on 16 images, (model, images, soft labels) that went into it."""
+    plan = make_plan(config, devices=1)
+    teacher, params = load_teacher(config, plan) if taught else (None, None)
+    graphdef, shapes = abstract_model(plan.model)
+    optimizer = make_optimizer(config.optim, schedule, shapes)
+    state = new_state(initial_params(plan.model, 0), optimizer, ema=False)
+    step = jax.jit(make_train_step(graphdef, optimizer, schedule, config, 10, teacher=teacher))
+    batch = plan.train(range(16))
+    new, metrics = step(state, train_metrics(distilled=taught), batch, params)
+    images, targets = augmented(batch, step_keys(config.seed, 0), config, 10)
+    return new, metrics, (nnx.merge(graphdef, state["params"]), images, np.asarray(targets))
+
+
+def schedule(step):
+    return 1e-3
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def reference(for_labels, for_teacher, targets, teacher, *, kind, alpha, tau):
+    """DeiT's DistillationLoss in numpy: (loss, distillation part)."""
+    base = -(targets * log_softmax(for_labels)).sum(1).mean()
+    if kind == "soft":
+        ours, theirs = log_softmax(for_teacher / tau), log_softmax(teacher / tau)
+        part = (np.exp(theirs) * (theirs - ours)).sum() * (tau * tau) / for_teacher.size
+    else:
+        part = -log_softmax(for_teacher)[np.arange(len(teacher)), teacher.argmax(1)].mean()
+    return base * (1 - alpha) + part * alpha, part
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_the_loss_is_deits(student, kind, distilled):
+    student.model.distilled, student.model.drop_path_rate = distilled, 0.0
+    student.distill.update(kind=kind, alpha=0.3, temperature=3.0)
+    _, metrics, (model, images, targets) = one_step(student)
+    both = model.both_logits(images) if distilled else (model(images),) * 2
+    for_labels, for_teacher = map(np.asarray, both)
+    teacher = np.asarray(load_pretrained(student.distill.teacher)(images))
+    loss, part = reference(for_labels, for_teacher, targets, teacher, kind=kind, alpha=0.3, tau=3.0)
+    assert len({*teacher.argmax(1)}) > 2
+    np.testing.assert_allclose(metrics["loss"] / 16, loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["distill_loss"] / 16, part, rtol=1e-5)
+    right = (for_labels + for_teacher).argmax(1) == targets.argmax(1)
+    assert metrics["correct"] == right.sum()
+
+
+def test_a_teacher_that_agrees_teaches_nothing_more():
+    logits = np.array([[1.0, 2.0, 4.0], [0.0, -1.0, 3.0]], np.float32)
+    assert distillation_loss(logits, logits + 5, kind="soft", temperature=2.0) < 1e-7
+    sure = distillation_loss(100 * logits, logits, kind="hard", temperature=1.0)
+    assert sure < 1e-7 < distillation_loss(logits, -logits, kind="hard", temperature=1.0)
+
+
+def test_with_alpha_0_the_student_learns_what_it_learns_alone(student):
+    student.distill.alpha = 0.0
+    taught, metrics, _ = one_step(student)
+    alone, expected, _ = one_step(student, taught=False)
+    assert_same(taught["opt_state"], alone["opt_state"], rtol=1e-4, atol=1e-7)
+    assert set(metrics) - set(expected) == {"distill_loss"}
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch(student):
+    student.model.drop_path_rate, student.distill.kind = 0.0, "soft"
+    whole, metrics, _ = one_step(student)
+    student.accumulate = 4
+    parts, metrics_of_parts, _ = one_step(student)
+    assert_same(whole["opt_state"], parts["opt_state"], rtol=1e-4, atol=1e-6)
+    for name in ("loss", "distill_loss", "correct"):
+        np.testing.assert_allclose(metrics[name], metrics_of_parts[name], rtol=1e-5)
+
+
+# ---- What the teacher sees and says -----------------------------------------------------
+
+
+def taught_logits(config, images):
+    """(Teacher, its logits) of a config for images normalised as the student's."""
+    teacher, params = load_teacher(config, make_plan(config, devices=1))
+    return teacher, np.asarray(teacher.logits(jax.device_put(params), images))
+
+
+def test_the_teacher_has_its_own_normalisation_image_size_and_order_of_classes(student, tmp_path):
+    pixels = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
+    ours = (pixels - 0.305) / 0.376
+    how = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    path = make_teacher(tmp_path / "other", preprocessing=how, class_names=DIGITS[::-1], image_size=12)
+    student.distill.teacher = path
+    teacher, logits = taught_logits(student, ours)
+    expected = load_pretrained(path, image_size=8)((pixels - np.float32(how.mean)) / np.float32(how.std))
+    np.testing.assert_allclose(logits, np.asarray(expected)[:, ::-1], rtol=1e-4, atol=1e-4)
+    assert teacher.facts["changes"] == [
+        "position embedding resized from 6 x 6 to 4 x 4 patches",
+        "images renormalised for it",
+    ]
+
+
+def test_a_teacher_of_more_classes_is_asked_for_those_of_the_data(student):
+    student.data.num_classes = 3
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    _, logits = taught_logits(student, images)
+    all_ten = load_pretrained(student.distill.teacher)(images)
+    np.testing.assert_allclose(logits, all_ten[:, :3], rtol=1e-5)
+
+
+def test_it_computes_in_the_students_dtype_and_without_its_own_drop_path(student, tmp_path):
+    student.model.dtype = "bfloat16"
+    student.distill.teacher = make_teacher(tmp_path / "dropping", drop_path_rate=0.9, drop_rate=0.5)
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    _, logits = taught_logits(student, images)
+    expected = load_pretrained(student.distill.teacher, dtype="bfloat16")(images)
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits, expected)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_teacher_from_a_file_a_distilled_deit(student, tmp_path, suffix):
+    directory = make_teacher(
+        tmp_path / "deit", name="deit_tiny", distilled=True, local_up_to_layer=0, embed_dim=192, num_heads=3
+    )
+    write(tmp_path / f"deit{suffix}", pretrained.load(directory).tensors)
+    student.data.mean, student.data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # a file's
+    student.distill.teacher = str(tmp_path / f"deit{suffix}")
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    _, logits = taught_logits(student, images)
+    np.testing.assert_allclose(logits, load_pretrained(directory)(images), rtol=1e-4, atol=1e-4)
+
+
+# ---- Runs -------------------------------------------------------------------------------
+
+
+def test_a_run_logs_the_teachers_part_keeps_its_name_and_leaves_it_as_it_was(student, tmp_path, capsys):
+    before = (tmp_path / "teacher/weights.safetensors").read_bytes()
+    train(student, tmp_path / "run")
+    printed = capsys.readouterr().out
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert all(0 < line["train_distill_loss"] != line["train_loss"] for line in lines if "lr" in line)
+    facts = json.loads((tmp_path / "run/run.json").read_text())["teacher"]
+    assert facts["source"] == student.distill.teacher
+    assert facts["weights"] == distill.fingerprint(pretrained.load(student.distill.teacher).tensors)
+    assert f"Teacher  {facts['source']}, ConViT: " in printed
+    assert set(saved(tmp_path / "run")["state"]) == {"step", "params", "opt_state"}
+    assert (tmp_path / "teacher/weights.safetensors").read_bytes() == before
+
+
+def test_a_run_may_be_the_teacher_and_the_student_comes_closer_to_it(student, tmp_path):
+    student.distill.teacher, student.steps = None, 20
+    train(student, tmp_path / "first")
+    student.distill.teacher, student.distill.alpha, student.seed = str(tmp_path / "first"), 1.0, 1
+    student.distill.kind, student.model.distilled = "soft", True
+    train(student, tmp_path / "second")
+    parts = [
+        line["train_distill_loss"]
+        for line in read_metrics(tmp_path / "second/metrics.jsonl")
+        if "train_distill_loss" in line
+    ]
+    assert parts[-1] < 0.5 * parts[0]
+    whole = [line["train_loss"] for line in read_metrics(tmp_path / "second/metrics.jsonl") if "lr" in line]
+    np.testing.assert_allclose(whole, parts, rtol=1e-6)
+
+
+def test_a_run_that_was_stopped_continues_bit_for_bit(student, tmp_path):
+    student.accumulate = 2
+    train(student, tmp_path / "whole")
+    student.steps = 3
+    train(student, tmp_path / "resumed")
+    student.steps = 6
+    train(student, tmp_path / "resumed")
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "resumed"))
+
+
+def test_the_same_training_on_one_device_and_on_eight(student, tmp_path):
+    results = {}
+    for data, fsdp in ((1, 1), (8, 1), (2, 4)):
+        student.mesh.data, student.mesh.fsdp = data, fsdp
+        train(student, tmp_path / f"{data}x{fsdp}")
+        results[data, fsdp] = saved(tmp_path / f"{data}x{fsdp}")
+    one = results.pop((1, 1))
+    for other in results.values():
+        assert_same(one, other, atol=2e-5, rtol=1e-4)
+
+
+# ---- What is refused ----------------------------------------------------------------------
+
+
+def test_another_teacher_is_refused_on_continuing_and_a_moved_one_is_not(student, tmp_path):
+    train(student, tmp_path / "run")
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    student.distill.teacher = str(tmp_path / "moved")
+    train(student, tmp_path / "run")
+    make_teacher(tmp_path / "moved", seed=8)
+    with pytest.raises(UserError, match=r"had the teacher '.*moved', and is now given '.*moved' with other"):
+        train(student, tmp_path / "run")
+    student.distill.teacher = None
+    with pytest.raises(UserError, match=r"had the teacher '.*moved', and is now given None with other"):
+        train(student, tmp_path / "run")
+
+
+def test_teachers_that_cannot_teach_are_refused_before_anything_is_written(student, tmp_path):
+    def refused(match, **changed):
+        student.distill.teacher = make_teacher(tmp_path / "refused", **changed)
+        with pytest.raises(UserError, match=match):
+            train(student, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    refused(
+        "distill.teacher: the data has 10 classes, as '0', and the weights have 3",
+        num_classes=3,
+        class_names=("a", "b", "c"),
+    )
+    refused(
+        "refused tells 12 classes apart and does not say which, but the data has 10: give a teacher",
+        num_classes=12,
+        class_names=None,
+    )
+    refused("distill.teacher: .*refused takes images of 1 channels and the student of 3", in_chans=1)
+    refused(
+        "distill.teacher: image_size 8 x 8 is not a multiple of the patches of 3", patch_size=3, image_size=9
+    )
+    student.model.num_classes = 12
+    refused("model.num_classes is 12, but a teacher tells only the 10 classes of the data apart")
+    student.distill.teacher = "convit_tinny"
+    with pytest.raises(UserError, match=r"distill.teacher: there is no file or directory convit_tinny"):
+        train(student, tmp_path / "run")
