@@ -305,11 +305,28 @@ class VisionTransformer(nnx.Module):
         """List over blocks of attention, float32 [B, H, N, N]; once it joined, the class token is token 0,
         the distillation token token 1.
         """
+        stacks = self.see_attention(images, lambda attn, x: attn.attention_maps(x))
+        return [maps for stack in stacks for maps in stack]
+
+    def see_attention(self, images, see):
+        """see(attn, x) of every attention layer and the tokens x [B, N, D] that it attends to.
+
+        Returns:
+          A list of one or two trees: what `see` gave, stacked over the GPSA blocks if there are any, and over
+          the plain ones, whose first tokens are those of class and distillation.
+        """
+
+        def step(graphdef, x, params):
+            block = nnx.merge(graphdef, params)
+            return block(x), see(block.attn, block.norm1(x))
+
         x, tokens = self._embed(images, None)
-        maps = []
-        for number, block in enumerate(self.blocks):
-            if number == self.local_up_to_layer:
+        seen = []
+        for stack in (self.gpsa_blocks, self.sa_blocks):
+            if stack is self.sa_blocks:
                 x = jnp.concatenate([tokens, x], axis=1)
-            maps.append(block.attn.attention_maps(block.norm1(x)))
-            x = block(x)
-        return maps
+            if stack is not None:
+                graphdef, params = nnx.split(stack)
+                x, found = jax.lax.scan(functools.partial(step, graphdef), x, params)
+                seen.append(found)
+        return seen
