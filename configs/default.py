@@ -85,12 +85,8 @@ def get_config():
     config.data.max_unreadable = 10  # images that may fail: replaced in training, left out in the test
     config.data.workers = 8  # loader processes; 0: threads of the training process. Changes no number
 
-    config.locality = (
-        ConfigDict()
-    )  # what attention looks at, measured at every evaluation; changes no training
-    config.locality.images = placeholder(
-        int
-    )  # of the test; None: a hundredth, at most 64. 0: no non-locality
+    config.locality = ConfigDict()  # of what attention looks at, measured at every evaluation
+    config.locality.images = placeholder(int)  # test images: None a hundredth, at most 64; 0 no non-locality
     config.locality.as_logged = False  # non-locality also as the original logs it, on the raw patch embedding
 
     config.mesh = ConfigDict()  # how devices are arranged
