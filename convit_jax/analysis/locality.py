@@ -65,9 +65,8 @@ def nonlocality(model, images, *, valid=None, as_logged=False):
     def distance(attn, x):
         # Queries and keys come of one token each: without the class token, the softmax is over patches alone.
         maps = attn.attention_maps(x[:, -patches:])
-        each = (
-            jnp.sum(maps * distances, axis=(2, 3)) / patches
-        )  # [B, H]; no product, so full precision anywhere
+        # [B, H]; a sum and no matrix product, for full precision on every device
+        each = jnp.sum(maps * distances, axis=(2, 3)) / patches
         return jnp.sum(weights[:, None] * each, axis=0)
 
     if as_logged:
