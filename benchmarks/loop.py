@@ -115,6 +115,7 @@ def main(_):
     config.compilation_cache = values.cache or config.compilation_cache
     if values.program:
         config.data.max_unreadable, config.eval_batch_size = 0, config.batch_size
+        config.locality.images = 0  # there are none to look at
         with mock.patch.object(plan, "open_source", open_synthetic):
             settings = plan.make_plan(config, devices=1)
         rates = {"loop": whole_loop, "step": bare_step}[values.program](config, settings)[1:]

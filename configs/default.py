@@ -91,6 +91,10 @@ def get_config():
     config.distill.alpha = 0.5  # share of the teacher in the loss, 0 to 1
     config.distill.temperature = 1.0  # of both softmaxes with kind = "soft"
 
+    config.locality = ConfigDict()  # of what attention looks at, measured at every evaluation
+    config.locality.images = placeholder(int)  # test images: None a hundredth, at most 64; 0 no non-locality
+    config.locality.as_logged = False  # non-locality also as the original logs it, on the raw patch embedding
+
     config.mesh = ConfigDict()  # how devices are arranged
     config.mesh.data = -1  # devices that share a batch; -1: all
     config.mesh.fsdp = 1  # devices that also share the parameters and the optimizer's state

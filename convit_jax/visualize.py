@@ -2,11 +2,13 @@
 
     python -m convit_jax.visualize --checkpoint=PATH --image=photo.jpg --output=DIR [--query=ROW,COLUMN]
     python -m convit_jax.visualize --init --config=configs/convit_s.py [--image=photo.jpg] --output=DIR
+    python -m convit_jax.visualize --run=RUN --output=DIR
     python -m convit_jax.visualize --augmentations --config=configs/convit_ti.py --output=augmented.png
 
 The first draws attention maps of every layer and head, the second those of a GPSA layer before training
-(Fig. 3; with --checkpoint in place of --config, of that model). IMAGE is a file, or a number: that image
-of the test split of the run's own data, or of --config's.
+(Fig. 3; with --checkpoint in place of --config, of that model), the third gates and non-locality through
+training (Figs. 5, 6). An image is a file, or a number: that image of the test split of the run's own
+data, or of --config's.
 """
 
 import re
@@ -21,6 +23,9 @@ from convit_jax.errors import UserError
 def define():
     flags.DEFINE_bool("augmentations", False, "Draw training images as the training step sees them.")
     flags.DEFINE_bool("init", False, "Draw the attention of a GPSA layer before training (Fig. 3).")
+    flags.DEFINE_string(
+        "run", None, "Draw gates and non-locality through the training of this run directory."
+    )
     flags.DEFINE_string("image", None, "An image file, or the number of an image of the test split.")
     flags.DEFINE_string(
         "query", None, "ROW,COLUMN of the patch whose attention is drawn, from 0; the centre."
@@ -36,12 +41,14 @@ def main(_):
         draw = draw_augmentations
     elif values.init:
         draw = draw_init
+    elif values.run:
+        draw = draw_training
     elif values.checkpoint and values.image:
         draw = draw_attention
     else:
         raise UserError(
             "say what to draw: --checkpoint=PATH --image=IMAGE for attention maps, --init for the "
-            "convolutional init, or --augmentations."
+            "convolutional init, --run=DIR for gates and non-locality through training, or --augmentations."
         )
     if values.output is None:
         raise UserError("say where to draw it: --output=DIR.")
@@ -61,6 +68,13 @@ def draw_augmentations(path):
     make_folder(path.parent)
     augmentation_montage(config, plan, path)
     return [path]
+
+
+def draw_training(directory):
+    """Gates and non-locality of a run, by epoch."""
+    from convit_jax.analysis.locality_figures import draw_locality
+
+    return draw_locality(Path(flags.FLAGS.run).expanduser(), directory)
 
 
 def draw_attention(directory):

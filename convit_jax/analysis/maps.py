@@ -115,7 +115,7 @@ def init_maps(settings, seed, query, strengths, image=None):
     content = None
     attn = model.blocks[0].attn
     if image is not None:
-        attn, x = next(model.attention_inputs(image[None]))
+        attn, x = model.attention_inputs(image[None])[0]
         content = over_grid(attn.content_maps(x)[0])
     if not settings["conv_init"]:
         return content, [over_grid(attn.positional_probabilities())]

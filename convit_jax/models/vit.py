@@ -10,6 +10,7 @@ block only the tokens that have a head are computed.
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -315,18 +316,37 @@ class VisionTransformer(nnx.Module):
             return (class_logits + distillation_logits) / 2
         return self.head(self.features(images, key=key))
 
-    def attention_inputs(self, images):
-        """For each block (its attention layer, the normalised tokens [B, N, D] that enter it).
-
-        Once it joined, the class token is token 0, the distillation token token 1.
-        """
-        x, tokens = self._embed(images, None)
-        for number, block in enumerate(self.blocks):
-            if number == self.local_up_to_layer:
-                x = jnp.concatenate([tokens, x], axis=1)
-            yield block.attn, block.norm1(x)
-            x = block(x)
-
     def attention_maps(self, images):
-        """List over blocks of attention, float32 [B, H, N, N]; tokens as of attention_inputs."""
-        return [attn.attention_maps(x) for attn, x in self.attention_inputs(images)]
+        """List over blocks of attention, float32 [B, H, N, N]; once it joined, the class token is token 0,
+        the distillation token token 1.
+        """
+        stacks = self.see_attention(images, lambda attn, x: attn.attention_maps(x))
+        return [maps for stack in stacks for maps in stack]
+
+    def attention_inputs(self, images):
+        """List over blocks of (attention layer, the normalised tokens [B, N, D] that enter it)."""
+        stacks = self.see_attention(images, lambda attn, x: x)
+        return [(block.attn, x) for block, x in zip(self.blocks, itertools.chain(*stacks), strict=True)]
+
+    def see_attention(self, images, see):
+        """see(attn, x) of every attention layer and the normalised tokens x [B, N, D] that enter it.
+
+        Returns:
+          A list of one or two trees: what `see` gave, stacked over the GPSA blocks if there are any, and over
+          the plain ones, whose first tokens are those of class and distillation.
+        """
+
+        def step(graphdef, x, params):
+            block = nnx.merge(graphdef, params)
+            return block(x), see(block.attn, block.norm1(x))
+
+        x, tokens = self._embed(images, None)
+        seen = []
+        for stack in (self.gpsa_blocks, self.sa_blocks):
+            if stack is self.sa_blocks:
+                x = jnp.concatenate([tokens, x], axis=1)
+            if stack is not None:
+                graphdef, params = nnx.split(stack)
+                x, found = jax.lax.scan(functools.partial(step, graphdef), x, params)
+                seen.append(found)
+        return seen

@@ -21,6 +21,7 @@ from convit_jax.pretrained import load_into
 from convit_jax.training import checkpoint
 from convit_jax.training.distill import load_teacher
 from convit_jax.training.evaluation import AHEAD, evaluate
+from convit_jax.training.locality import make_locality
 from convit_jax.training.metrics import Clock, Evaluations, MetricsLog, Progress
 from convit_jax.training.optimizer import make_optimizer, make_schedule
 from convit_jax.training.plan import make_plan
@@ -172,6 +173,7 @@ def train(config, workdir):
         tell = progress.say if is_first() else warn
         unreadable = Unreadable(plan.train.source, config.data.max_unreadable, tell)
         unreadable_test = Unreadable(plan.test.source, config.data.max_unreadable, tell)
+        locality = make_locality(graphdef, config, plan, mesh)
         train_batches = rows(plan.train, config.batch_size, start, plan.total_steps)
         stack.callback(train_batches.close)
         recent = collections.deque()  # the largest vote of each step that is under way
@@ -227,7 +229,7 @@ def train(config, workdir):
                 with clock.paused():
                     values = evaluate_now(state) if due and not stopping else None
                     if values is not None:
-                        log.write(step, plan.epoch(step), values)
+                        log.write(step, plan.epoch(step), values | locality(state["params"]))
                         progress.evaluated(step, plan.epoch(step), values)
                     if step != saved:
                         checkpoint.save(checkpoints, step, {"state": state, "metrics": metrics})

@@ -10,7 +10,7 @@ import time
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.proto.summary_pb2 import Summary
 
 from convit_jax.training.rundir import disk_errors, write_whole
 
@@ -34,7 +34,7 @@ class Evaluations:
         self.top1.update({line["step"]: line["val_top1"] for line in self.lines})
 
     def write(self, step, epoch, values):
-        """One line for a step; values is {name: float}."""
+        """One line for a step; values is {name: float, or [layers][heads] of them}."""
         line = {"step": step, "epoch": round(epoch, 4), **values}
         if "val_top1" in values:
             self.lines.append(line)
@@ -69,12 +69,13 @@ class MetricsLog(Evaluations):
         self.board.write_event(Event(wall_time=time.time(), **fields))
 
     def write(self, step, epoch, values):
-        """One line for a step; values is {name: float}."""
+        """One line for a step; values is {name: float, or [layers][heads] of them}."""
         line = super().write(step, epoch, values)
         with disk_errors(self.path):
             self.file.write(json.dumps(line) + "\n")
-            for name, value in values.items():
-                self._event(step=step, summary=scalar(name, value))
+            points = [point for name, value in values.items() for point in scalars(name, value)]
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in points])
+            self._event(step=step, summary=summary)
             self.board.flush()
 
     def close(self):
@@ -82,6 +83,17 @@ class MetricsLog(Evaluations):
         with contextlib.suppress(OSError):  # a full disk has been said before
             self.file.close()
             self.board.close()
+
+
+def scalars(name, value):
+    """[(tag, number)] of a value for TensorBoard: itself; of [layers][heads] all, and each layer's mean."""
+    if not isinstance(value, list):
+        return [(name, value)]
+    points = []
+    for layer, heads in enumerate(value, start=1):
+        points.append((f"{name}/layer_{layer}/mean", sum(heads) / len(heads)))
+        points += [(f"{name}/layer_{layer}/head_{head}", each) for head, each in enumerate(heads, start=1)]
+    return points
 
 
 def read_metrics(path):

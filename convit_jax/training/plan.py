@@ -97,6 +97,10 @@ def _check(config, devices):
         raise UserError(
             f"epochs is {config.epochs} and eval_every {config.eval_every}: both must be above 0."
         )
+    if config.locality.images is not None and config.locality.images < 0:
+        raise UserError(
+            f"locality.images is {config.locality.images}: give how many, 0 for none, or leave it out."
+        )
     if config.seed < 0:
         raise UserError(f"seed is {config.seed}: it must not be negative.")
     if config.steps is not None and config.steps < 1:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from convit_jax.errors import UserError
 
-# What may differ when a run continues: it changes no number, or only how far the run goes.
+# What may differ when a run continues: it changes no number of the training, or only how far it goes.
 MAY_CHANGE = (
     "steps",
     "data.dir",
@@ -20,6 +20,8 @@ MAY_CHANGE = (
     "mesh.data",
     "mesh.fsdp",
     "eval_batch_size",
+    "locality.images",
+    "locality.as_logged",
     "checkpoint_every",
     "compilation_cache",
 )

@@ -63,7 +63,7 @@ def test_without_position_embedding_the_patches_enter_bare(name):
     model = create_model(name, **SMALL, local_up_to_layer=3 if name == "convit_tiny" else 0)
     graphdef, params = nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model))
     masked = nnx.merge(graphdef, mask_position_embedding(params))
-    _, x = next(masked.attention_inputs(IMAGES))
+    _, x = masked.attention_inputs(IMAGES)[0]
     patches = model.patch_embed(IMAGES)
     if name == "deit_tiny":  # its class token has a position of its own, which goes too
         token = jnp.broadcast_to(model.cls_token[...], (2, 1, 16))

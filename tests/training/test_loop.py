@@ -125,7 +125,8 @@ def test_what_a_run_leaves_behind(digits_config, tmp_path, capsys):
         "images_per_second",
         "data_wait",
     }
-    assert set(lines[-1]) == {"step", "epoch", "val_top1", "val_top5", "val_loss"}
+    looks = {"gates", "centre_x", "centre_y", "span", "nonlocality"}
+    assert set(lines[-1]) == {"step", "epoch", "val_top1", "val_top5", "val_loss", *looks}
     assert lines[-1] == result
     for name in ("checkpoints", "curves", "TensorBoard", "next"):
         assert f"  {name} " in printed

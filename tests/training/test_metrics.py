@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from convit_jax.training import metrics
 from convit_jax.training.metrics import Clock, MetricsLog, Progress, duration, read_metrics
@@ -29,6 +30,38 @@ def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path):
     assert log.top1 == {4: 50.0}
     assert log.last == {"step": 4, "epoch": 0.4, "val_top1": 50.0}
     log.close()
+
+
+def test_values_of_layers_and_heads_come_back_from_the_log_and_go_to_tensorboard_one_by_one(tmp_path):
+    gates = [[0.7311, 0.1], [0.0, 1.0]]
+    log = MetricsLog(tmp_path, 0, {})
+    log.write(4, 0.4, {"val_top1": 50.0, "gates": gates})
+    log.close()
+    (board,) = tmp_path.glob("tensorboard/events*")
+    values = {value.tag: value.simple_value for event in events(board) for value in event.summary.value}
+    assert values == pytest.approx(
+        {
+            "val_top1": 50.0,
+            "gates/layer_1/mean": 0.41555,
+            "gates/layer_1/head_1": 0.7311,
+            "gates/layer_1/head_2": 0.1,
+            "gates/layer_2/mean": 0.5,
+            "gates/layer_2/head_1": 0.0,
+            "gates/layer_2/head_2": 1.0,
+        }
+    )
+    log = MetricsLog(tmp_path, 4, {})
+    assert log.last == {"step": 4, "epoch": 0.4, "val_top1": 50.0, "gates": gates}
+    log.close()
+
+
+def events(path):
+    """The events of a TensorBoard file: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    content = path.read_bytes()
+    while content:
+        end = 12 + int.from_bytes(content[:8], "little")
+        yield Event.FromString(content[12:end])
+        content = content[end + 4 :]
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT, assert_same, saved
 
@@ -143,6 +144,8 @@ def test_two_continue_what_one_began_one_is_killed_the_other_ends_and_a_restart_
     assert "Continuing at step 4" in output
     assert other == (0, "", "")
     assert_same(saved(whole)["state"]["params"], saved(tmp_path / "two")["state"]["params"], atol=2e-5)
+    alone, together = (read_metrics(path / "metrics.jsonl")[-1] for path in (whole, tmp_path / "two"))
+    np.testing.assert_allclose(together["nonlocality"], alone["nonlocality"], atol=2e-4)
 
     with Two(config, tmp_path / "killed", "--heartbeat_timeout=5") as two:
         two.wait_for_step(8)

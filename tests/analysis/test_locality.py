@@ -1,0 +1,148 @@
+"""Eq. 8 and the positional Gaussians against values known beforehand, and the figures of a run."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from flax import nnx
+
+from convit_jax import create_model, load_pretrained
+from convit_jax.analysis import locality, locality_figures
+from convit_jax.errors import UserError
+
+GOLDEN = ROOT / "tests/golden"
+
+
+def untrained(heads, image_size):
+    """A narrow ConViT of one GPSA and one plain block, whose content attention is uniform; patches of 2."""
+    sizes = dict(patch_size=2, embed_dim=heads, num_heads=heads, depth=2, local_up_to_layer=1)
+    model = create_model("convit_tiny", num_classes=2, image_size=image_size, **sizes)
+    for layer in (model.gpsa_blocks.attn.qk, model.sa_blocks.attn.qkv):
+        layer.kernel = nnx.Param(jnp.zeros_like(layer.kernel[...]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("heads", "positional", "gated"), [(4, 0.986, 2.68), (9, 1.262, 2.88), (16, 1.562, 3.10)]
+)
+def test_a_new_model_on_14_x_14_patches_has_the_values_of_the_formula(heads, positional, gated):
+    model = untrained(heads, 28)
+    graphdef, params = nnx.split(model)
+    measure = jax.jit(
+        lambda params: locality.nonlocality(nnx.merge(graphdef, params), jnp.zeros((1, 28, 28, 3)))
+    )
+    np.testing.assert_allclose(measure(params).mean(1), [gated, 7.281], atol=0.005)
+    np.testing.assert_allclose(locality.gates(model), np.full((1, heads), 0.73106), atol=1e-5)
+    model.gpsa_blocks.attn.gating_param = nnx.Param(jnp.full((1, heads), 100.0))
+    np.testing.assert_allclose(measure(nnx.split(model)[1]).mean(1), [positional, 7.281], atol=0.0005)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """(the authors' small network with its weights, images NHWC, what they computed from them)."""
+    with np.load(GOLDEN / "convit_golden_io.npz") as reference:
+        reference = dict(reference)
+    model = load_pretrained(GOLDEN / "convit_golden.safetensors")
+    return model, jnp.asarray(reference["images_nchw"].transpose(0, 2, 3, 1)), reference
+
+
+def test_it_is_that_of_the_maps_of_the_original(golden):
+    model, images, reference = golden
+    y, x = np.divmod(np.arange(36), 6)
+    distances = np.sqrt((y[:, None] - y) ** 2 + (x[:, None] - x) ** 2)
+    found = locality.nonlocality(model, images)
+    assert found.shape == (4, 4)
+    for block in range(3):
+        expected = np.einsum("bhnm,nm->bh", reference[f"gpsa_attention_{block}"], distances).mean(0) / 36
+        np.testing.assert_allclose(found[block], expected, rtol=1e-5)
+    plain = np.asarray(model.attention_maps(images)[3])[:, :, 1:, 1:]
+    plain = plain / plain.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found[3], np.einsum("bhnm,nm->bh", plain, distances).mean(0) / 36, rtol=1e-5)
+
+
+def test_as_logged_every_block_sees_the_raw_patch_embedding(golden):
+    model, images, _ = golden
+    raw = model.patch_embed(images)
+    found = locality.nonlocality(model, images, as_logged=True)
+    distances = locality.patch_distances(model.grid)
+    for block, of_heads in zip(model.blocks, found, strict=True):
+        maps = np.asarray(block.attn.attention_maps(raw)).mean(0)
+        np.testing.assert_allclose(of_heads, np.einsum("hnm,nm->h", maps, distances) / 36, rtol=1e-5)
+    assert np.abs(found - locality.nonlocality(model, images)).max() > 0.05
+
+
+def test_images_that_do_not_count_change_nothing(golden):
+    model, images, _ = golden
+    some = locality.nonlocality(model, images, valid=jnp.array([True, False, True]))
+    np.testing.assert_allclose(some, locality.nonlocality(model, images[::2]), rtol=1e-6)
+    assert np.abs(some - locality.nonlocality(model, images)).max() > 1e-4
+
+
+def test_centres_and_spans_of_a_gaussian_and_of_weights_that_are_none():
+    model = untrained(4, (28, 36))
+    #         a Gaussian at (2, -1) | uniform | to the corners | to the right
+    weights = np.array([[1.0, -0.5, -0.25], [0, 0, 0], [0, 0, 5], [20, 0, 0]], np.float32).T
+    model.gpsa_blocks.attn.pos_proj.kernel = nnx.Param(jnp.asarray(weights[None]))
+    centres, spans = locality.centres_and_spans(model)
+    np.testing.assert_allclose(centres[0], [[2, -1], [0, 0], [0, 0], [17, 0]], atol=1e-3)
+    uniform = np.sqrt((np.square(np.arange(-17, 18)).mean() + np.square(np.arange(-13, 14)).mean()) / 2)
+    corners = np.sqrt((17**2 + 13**2) / 2)
+    edge = np.sqrt(np.square(np.arange(-13, 14)).mean() / 2)
+    np.testing.assert_allclose(spans[0], [2**0.5, uniform, corners, edge], rtol=1e-3)
+
+
+def test_a_deit_has_non_locality_and_no_gates():
+    model = create_model("deit_tiny", num_classes=2, image_size=8, patch_size=2, depth=2, embed_dim=6)
+    assert locality.gates(model).shape == locality.centres_and_spans(model)[1].shape == (0, 3)
+    assert locality.nonlocality(model, jnp.zeros((1, 8, 8, 3))).shape == (2, 3)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory as training leaves it, with two evaluations of three blocks, two of them GPSA."""
+    sizes = {"image_size": [32, 48], "patch_size": None, "depth": 3, "local_up_to_layer": 2}
+    model = {"name": "convit_tiny", "num_classes": None, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    lines = [{"step": 5, "epoch": 0.5, "train_loss": 1.0}]
+    for epoch in (1.0, 2.0):
+        gates = [[0.1 * epoch, 0.2], [0.3, 0.4 * epoch]]
+        nonlocality = [[1.0, 2.0 * epoch], [3.0, 4.0], [5.0, 6.0]]
+        values = {"val_top1": 50.0, "gates": gates, "nonlocality": nonlocality}
+        lines.append({"step": int(10 * epoch), "epoch": epoch, **values})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_the_figures_show_every_layer_and_head_by_epoch(run, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(locality_figures, "save", lambda figure, path: [drawn.setdefault(path.name, figure)])
+    locality_figures.draw_locality(run, tmp_path)
+    (panel,) = drawn["nonlocality"].axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+    distances = locality.patch_distances((2, 3))
+    np.testing.assert_allclose(np.array(curves.pop("uniform"))[:, 1], distances.mean())
+    assert curves == {
+        "1 GPSA": [[1, 1.5], [2, 2.5]],
+        "2 GPSA": [[1, 3.5], [2, 3.5]],
+        "3 plain": [[1, 5.5], [2, 5.5]],
+    }
+    panels = drawn["gates"].axes
+    assert [panel.get_title() for panel in panels] == ["layer 1", "layer 2"]
+    heads = {line.get_label(): line.get_ydata().tolist() for line in panels[1].lines}
+    assert heads == {"1": [0.3, 0.3], "2": [0.4, 0.8], "mean": [0.35, 0.55]}
+
+
+def test_the_figures_are_written_as_pixels_and_as_vectors(run, tmp_path):
+    paths = locality_figures.draw_locality(run, tmp_path / "new/folder")
+    assert [path.name for path in paths] == ["nonlocality.png", "nonlocality.pdf", "gates.png", "gates.pdf"]
+    assert [path.read_bytes()[:4] for path in paths] == [b"\x89PNG", b"%PDF"] * 2
+    with pytest.raises(UserError, match=r"cannot write into .*metrics.jsonl .*another --output"):
+        locality_figures.draw_locality(run, run / "metrics.jsonl")
+
+
+def test_a_run_that_has_logged_nothing_of_it_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has logged neither non-locality nor gates"):
+        locality_figures.draw_locality(tmp_path, tmp_path / "figures")

@@ -1,0 +1,92 @@
+"""What the line of an evaluation tells of attention, and on which images."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import saved
+from flax import nnx
+
+from convit_jax.analysis import locality
+from convit_jax.data.augment import normalize
+from convit_jax.errors import UserError
+from convit_jax.models.variants import abstract_model, initial_params
+from convit_jax.training.locality import first_readable, image_count, make_locality
+from convit_jax.training.loop import train
+from convit_jax.training.metrics import read_metrics
+from convit_jax.training.plan import make_plan
+from convit_jax.training.sharding import make_mesh
+
+
+def test_every_evaluation_logs_what_the_weights_look_at(digits_config, tmp_path, capsys):
+    digits_config.locality.images, digits_config.locality.as_logged = 5, True
+    digits_config.eval_every = 0.25
+    digits_config.eval_batch_size = 77
+    last = train(digits_config, tmp_path)
+    assert "gates" not in capsys.readouterr().out.partition("First step")[2]  # the progress line stays short
+
+    plan = make_plan(digits_config, devices=1)
+    model = nnx.merge(abstract_model(plan.model)[0], saved(tmp_path)["state"]["params"])
+    images = normalize(plan.test(range(5))["image"], digits_config.data.mean, digits_config.data.std)
+    centres, spans = locality.centres_and_spans(model)
+    expected = {
+        "gates": locality.gates(model),
+        "centre_x": centres[..., 0],
+        "centre_y": centres[..., 1],
+        "span": spans,
+        "nonlocality": locality.nonlocality(model, images),
+        "nonlocality_as_logged": locality.nonlocality(model, images, as_logged=True),
+    }
+    for name, values in expected.items():
+        assert np.shape(last[name]) == (3 if name.startswith("nonlocality") else 2, 4)
+        np.testing.assert_allclose(last[name], values, atol=6e-5, err_msg=name)
+    assert last["nonlocality"] != last["nonlocality_as_logged"]
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    evaluations = [line for line in lines if "val_top1" in line]
+    assert len(evaluations) == 3
+    assert all(set(expected) <= set(line) for line in evaluations)
+    assert not any("gates" in line for line in lines if "train_loss" in line)
+
+
+def measured(config):
+    """What is logged of new weights."""
+    plan, mesh = make_plan(config, devices=1), make_mesh(1, 1)
+    graphdef, _ = abstract_model(plan.model)
+    return make_locality(graphdef, config, plan, mesh)(initial_params(plan.model, 0))
+
+
+def test_what_the_model_or_the_config_has_not_is_left_out(digits_config):
+    digits_config.locality.images = 0
+    assert set(measured(digits_config)) == {"gates", "centre_x", "centre_y", "span"}
+    digits_config.locality.images = None
+    digits_config.model.name, digits_config.model.local_up_to_layer = "deit_tiny", 0
+    assert set(measured(digits_config)) == {"nonlocality"}
+    digits_config.locality.images = -1
+    with pytest.raises(UserError, match=r"locality\.images is -1: give how many"):
+        make_plan(digits_config, devices=1)
+
+
+def test_how_many_images(digits_config):
+    assert [image_count(digits_config, count) for count in (6, 360, 2000, 50_000)] == [1, 4, 20, 64]
+    digits_config.locality.images = 30
+    assert [image_count(digits_config, count) for count in (6, 360)] == [6, 30]
+
+
+def test_the_first_images_that_can_be_read_whoever_reads_them(digits_config, image_folder, monkeypatch):
+    digits_config.data.name, digits_config.data.dir = "folder", str(image_folder)
+    digits_config.batch_size = digits_config.eval_batch_size = 8
+    example = make_plan(digits_config, devices=1).test
+    whole = example(range(6))
+    (image_folder / "val/ant/1.jpg").write_bytes(b"no image")
+    one = first_readable(example, 3, devices=1)
+    np.testing.assert_array_equal(one["image"], whole["image"][[0, 2, 3]])
+    assert one["valid"].all()
+    few = dataclasses.replace(example, indices=example.indices[:2])
+    assert first_readable(few, 5, devices=1)["valid"].tolist() == [True]
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    parts = []
+    for process in range(2):
+        monkeypatch.setattr("jax.process_index", lambda process=process: process)
+        parts.append(first_readable(example, 3, devices=4))
+    np.testing.assert_array_equal(np.concatenate([part["image"] for part in parts])[:3], one["image"])
+    assert [part["valid"].tolist() for part in parts] == [[True, True], [True, False]]
