@@ -77,7 +77,7 @@ def get_config():
     config.data.sampling_ratio = 1.0  # fraction of each class to train on
     config.data.subset_rule = "first"  # "first" names of each class, as the original; or "random", nested
     config.data.num_classes = placeholder(int)  # keep the first classes only
-    config.data.keep_total_images = False  # multiply epochs by 1 / sampling_ratio (Table 2)
+    config.data.keep_total_images = False  # multiply epochs by all images / images kept (Table 2)
     config.data.repeats = 3  # repeated augmentation: each image so many times in a row
     config.data.crop_ratio = 0.875  # evaluation: 224 / 256, the centre of the resized image
     config.data.mean = (0.485, 0.456, 0.406)  # of ImageNet, of pixels in 0..1

@@ -83,18 +83,23 @@ def locality(images, config, strengths, layers, seeds, *, overrides=None):
 
 
 def _over_fractions(rows, fractions, seeds, overrides, paper):
-    """Runs of each row on each fraction. fractions: {column: fraction}."""
+    """Runs of each row on each fraction. fractions: {column: fraction}.
+
+    Where the overrides set a warm-up it is in epochs of all images: about as many images on each part.
+    """
+    overrides = dict(overrides or {})
+    warmup = overrides.pop("optim.warmup_epochs", None)
+
+    def of(fraction):
+        part = {"data.sampling_ratio": fraction, "data.keep_total_images": True}
+        return part if warmup is None else {**part, "optim.warmup_epochs": warmup / fraction}
+
     return [
         {
             "row": row,
             "column": column,
             "config": config,
-            "overrides": {
-                **(overrides or {}),
-                **own,
-                "data.sampling_ratio": fraction,
-                "data.keep_total_images": True,
-            },
+            "overrides": {**overrides, **own, **of(fraction)},
             "seeds": seeds,
             "paper": {metric: numbers[row][n] for metric, numbers in (paper or {}).items()},
         }

@@ -7,8 +7,10 @@ python -m convit_jax.study studies/cifar10.py:sample_efficiency --config.data.di
 from studies import DEIT, ablations, chosen, locality, sample_efficiency, small_ablations
 
 CONFIG = "configs/cifar10.py"  # patches of 4: a grid of 8 x 8
-GPU = {
+RANDOM = {"data.subset_rule": "random"}  # so that seeds differ in their images too
+GPU = RANDOM | {
     "epochs": 100,
+    "optim.warmup_epochs": 5,
     "model.depth": 12,
     "model.local_up_to_layer": 10,
     "model.embed_dim": 192,
@@ -16,10 +18,10 @@ GPU = {
     "model.dtype": "bfloat16",
     "data.workers": 8,
 }
-CPU = {"epochs": 20}  # with the config's 6 blocks, 5 of them GPSA, 96 wide
+CPU = RANDOM | {"epochs": 20, "optim.warmup_epochs": 2}  # with the config's 6 blocks, 5 of them GPSA, 96 wide
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)
-TENTH = {"data.sampling_ratio": 0.1, "data.keep_total_images": True}
+TENTH = {"data.sampling_ratio": 0.1, "data.keep_total_images": True, "optim.warmup_epochs": 50}
 
 
 def get_plan(name=""):

@@ -8,11 +8,12 @@ from studies import DEIT, ablations, chosen, locality, sample_efficiency, small_
 CONFIG = "configs/digits.py"  # 6 blocks, of ConViT 5 GPSA, 72 wide, 9 heads
 SETTINGS = {
     "epochs": 50,
+    "optim.warmup_epochs": 5,
     "data.subset_rule": "random",  # so that seeds differ in their images too
 }
 SEEDS = (0, 1, 2, 3, 4)
-FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)  # about 3, 7, 14, 43, 144 images of a class
-TENTH = {"data.sampling_ratio": 0.1, "data.keep_total_images": True}
+FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)  # 2, 7, 14, 43, 143 images of a class, give or take one
+TENTH = {"data.sampling_ratio": 0.1, "data.keep_total_images": True, "optim.warmup_epochs": 50}
 
 
 def get_plan(name=""):

@@ -15,7 +15,7 @@ import numpy as np
 from convit_jax.errors import UserError
 from convit_jax.pytorch.tensors import DAMAGED, read_into
 
-PIECE = 2**19  # bytes
+PIECE = 2**20  # bytes
 
 
 class Held:

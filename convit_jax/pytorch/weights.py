@@ -87,15 +87,17 @@ def to_params(tensors, params):
     """
     rows = table(params)
 
-    def fill(row):
-        leaf, (_, stacked, names) = row
-        array = fresh(4 * leaf.size).view(np.float32).reshape(leaf.shape)  # JAX on a CPU takes it as it is
-        for part, name in zip(array if stacked else [array], names, strict=True):
-            _take(tensors[name], part)
-        return array
+    def make(leaf):
+        return fresh(4 * leaf.size).view(np.float32).reshape(leaf.shape)  # JAX on a CPU takes it as it is
 
+    arrays = in_threads(make, jax.tree.leaves(params))
+    places = [  # block by block, so that no thread is left alone with a stack of them
+        (tensors[name], part)
+        for array, (_, stacked, names) in zip(arrays, rows, strict=True)
+        for part, name in zip(array if stacked else [array], names, strict=True)
+    ]
+    in_threads(lambda place: _take(*place), places)
     filled = {}
-    arrays = in_threads(fill, list(zip(jax.tree.leaves(params), rows, strict=True)))
     for array, (path, _, _) in zip(arrays, rows, strict=True):
         branch = filled
         for key in path[:-1]:

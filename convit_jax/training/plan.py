@@ -64,7 +64,9 @@ def make_plan(config, *, devices):
     def steps_of(epochs):
         return math.ceil(round(epochs * slots.epoch_length / config.batch_size, 6))
 
-    longer = 1 / config.data.sampling_ratio if config.data.keep_total_images else 1
+    longer = 1.0
+    if config.data.keep_total_images:
+        longer = int((source.labels < classes).sum()) / len(indices)
     epochs = round(config.epochs * longer, 6)
     total = steps_of(epochs)
     if config.steps is not None:
