@@ -22,8 +22,8 @@ TRUNC_NORMAL = nnx.initializers.normal(0.02)  # the original cuts at +-2, which 
 def product(x, kernel):
     """x [..., D] times kernel [D, E] -> [..., E].
 
-    Its gradient for the kernel transposes the narrower of x and the cotangent; JAX's own always transposes
-    the cotangent, which a CPU has to copy for that.
+    Its gradient for the kernel transposes the narrower of x and the cotangent, since a CPU copies what it
+    transposes; JAX's own always takes the cotangent.
     """
     return x @ kernel
 
@@ -42,10 +42,8 @@ def _product_backward(kept, d_out):
 product.defvjp(_product_forward, _product_backward)
 
 
-def _dot_general(x, kernel, dimension_numbers, *, precision=None, **_):
-    """What nnx.Linear calls; it always multiplies the last axis with the first."""
-    if precision is not None:
-        return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision)
+def _dot_general(x, kernel, last_with_first, *, precision, out_sharding):
+    """What nnx.Linear calls."""
     return product(x, kernel)
 
 
@@ -58,7 +56,7 @@ def linear(dim_in, dim_out, *, use_bias=True, dtype, precision=None, rngs):
         kernel_init=TRUNC_NORMAL,
         dtype=dtype,
         precision=precision,
-        dot_general=_dot_general,
+        dot_general=_dot_general if precision is None else jax.lax.dot_general,
         rngs=rngs,
     )
 
@@ -191,6 +189,7 @@ class SelfAttention(nnx.Module):
         q = q[:, :, :queries]
         if attn_key is not None and self.attn_drop > 0:
             out = apply_maps(dropout(content_probabilities(q, k), self.attn_drop, attn_key), v)
+            out = checkpoint_name(out, "attention")
         else:
             out = attention(q, k, v)
         return dropout(self.proj(join_heads(out)), self.proj_drop, proj_key)
@@ -280,6 +279,7 @@ class GatedPositionalSelfAttention(nnx.Module):
         q, k, v = self._qkv(x)
         if attn_key is not None and self.attn_drop > 0:
             out = apply_maps(dropout(self._maps(q, k), self.attn_drop, attn_key), v)
+            out = checkpoint_name(out, "attention")
         else:
             out = self._separable(q, k, v)
         return dropout(self.proj(join_heads(out)), self.proj_drop, proj_key)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from convit_jax import create_model
 from convit_jax.models.vit import drop_path
@@ -76,16 +77,41 @@ def test_patches_are_embedded_as_by_a_strided_convolution():
     np.testing.assert_allclose(embed(images()), (expected + bias).reshape(3, 6, 16), atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", [{"remat": True}, {"scan_unroll": 4}])
-def test_remat_and_unrolling_change_no_gradient(setting):
-    def gradient(model):
-        graphdef, params = nnx.split(model)
-        return jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(images(), key=jax.random.key(0)) ** 2))(
-            params
-        )
+def loss_and_params(**settings):
+    """A loss with every kind of randomness, and what it depends on."""
+    graphdef, params = nnx.split(small(drop_path_rate=0.3, drop_rate=0.2, attn_drop_rate=0.1, **settings))
+    return lambda p: jnp.sum(nnx.merge(graphdef, p)(images(), key=jax.random.key(0)) ** 2), params
 
-    plain, other = gradient(small(drop_path_rate=0.3)), gradient(small(drop_path_rate=0.3, **setting))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), plain, other)
+
+@pytest.fixture
+def nothing_recomputed(monkeypatch):
+    """A function that switches recomputing off."""
+    return lambda: monkeypatch.setattr(jax, "checkpoint", lambda function, **_: function)
+
+
+@pytest.mark.parametrize("setting", [{}, {"remat": True}, {"scan_unroll": 4}], ids=str)
+def test_recomputing_and_unrolling_change_no_gradient(setting, nothing_recomputed):
+    loss, params = loss_and_params(**setting)
+    found = jax.jit(jax.grad(loss))(params)
+    nothing_recomputed()
+    loss, params = loss_and_params()
+    expected = jax.jit(jax.grad(loss))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), found, expected)
+
+
+def test_only_products_of_the_position_are_computed_twice(nothing_recomputed):
+    def products(jaxpr):
+        inner = [products(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params)]
+        return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns) + sum(inner)
+
+    def count():
+        graphdef, params = nnx.split(small())
+        gradient = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(images()) ** 2))
+        return products(jax.make_jaxpr(gradient)(params).jaxpr)
+
+    as_it_is = count()
+    nothing_recomputed()
+    assert as_it_is == count() + 2  # by A_y and by A_x, once for all GPSA blocks, which are scanned
 
 
 def test_attention_maps_per_block_with_the_class_token_where_it_joined():
