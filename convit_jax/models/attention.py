@@ -289,5 +289,6 @@ class GatedPositionalSelfAttention(nnx.Module):
         gate = self.gates()[:, None, None]
         a_y, a_x = self.positional_factors()
         position = along_axes((gate * a_y).astype(v.dtype), a_x.astype(v.dtype), v)
+        position = checkpoint_name(position, "position")
         mixed = (1.0 - gate) * attention(q, k, v).astype(jnp.float32) + position
         return mixed.astype(v.dtype)

@@ -27,9 +27,9 @@ from convit_jax.models.attention import (
     split_key,
 )
 
-# What a block keeps for the gradient besides its input: all that a large matrix product gave. What is
-# cheap is computed again: norms, GELU, softmax, masks of dropout, and the products of the position.
-KEPT = ("qkv", "attention", "middle", "hidden")
+# What a block keeps for the gradient besides its input: all that a matrix product gave, but for the scores
+# of attention and the position along the first axis. What is cheap is computed again: norms, GELU, softmax.
+KEPT = ("qkv", "attention", "position", "middle", "hidden")
 
 
 def gelu(x):
