@@ -133,8 +133,8 @@ def read_plan(source, changes):
         for run in runs:
             if not _number(run.column) or run.column <= 0:
                 raise UserError(
-                    f"the plan {source} has the scale {filled['scale']!r} and the column {run.column!r}: it takes "
-                    'numbers above 0, or leave "scale" out.'
+                    f"the plan {source} has the scale {filled['scale']!r} and the column {run.column!r}: "
+                    'it takes numbers above 0, or leave "scale" out.'
                 )
     baseline = filled["baseline"]
     if baseline is not None and baseline not in {run.row for run in runs}:

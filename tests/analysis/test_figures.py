@@ -1,4 +1,4 @@
-"""Figures are written whole, twice; what cannot be written is said in a sentence. Learning curves of a log."""
+"""Figures are written twice, or it is said in a sentence why not; learning curves of a log."""
 
 import re
 
