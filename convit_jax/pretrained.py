@@ -72,14 +72,8 @@ def load(source, *, num_classes=None, image_size=None, num_heads=None, which="be
     """The Pretrained of a source, every name and shape accounted for; arguments as of load_pretrained."""
     source, size = str(source), _pair(image_size)
     wanted = dict(num_heads=num_heads, num_classes=num_classes, image_size=size)
-    path = Path(source).expanduser()
-    if not path.exists():
-        repo = hub.repository(source)
-        if repo is None:
-            raise UserError(
-                f"there is no file or directory {source}, and no published model of that name"
-                f"{nearest(source, hub.PUBLISHED)} Published are: {', '.join(hub.PUBLISHED)}."
-            )
+    path, repo = find(source)
+    if repo is not None:
         path = hub.download(repo)
     if num_classes is not None and num_classes < 1:
         raise UserError(f"num_classes is {num_classes}: it must be at least 1.")
@@ -105,6 +99,23 @@ def load(source, *, num_classes=None, image_size=None, num_heads=None, which="be
         loaded = _with_new_head(loaded, num_classes, seed)
     weights.check(loaded.tensors, loaded.network[1], loaded.source)
     return loaded if size is None else _resized(loaded, size)
+
+
+def find(source):
+    """(path of a source, None), or where there is none (None, the Hub id that it names).
+
+    Raises UserError if it is neither.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path, None
+    repo = hub.repository(source)
+    if repo is None:
+        raise UserError(
+            f"there is no file or directory {source}, and no published model of that name"
+            f"{nearest(source, hub.PUBLISHED)} Published are: {', '.join(hub.PUBLISHED)}."
+        )
+    return None, repo
 
 
 def behaving(loaded, **behaviour):

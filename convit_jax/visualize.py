@@ -6,9 +6,9 @@
     python -m convit_jax.visualize --augmentations --config=configs/convit_ti.py --output=augmented.png
 
 The first draws attention maps of every layer and head, the second those of a GPSA layer before training
-(Fig. 3; with --checkpoint in place of --config, of that model), the third gates and non-locality through
-training (Figs. 5, 6). An image is a file, or a number: that image of the test split of the run's own
-data, or of --config's.
+(Fig. 3; with --checkpoint in place of --config, of that model), the third learning curves, gates and
+non-locality through training (Figs. 5, 6). An image is a file, or a number: that image of the test split
+of the run's own data, or of --config's.
 """
 
 import re
@@ -24,7 +24,7 @@ def define():
     flags.DEFINE_bool("augmentations", False, "Draw training images as the training step sees them.")
     flags.DEFINE_bool("init", False, "Draw the attention of a GPSA layer before training (Fig. 3).")
     flags.DEFINE_string(
-        "run", None, "Draw gates and non-locality through the training of this run directory."
+        "run", None, "Draw learning curves, gates and non-locality of the training in this run directory."
     )
     flags.DEFINE_string("image", None, "An image file, or the number of an image of the test split.")
     flags.DEFINE_string(
@@ -48,7 +48,7 @@ def main(_):
     else:
         raise UserError(
             "say what to draw: --checkpoint=PATH --image=IMAGE for attention maps, --init for the "
-            "convolutional init, --run=DIR for gates and non-locality through training, or --augmentations."
+            "convolutional init, --run=DIR for learning curves, gates and non-locality, or --augmentations."
         )
     if values.output is None:
         raise UserError("say where to draw it: --output=DIR.")
@@ -71,10 +71,25 @@ def draw_augmentations(path):
 
 
 def draw_training(directory):
-    """Gates and non-locality of a run, by epoch."""
-    from convit_jax.analysis.locality_figures import draw_locality
+    """Learning curves, gates and non-locality of a run, by epoch."""
+    import json
 
-    return draw_locality(Path(flags.FLAGS.run).expanduser(), directory)
+    from ml_collections import ConfigDict
+
+    from convit_jax.analysis.curves import draw_curves
+    from convit_jax.analysis.locality_figures import draw_locality
+    from convit_jax.models.variants import model_settings
+    from convit_jax.training.metrics import read_metrics
+    from convit_jax.training.plan import model_arguments
+
+    run = Path(flags.FLAGS.run).expanduser()
+    if not read_metrics(run / "metrics.jsonl") or not (run / "config.json").exists():
+        raise UserError(
+            f"{run} lacks config.json, or a line in metrics.jsonl: give the directory of a run that trains."
+        )
+    config = ConfigDict(json.loads((run / "config.json").read_text()))
+    model = model_settings(**model_arguments(config, config.data.num_classes or 1000))
+    return [*draw_curves(run, directory), *draw_locality(run, directory, model)]
 
 
 def draw_attention(directory):

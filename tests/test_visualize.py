@@ -31,16 +31,28 @@ def test_attention_of_a_run_on_an_image_of_its_own_test_split(digits_config, tmp
     done = visualize(f"--checkpoint={tmp_path}/run", "--image=7", "--query=0,3", f"--output={tmp_path}/maps")
     assert (done.returncode, done.stderr) == (0, "")
     names = ("query", "query_content", "query_position", "class_token")
-    files = [f"{tmp_path}/maps/{name}.{ending}" for name in names for ending in ("pdf", "png")]
+    files = [f"{tmp_path}/maps/{name}.{ending}" for name in names for ending in ("png", "pdf")]
     assert done.stdout.split() == files
     assert (tmp_path / "maps/query_position.pdf").read_bytes().startswith(b"%PDF")
+
+    done = visualize(f"--run={tmp_path}/run", f"--output={tmp_path}/course")
+    assert (done.returncode, done.stderr) == (0, "")
+    names = ("curves", "nonlocality", "gates")
+    assert done.stdout.split() == [
+        f"{tmp_path}/course/{n}.{ending}" for n in names for ending in ("png", "pdf")
+    ]
+    (tmp_path / "run/config.json").unlink()
+    sentence = f"visualize: {tmp_path}/run lacks config.json, or a line in metrics.jsonl: give the directory"
+    assert says("-m", "convit_jax.visualize", f"--run={tmp_path}/run", f"--output={tmp_path}").startswith(
+        sentence
+    )
 
 
 def test_the_init_of_a_config_at_a_photo(tmp_path):
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "photo.png")
     done = visualize("--init", f"--image={tmp_path}/photo.png", f"--output={tmp_path}")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == [f"{tmp_path}/init.pdf", f"{tmp_path}/init.png"]
+    assert done.stdout.split() == [f"{tmp_path}/init.png", f"{tmp_path}/init.pdf"]
 
 
 def test_the_image_is_what_the_network_sees(tmp_path, monkeypatch):

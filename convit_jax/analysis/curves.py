@@ -1,21 +1,23 @@
-"""Learning curves of a run directory as a picture."""
+"""Learning curves of a training, from its log: loss, top-1 and learning rate by epoch."""
 
-from pathlib import Path
-
+from convit_jax.analysis.figures import COLORS, STYLE, save
 from convit_jax.training.metrics import read_metrics
 
-TRAIN, HELD_OUT = "#0072B2", "#D55E00"  # two colours that the colour-blind tell apart
+HELD_OUT, TRAIN = COLORS[:2]
 
 
-def plot_curves(workdir):
-    """Draw metrics.jsonl of a run directory into its curves.png: loss, top-1 and learning rate by epoch.
+def draw_curves(run, directory):
+    """Draw metrics.jsonl of a run directory into another, or the same; the paths of curves.png and .pdf."""
+    from matplotlib import rc_context
 
-    Returns the path of the picture.
-    """
+    with rc_context(STYLE):
+        return save(curves(read_metrics(run / "metrics.jsonl")), directory / "curves")
+
+
+def curves(lines):
+    """A Figure of the lines of a log."""
     from matplotlib.figure import Figure
 
-    workdir = Path(workdir)
-    lines = read_metrics(workdir / "metrics.jsonl")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
     for panel, title, train, held_out in (
@@ -32,9 +34,6 @@ def plot_curves(workdir):
                 panel.plot(*zip(*points, strict=True), marker=marker, ms=3, lw=1.4, color=color, label=label)
         panel.set(xlabel="epoch", title=title)
         panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
         if held_out and panel.lines:
             panel.legend(frameon=False)
-    path = workdir / "curves.png"
-    figure.savefig(path, dpi=130)
-    return path
+    return figure

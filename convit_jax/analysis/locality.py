@@ -1,4 +1,4 @@
-"""What the attention of a model looks at: gates, centres and spans of its positional term, non-locality.
+"""What the attention of a model looks at: centres and spans of its positional term, non-locality.
 
 Non-locality (ConViT, Eq. 8) is the distance from query to key, in patches, averaged with the attention:
     D_h = (1 / N) sum_ij A_hij |delta_ij|, mean over images.
@@ -13,15 +13,8 @@ import numpy as np
 from flax import nnx
 
 
-def gates(model):
-    """sigma(lambda), the weight of position against content, float32 [GPSA blocks, heads]."""
-    if model.gpsa_blocks is None:
-        return jnp.zeros((0, model.sa_blocks.attn.num_heads))
-    return model.gpsa_blocks.attn.gates()
-
-
 def centres_and_spans(model):
-    """Where the positional attention looks, and how widely, in patches.
+    """Where the positional attention of a model with GPSA looks, and how widely, in patches.
 
     Mean and standard deviation of the offset (dx, dy) under softmax(v_h . r) over all offsets that occur in
     the grid. Where the Gaussian that v = (w1, w2, w3) describes fits into it, these are its maximum
@@ -31,9 +24,6 @@ def centres_and_spans(model):
       (centres float32 [GPSA blocks, heads, 2], spans float32 [GPSA blocks, heads]); a span is the root of
       the mean of the variances along x and along y.
     """
-    if model.gpsa_blocks is None:
-        heads = model.sa_blocks.attn.num_heads
-        return jnp.zeros((0, heads, 2)), jnp.zeros((0, heads))
     weights = model.gpsa_blocks.attn.pos_proj.kernel[...].astype(jnp.float32)  # [L, 3, H]
 
     def along(slope, size):
@@ -78,7 +68,7 @@ def nonlocality(model, images, *, valid=None, as_logged=False):
 
         found = [of_stack(stack) for stack in (model.gpsa_blocks, model.sa_blocks) if stack is not None]
     else:
-        found = model.see_attention(images, distance)
+        found = model.map_attention(images, distance)
     return jnp.concatenate(found)
 
 

@@ -4,65 +4,40 @@ Non-locality of each layer by epoch (ConViT, Fig. 5), and the gates sigma(lambda
 layer by epoch (Fig. 6). Layers and heads are counted from 1, as in the paper.
 """
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 
+from convit_jax.analysis.figures import STYLE, save
 from convit_jax.analysis.locality import patch_distances
-from convit_jax.errors import UserError
-from convit_jax.models.variants import model_settings
 from convit_jax.training.metrics import read_metrics
 
 COLUMNS = 5  # panels in a row
 GREY = "0.45"
-STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 9, "figure.labelsize": 9, "pdf.fonttype": 42}
+SIZES = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 9, "figure.labelsize": 9}
 
 
-def draw_locality(run_directory, output_directory):
+def draw_locality(run, directory, model):
     """Draw what a training has logged of its attention.
 
     Args:
-      run_directory: of train.py, finished or not. output_directory: a folder, made if it is not there.
+      run: directory of train.py, finished or not. directory: of the pictures. model: settings of the run's
+        VisionTransformer.
 
     Returns:
-      The pictures' paths: nonlocality and, of a model with GPSA, gates; each as .png and as .pdf.
-
-    Raises:
-      UserError: nothing of it was logged, or the pictures cannot be written.
+      The pictures' paths, of what was logged: nonlocality and, of a model with GPSA, gates; .png and .pdf.
     """
     from matplotlib import rc_context
 
-    run, output = Path(run_directory).expanduser(), Path(output_directory).expanduser()
     lines = read_metrics(run / "metrics.jsonl")
     paths = []
     for name, draw in (("nonlocality", draw_nonlocality), ("gates", draw_gates)):
         found = [line for line in lines if name in line]
         if not found:
             continue
-        with rc_context(STYLE):
-            figure = draw(
-                [line["epoch"] for line in found], np.array([line[name] for line in found]), model_of(run)
-            )
-            paths += save(figure, output / name)
-    if not paths:
-        raise UserError(
-            f"{run} has logged neither non-locality nor gates: give the directory of a run that has come to "
-            "an evaluation."
-        )
-    return paths
-
-
-def save(figure, path):
-    """Write a figure beside a path without ending, as .png and as .pdf; both paths."""
-    paths = [path.with_name(f"{path.name}.{ending}") for ending in ("png", "pdf")]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for each in paths:
-            figure.savefig(each, dpi=200)
-    except OSError as error:
-        raise UserError(f"cannot write into {path.parent} ({error}): give another --output.") from error
+        epochs, values = [line["epoch"] for line in found], np.array([line[name] for line in found])
+        with rc_context(STYLE | SIZES):
+            paths += save(draw(epochs, values, model), directory / name)
     return paths
 
 
@@ -129,14 +104,6 @@ def points(epochs):
 
 
 def tidy(panel):
-    """Epochs from 0, a grid and no box."""
+    """Epochs from 0, and a grid."""
     panel.set_xlim(left=0)
     panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
-
-
-def model_of(run):
-    """The settings of a run's VisionTransformer, without the number of classes."""
-    model = json.loads((run / "config.json").read_text())["model"]
-    given = {name: value for name, value in model.items() if value is not None}
-    return model_settings(**given)

@@ -11,10 +11,10 @@ import math
 import numpy as np
 from PIL import Image
 
-from convit_jax.errors import UserError
+from convit_jax.analysis.figures import COLORS, save
 
 PALETTE = "YlGnBu"
-FRAME = "#D55E00"  # of the query: vermilion, apart from every colour of the palette
+FRAME = COLORS[0]  # of the query: vermilion, apart from every colour of the palette
 SIGMA = r"$\sigma(\lambda)$"
 FORMULAS = {
     "content": r"softmax($q k / \sqrt{d}$)",
@@ -70,21 +70,6 @@ class Page:
             if at > 0.4 or value == 1 / patches:  # apart from the first
                 self.axes.plot([x + at, x + at], [y + 0.11, y + 0.15], color="black", lw=0.6)
                 self.words(x + at, y + 0.22, name, 6.5, ha="center" if at > 0 else "left")
-
-    def save(self, stem):
-        """Write stem.pdf and stem.png; their paths. Raises UserError."""
-        import matplotlib
-
-        paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png")]
-        for path in paths:
-            try:
-                with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType, as publishers ask for
-                    self.figure.savefig(path, dpi=160)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write the picture {path} ({error}): give another --output."
-                ) from error
-        return paths
 
 
 def strength(attention, patches):
@@ -152,7 +137,7 @@ def draw_page(stem, title, explanation, rows, image, query):
             x = MARGIN + LABEL + head * (w + GAP)
             page.words(x + w / 2, y - CAPTION / 2 + 0.01, caption, 6.2, ha="center")
             page.picture(x, y, w, h, over_image(values, image), grid, query)
-    return page.save(stem)
+    return save(page.figure, stem)
 
 
 def attention_pages(directory, layers, image, query):
@@ -252,4 +237,4 @@ def init_page(directory, content, positions, strengths, image, query):
             page.words(left + w / 2, upper + CAPTION / 2 + 0.01, f"head {head + 1}", 6.2, ha="center")
             page.picture(left, upper + CAPTION, w, h, over_image(values, image), grid, query)
         x += group_w + space
-    return page.save(directory / "init")
+    return save(page.figure, directory / "init")

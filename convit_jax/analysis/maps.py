@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from convit_jax.errors import UserError
-from convit_jax.models.attention import local_positional_weights
+from convit_jax.models.attention import GatedPositionalSelfAttention, local_positional_weights
 from convit_jax.models.variants import abstract_model, initial_params
 
 
@@ -44,31 +44,29 @@ def layer_maps(model, image, query):
     """
     rows, columns = model.grid
     patches, patch = rows * columns, query[0] * columns + query[1]
-    layers = []
-    for attn, x in model.attention_inputs(image[None]):
+
+    def over_grid(maps):
+        return maps.reshape(*maps.shape[:-1], rows, columns)
+
+    def look(attn, x):
         extra = x.shape[1] - patches  # class and distillation token, once they joined
-        whole = jax.device_get(attn.attention_maps(x)[0])  # [H, N, N]
-
-        def over_grid(maps):
-            return maps.reshape(*maps.shape[:-1], rows, columns)
-
-        gates = content = position = None
-        if hasattr(attn, "gates"):
-            gates = jax.device_get(attn.gates())
-            content = over_grid(jax.device_get(attn.content_maps(x)[0, :, patch]))
-            position = over_grid(jax.device_get(attn.positional_probabilities()[:, patch]))
+        whole = attn.attention_maps(x)[0]  # [H, N, N]
         of_tokens = whole[:, :extra].transpose(1, 0, 2)
-        layers.append(
-            LayerMaps(
-                query=over_grid(whole[:, extra + patch, extra:]),
-                query_tokens=whole[:, extra + patch, :extra],
-                gates=gates,
-                content=content,
-                position=position,
-                tokens=over_grid(of_tokens[..., extra:]),
-                tokens_tokens=of_tokens[..., :extra],
-            )
+        gated = isinstance(attn, GatedPositionalSelfAttention)
+        return dict(
+            query=over_grid(whole[:, extra + patch, extra:]),
+            query_tokens=whole[:, extra + patch, :extra],
+            gates=attn.gates() if gated else None,
+            content=over_grid(attn.content_maps(x)[0, :, patch]) if gated else None,
+            position=over_grid(attn.positional_probabilities()[:, patch]) if gated else None,
+            tokens=over_grid(of_tokens[..., extra:]),
+            tokens_tokens=of_tokens[..., :extra],
         )
+
+    layers = []
+    for stack in jax.device_get(model.map_attention(image[None], look)):
+        for number in range(len(stack["query"])):
+            layers.append(LayerMaps(**jax.tree.map(lambda values, number=number: values[number], stack)))
     return layers
 
 
@@ -115,8 +113,7 @@ def init_maps(settings, seed, query, strengths, image=None):
     content = None
     attn = model.blocks[0].attn
     if image is not None:
-        attn, x = model.attention_inputs(image[None])[0]
-        content = over_grid(attn.content_maps(x)[0])
+        content = layer_maps(model, image, query)[0].content
     if not settings["conv_init"]:
         return content, [over_grid(attn.positional_probabilities())]
     kernel, positions = attn.pos_proj.kernel[...], []

@@ -10,7 +10,6 @@ block only the tokens that have a head are computed.
 """
 
 import functools
-import itertools
 import math
 
 import jax
@@ -322,33 +321,28 @@ class VisionTransformer(nnx.Module):
         """List over blocks of attention, float32 [B, H, N, N]; once it joined, the class token is token 0,
         the distillation token token 1.
         """
-        stacks = self.see_attention(images, lambda attn, x: attn.attention_maps(x))
+        stacks = self.map_attention(images, lambda attn, x: attn.attention_maps(x))
         return [maps for stack in stacks for maps in stack]
 
-    def attention_inputs(self, images):
-        """List over blocks of (attention layer, the normalised tokens [B, N, D] that enter it)."""
-        stacks = self.see_attention(images, lambda attn, x: x)
-        return [(block.attn, x) for block, x in zip(self.blocks, itertools.chain(*stacks), strict=True)]
-
-    def see_attention(self, images, see):
-        """see(attn, x) of every attention layer and the normalised tokens x [B, N, D] that enter it.
+    def map_attention(self, images, function):
+        """function(attn, x) of every attention layer and the normalised tokens x [B, N, D] that enter it.
 
         Returns:
-          A list of one or two trees: what `see` gave, stacked over the GPSA blocks if there are any, and over
+          A list of one or two trees: what it gave, stacked over the GPSA blocks if there are any, and over
           the plain ones, whose first tokens are those of class and distillation.
         """
 
         def step(graphdef, x, params):
             block = nnx.merge(graphdef, params)
-            return block(x), see(block.attn, block.norm1(x))
+            return block(x), function(block.attn, block.norm1(x))
 
         x, tokens = self._embed(images, None)
-        seen = []
+        results = []
         for stack in (self.gpsa_blocks, self.sa_blocks):
             if stack is self.sa_blocks:
                 x = jnp.concatenate([tokens, x], axis=1)
             if stack is not None:
                 graphdef, params = nnx.split(stack)
                 x, found = jax.lax.scan(functools.partial(step, graphdef), x, params)
-                seen.append(found)
-        return seen
+                results.append(found)
+        return results

@@ -44,18 +44,18 @@ def main(arguments, changes):
         for run in plan.runs:
             print(f"# {run.name}\n{shlex.join(train_command(run, output))}")
         return 0
+    work = check(plan)
     claim(output, plan)
-    check(plan)
     with Signals() as signals:
-        with_others = study(plan, output, signals)
+        with_others = study(plan, output, signals, work)
         outcomes = write(plan, output)
     return conclude(plan, output, outcomes, with_others, signals.number)
 
 
-def study(plan, output, signals):
+def study(plan, output, signals, work):
     """Train run after run, until none is left but what other commands have, or a signal came.
 
-    Returns how many runs other commands have.
+    work: what `check` returned. Returns how many runs other commands have.
     """
     outcomes = {run.name: outcome(output, run) for run in plan.runs}
     failed_before = {name: found.failed_at for name, found in outcomes.items()}
@@ -63,7 +63,7 @@ def study(plan, output, signals):
     counts = {state: states.count(state) for state in ("done", "begun", "failed", "to do")}
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     print(f"{plan.title}\n{plan.question}\n{len(plan.runs)} runs in {output}: {said}", flush=True)
-    tried, seconds, work = set(), 0.0, 0.0
+    tried, seconds, worked = set(), 0.0, 0.0
 
     def may_try(run, now):
         """Whether it is to be done; what another command has seen fail since we started is not."""
@@ -80,13 +80,13 @@ def study(plan, output, signals):
         with ours:
             now = train(run, output, ours, signals, live.show)
         took = time.monotonic() - began
-        seconds, work = seconds + took, work + run.work() * (now.share() - before.share())
+        seconds, worked = seconds + took, worked + work[run.name] * (now.share() - before.share())
         if now.state == "done":
             text = f"top-1 {now.last['top1']:.2f} in {duration(took)}"
             rest = [(other, outcome(output, other)) for other in plan.runs]
-            left = sum(other.work() * (1 - found.share()) for other, found in rest if may_try(other, found))
-            if left and work:
-                text += f", about {duration(left / work * seconds / (1 + others))} left"
+            left = sum(work[each.name] * (1 - found.share()) for each, found in rest if may_try(each, found))
+            if left and worked:
+                text += f", about {duration(left / worked * seconds / (1 + others))} left"
             live.end(text)
         elif now.failure:
             live.end(f"failed: {now.failure} (its output: {folder(output, run)}/output.log)")
@@ -121,7 +121,10 @@ def write(plan, output):
     with hold(output, "study.lock", wait=True), disk_errors(output):
         outcomes = {run.name: outcome(output, run) for run in plan.runs}
         write_tables(plan, outcomes, output)
-        draw(plan, outcomes, output)
+        try:
+            draw(plan, outcomes, output)
+        except Exception as error:  # of the plotting library: no reason to end a study of hours
+            print(f"the figure cannot be drawn, the tables are there: {error}", flush=True)
     return outcomes
 
 

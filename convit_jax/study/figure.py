@@ -7,15 +7,14 @@ colour and marker, are named where they end, and the colours are told apart by t
 import itertools
 import statistics
 
+from convit_jax.analysis.figures import COLORS, STYLE, save
 from convit_jax.study.plan import METRICS
 from convit_jax.study.table import relative_gap, spread, values
 
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 ORDERED = ("#6BAED6", "#2171B5", "#08306B", "#000000")  # of rows that are numbers: the larger the darker
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#777777"
 PAPER = dict(ls=":", lw=1.2, zorder=1)
-STYLE = {"font.size": 10, "pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw(plan, outcomes, output):
@@ -23,18 +22,15 @@ def draw(plan, outcomes, output):
 
     outcomes: {name of the run: Outcome}.
     """
-    import matplotlib
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     cells = values(plan, outcomes, plan.metrics[0])
     if not any(cells.values()):
         return
-    with matplotlib.rc_context(STYLE):
+    with rc_context(STYLE):
         figure = _lines(plan, cells, Figure) if plan.numeric() else _dots(plan, cells, Figure)
-        for kind in ("pdf", "png"):
-            beside = output / f"figure.{kind}.tmp"
-            figure.savefig(beside, format=kind, dpi=160)
-            beside.replace(output / f"figure.{kind}")
+        save(figure, output / "figure")
 
 
 def _lines(plan, cells, Figure):

@@ -27,6 +27,8 @@ from ml_collections import ConfigDict
 from convit_jax.commands import ROOT, load_config
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.variants import count_macs, model_settings
+from convit_jax.pretrained import find
+from convit_jax.training.plan import check as check_config
 from convit_jax.training.plan import make_plan, model_arguments
 from convit_jax.training.rundir import MAY_CHANGE, flatten
 
@@ -35,6 +37,7 @@ OPTIONAL = {"columns": None, "scale": "linear", "labels": {}, "baseline": None, 
 OF_A_RUN = ("row", "column", "config", "overrides", "seeds", "paper")
 SCALES = ("linear", "log", "fraction")
 METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss"}
+LENGTH = ("epochs", "steps", "batch_size", "eval_every", "eval_batch_size", "model.num_classes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +50,6 @@ class Run:
     seed: int
     flags: tuple
     config: ConfigDict
-
-    def work(self):
-        """How long it takes, in units common to the runs of a study on one set of images."""
-        config = self.config
-        shown = config.epochs * (1 if config.data.keep_total_images else config.data.sampling_ratio)
-        images = config.steps * config.batch_size if config.steps else shown
-        return images * count_macs(_model(config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +129,13 @@ def read_plan(source, changes):
     twice = [name for name, count in collections.Counter(run.name for run in runs).items() if count > 1]
     if twice:
         raise UserError(f"the plan {source} has two runs {twice[0]}: give each row, column and seed once.")
+    if filled["columns"] is not None and filled["scale"] != "linear":
+        for run in runs:
+            if not _number(run.column) or run.column <= 0:
+                raise UserError(
+                    f"the plan {source} has the scale {filled['scale']!r} and the column {run.column!r}: "
+                    'it takes numbers above 0, or leave "scale" out.'
+                )
     baseline = filled["baseline"]
     if baseline is not None and baseline not in {run.row for run in runs}:
         raise UserError(f"the plan {source} has the baseline {baseline!r}, which is none of its rows.")
@@ -140,27 +143,33 @@ def read_plan(source, changes):
 
 
 def check(plan):
-    """Refuse models that cannot be built and data that is not there, before the first run.
+    """Refuse configs, models, data and weights that cannot be, before the first run.
+
+    Returns:
+      {name of the run: its work}, images shown x multiply-accumulates of one.
 
     Raises:
       UserError: names the run.
     """
-    by_data = {}
+    plans, work = {}, {}
     for run in plan.runs:
+        config, fields = run.config, flatten(run.config)
         with _of_run(run.name):
-            _model(run.config)
-        data = run.config.data
-        least = by_data.setdefault((data.name, data.dir), run)
-        if data.sampling_ratio < least.config.data.sampling_ratio:
-            by_data[data.name, data.dir] = run
-    for run in by_data.values():
-        with _of_run(run.name):
-            make_plan(run.config, devices=1)
+            check_config(config, devices=1)
+            macs = count_macs(_model(config))
+            for source in filter(None, (config.init_from, config.distill.teacher)):
+                find(source)
+            # Runs that differ in other fields, as the seed, have as many images: data is read once for them.
+            key = str([item for item in fields.items() if item[0] in LENGTH or item[0].startswith("data.")])
+            if key not in plans:
+                plans[key] = make_plan(config, devices=1)
+        work[run.name] = plans[key].total_steps * plans[key].batch_size * macs
+    return work
 
 
 def identity(config):
     """The fields that make a config another run, {"optim.lr": 0.0005, ...}; others may differ by machine."""
-    free = {*MAY_CHANGE} - {"steps"}
+    free = {*MAY_CHANGE} - {"steps", "distill.teacher"}
     return {name: value for name, value in flatten(config).items() if name not in free}
 
 
@@ -209,7 +218,9 @@ def _runs(source, plan, entry, changed):
         words = [f"{part:g}" if _number(part) else part for part in parts if part is not None]
         name = "-".join(re.sub(r"[^\w.+]+", "-", word).strip("-").lower() for word in words)
         overrides = {**entry.get("overrides", {}), **changed, "seed": seed}
-        file = os.path.relpath(ROOT / entry["config"])
+        file = entry["config"]
+        if not Path(file.partition(":")[0]).exists():
+            file = os.path.relpath(ROOT / file)
         flags = (f"--config={file}", *(f"--config.{field}={value}" for field, value in overrides.items()))
         with _of_run(name):
             config = load_config(flags)

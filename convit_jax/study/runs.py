@@ -1,10 +1,11 @@
 """The runs of a study on the disk: what became of each, whose turn it is, and one of them as a process.
 
 DIR/study.json is the plan, DIR/runs/NAME the run directory of train.py with its output in output.log, and
-in outcome.json what train.py itself cannot tell: seconds, and why it failed. All state is there, so any
-number of commands may work on one study, and any of them may be cut off.
+in outcome.json what train.py itself cannot tell: seconds, its exit status, and why it failed. All state is
+there, so any number of commands may work on one study, and any of them may be cut off.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -56,12 +57,15 @@ def outcome(output, run):
     lines = read_metrics(where / "metrics.jsonl")
     evaluations = [line for line in lines if "val_top1" in line]
     facts, ended = _read(where / "run.json"), _read(where / "outcome.json")
-    done = bool(evaluations) and evaluations[-1]["step"] == facts.get("steps")
+    steps = facts.get("steps")
+    # The last line is there before the last checkpoint is.
+    done = bool(evaluations) and evaluations[-1]["step"] == steps
+    done = done and (ended.get("status") == 0 or (where / "checkpoints" / str(steps)).is_dir())
     failure = None if done else ended.get("failure")
     return Outcome(
         state="done" if done else "failed" if failure else "begun" if lines else "to do",
         step=lines[-1]["step"] if lines else 0,
-        steps=facts.get("steps"),
+        steps=steps,
         last={name: evaluations[-1][f"val_{name}"] for name in ("top1", "top5", "loss")} if done else {},
         best=max(line["val_top1"] for line in evaluations) if evaluations else None,
         seconds=ended.get("seconds", 0.0),
@@ -147,16 +151,23 @@ def take(output, run):
 class Signals:
     """Context manager: SIGINT and SIGTERM go to the run under way, which saves itself; `number` is the first.
 
-    The run is in a session of its own, so that Ctrl-C in the terminal reaches it once, from here.
+    The run is in a session of its own, so that Ctrl-C in the terminal reaches it once, from here: a second
+    signal would make it stop without saving.
     """
 
     def __init__(self):
-        self.number, self.process = None, None
+        self.number, self.process, self._kept = None, None, []
 
     def _handle(self, number, frame):
         self.number = self.number or number
-        if self.process is not None:
-            self.process.send_signal(number)
+        self._kept.append(number)
+        self.forward()
+
+    def forward(self):
+        """Send the run, as soon as there is one, each signal that came, once."""
+        with contextlib.suppress(IndexError):  # all is sent, maybe by a signal meanwhile
+            while self.process is not None:
+                self.process.send_signal(self._kept.pop(0))
 
     def __enter__(self):
         self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -191,8 +202,7 @@ def train(run, output, ours, signals, show):
             start_new_session=True,
             pass_fds=(ours.fileno(),),
         )
-        if signals.number:  # came while it was being started
-            process.send_signal(signals.number)
+        signals.forward()  # what came while it was being started
         said, unfinished = [], ""
         with (where / "output.log").open(errors="replace") as reading:
             reading.seek(start)
@@ -209,6 +219,7 @@ def train(run, output, ours, signals, show):
     failed = process.returncode != 0 and not signals.number
     record = {
         "seconds": round(before + time.monotonic() - began, 1),
+        "status": process.returncode,
         "failure": _why(process.returncode, said) if failed else None,
         "at": time.time(),
     }

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import jax
 
-from convit_jax.analysis.curves import plot_curves
+from convit_jax.analysis.curves import draw_curves
 from convit_jax.data.loader import Unreadable, batches, empty
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.pretrained import load_into
 from convit_jax.training import checkpoint
+from convit_jax.training.attention_log import make_attention_log
 from convit_jax.training.distill import load_teacher
 from convit_jax.training.evaluation import AHEAD, evaluate
-from convit_jax.training.locality import make_locality
 from convit_jax.training.metrics import Clock, Evaluations, MetricsLog, Progress
 from convit_jax.training.optimizer import make_optimizer, make_schedule
 from convit_jax.training.plan import make_plan
@@ -57,8 +57,8 @@ def train(config, workdir):
 
     Args:
       config: ConfigDict with the fields of configs/default.py.
-      workdir: run directory; gets config.json, run.json, metrics.jsonl, curves.png, tensorboard/ and
-        checkpoints/.
+      workdir: run directory; gets config.json, run.json, metrics.jsonl, curves.png and .pdf,
+        tensorboard/ and checkpoints/.
 
     Returns:
       The last line of metrics.jsonl with an evaluation (step, epoch, val_top1 and val_top5 in per
@@ -173,7 +173,7 @@ def train(config, workdir):
         tell = progress.say if is_first() else warn
         unreadable = Unreadable(plan.train.source, config.data.max_unreadable, tell)
         unreadable_test = Unreadable(plan.test.source, config.data.max_unreadable, tell)
-        locality = make_locality(graphdef, config, plan, mesh)
+        attention_log = make_attention_log(graphdef, config, plan, mesh)
         train_batches = rows(plan.train, config.batch_size, start, plan.total_steps)
         stack.callback(train_batches.close)
         recent = collections.deque()  # the largest vote of each step that is under way
@@ -229,7 +229,7 @@ def train(config, workdir):
                 with clock.paused():
                     values = evaluate_now(state) if due and not stopping else None
                     if values is not None:
-                        log.write(step, plan.epoch(step), values | locality(state["params"]))
+                        log.write(step, plan.epoch(step), values | attention_log(state["params"]))
                         progress.evaluated(step, plan.epoch(step), values)
                     if step != saved:
                         checkpoint.save(checkpoints, step, {"state": state, "metrics": metrics})
@@ -273,7 +273,7 @@ def train(config, workdir):
                 report(*windows.popleft())
 
     # ---- The end ---------------------------------------------------------------------------
-    curves = plot_curves(workdir) if is_first() else None
+    curves = draw_curves(workdir, workdir)[0] if is_first() else None
     if stopping:
         where = f", saved in {workdir}" if step else ", before the first step"
         progress.say(f"Stopped by {stopping} at step {step}{where}. The same command continues.")

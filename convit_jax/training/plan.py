@@ -43,7 +43,7 @@ def make_plan(config, *, devices):
     Raises:
       UserError: anything in the config that cannot work, with the remedy.
     """
-    _check(config, devices)
+    check(config, devices=devices)
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
     indices = training_subset(config, source)
     classes = len(source.class_names)
@@ -91,7 +91,8 @@ def model_arguments(config, num_classes):
     return {"num_classes": num_classes, **given}
 
 
-def _check(config, devices):
+def check(config, *, devices):
+    """Refuse values that no data could make work; arguments and UserError as of make_plan."""
     for name in ("batch_size", "eval_batch_size", "accumulate", "log_every", "checkpoint_every"):
         if config[name] < 1:
             raise UserError(f"{name} is {config[name]}: it must be at least 1.")

@@ -1,5 +1,7 @@
 """Tables 5 and 6: parameters changed as the paper says, nothing else, and no NaN."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,9 @@ def test_forced_gates_leave_one_part_of_the_attention(to, layers, dtype):
     before = jax.tree.map(np.copy, params)
     model, forced = nnx.merge(graphdef, params), nnx.merge(graphdef, force_gates(params, to, layers))
     assert_same(params, before)
-    for number, (attn, x) in enumerate(forced.attention_inputs(IMAGES)):
+    inputs = itertools.chain(*forced.map_attention(IMAGES, lambda attn, x: x))
+    for number, (block, x) in enumerate(zip(forced.blocks, inputs, strict=True)):
+        attn = block.attn
         if number < (layers or 3):
             assert attn.gates().tolist() == [to == "position"] * 4
             part = {"position": attn.positional_probabilities()[None], "content": attn.content_maps(x)}[to]
@@ -63,7 +67,7 @@ def test_without_position_embedding_the_patches_enter_bare(name):
     model = create_model(name, **SMALL, local_up_to_layer=3 if name == "convit_tiny" else 0)
     graphdef, params = nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model))
     masked = nnx.merge(graphdef, mask_position_embedding(params))
-    _, x = masked.attention_inputs(IMAGES)[0]
+    x = masked.map_attention(IMAGES, lambda attn, x: x)[0][0]
     patches = model.patch_embed(IMAGES)
     if name == "deit_tiny":  # its class token has a position of its own, which goes too
         token = jnp.broadcast_to(model.cls_token[...], (2, 1, 16))

@@ -92,26 +92,46 @@ def test_the_scale_is_logarithmic_and_darkens_all_the_way():
     assert (uniform == 255).all()
 
 
-def test_a_page_for_each_kind_of_map(tmp_path):
+def caught(monkeypatch):
+    """{name: Figure} of the pages drawn from now on."""
+    drawn = {}
+    monkeypatch.setattr(map_figures, "save", lambda figure, stem: [drawn.setdefault(stem.name, figure)])
+    return drawn
+
+
+def maps_of(figure, shape):
+    """The pixels of each map of a page, in their order; shape: theirs."""
+    pictures = [np.asarray(image.get_array()) for image in figure.axes[0].images]
+    return [pixels for pixels in pictures if pixels.shape == shape]
+
+
+def test_a_page_for_each_kind_of_map(tmp_path, monkeypatch):
     layers = layer_maps(convit(), IMAGE, QUERY)
     layers[0] = dataclasses.replace(layers[0], gates=np.array([0.125, 0.25, 1, 0]))
-    paths = map_figures.attention_pages(tmp_path, layers, PIXELS, QUERY)
+    drawn = caught(monkeypatch)
+    map_figures.attention_pages(tmp_path, layers, PIXELS, QUERY)
     kinds = ("query", "query_content", "query_position", "class_token")
-    assert paths == [tmp_path / f"{kind}{ending}" for kind in kinds for ending in (".pdf", ".png")]
-    assert all(path.stat().st_size > 5000 for path in paths)
+    assert tuple(drawn) == kinds
+    for kind, shown in (
+        ("query", [layer.query for layer in layers]),
+        ("query_content", [layer.content for layer in layers[:2]]),
+        ("query_position", [layer.position for layer in layers[:2]]),
+        ("class_token", [layer.tokens[0] for layer in layers[2:]]),
+    ):
+        expected = [map_figures.over_image(head, PIXELS) for maps in shown for head in maps]
+        np.testing.assert_array_equal(maps_of(drawn[kind], (84, 112, 3)), expected)
     assert [words.split()[1] for words in map_figures.gates(layers[0])] == ["0.12", "0.25", "1.00", "0.00"]
-    with pytest.raises(UserError, match="cannot write the picture"):
-        map_figures.attention_pages(tmp_path / "none", layers, PIXELS, QUERY)
 
 
-def test_pages_of_a_distilled_deit_and_of_the_init(tmp_path):
+def test_pages_of_a_distilled_deit_and_of_the_init(tmp_path, monkeypatch):
+    drawn = caught(monkeypatch)
     model = create_model("deit_tiny", **SMALL, distilled=True)
-    paths = map_figures.attention_pages(tmp_path, layer_maps(model, IMAGE, QUERY), PIXELS, QUERY)
-    assert [path.name for path in paths[1::2]] == ["query.png", "class_token.png", "distillation_token.png"]
+    map_figures.attention_pages(tmp_path, layer_maps(model, IMAGE, QUERY), PIXELS, QUERY)
+    assert list(drawn) == ["query", "class_token", "distillation_token"]
     assert map_figures.shares(np.array([[0.25, 0.5]])) == ["cls 0.25 dist 0.50"]
-    maps = np.full((6, 3, 4), 1 / 12)
-    for strengths, image in (((0.5,), PIXELS), (None, None)):
-        paths = map_figures.init_page(
-            tmp_path, maps if image is not None else None, [maps], strengths, image, QUERY
-        )
-        assert [path.name for path in paths] == ["init.pdf", "init.png"]
+    maps = np.linspace(0, 1, 72).reshape(6, 3, 4)
+    for strengths, image, groups in (((0.5,), PIXELS, 2), (None, None, 1)):
+        drawn.clear()
+        map_figures.init_page(tmp_path, maps if groups == 2 else None, [maps], strengths, image, QUERY)
+        expected = [map_figures.over_image(head, image) for head in maps] * groups
+        np.testing.assert_array_equal(maps_of(drawn["init"], (84, 112, 3)), expected)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import signal
+import types
 
 import pytest
 from conftest import ROOT
 
 from convit_jax.errors import UserError
 from convit_jax.models.variants import FAMILIES, model_settings
+from convit_jax.study import __main__ as command
 from convit_jax.study.__main__ import next_run
 from convit_jax.study.plan import check, read_plan
-from convit_jax.study.runs import claim, folder, outcome, take, train_command
+from convit_jax.study.runs import Signals, claim, folder, outcome, take, train_command
 from convit_jax.training.plan import model_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections on Python 3.11
@@ -107,6 +110,14 @@ def test_a_change_on_the_command_line_reaches_every_run_and_its_command(tmp_path
         (WHOLE | {"runs": [ENTRY, ENTRY]}, "has two runs a-seed0: give each row, column and seed once"),
         (WHOLE | {"baseline": "b"}, "has the baseline 'b', which is none of its rows"),
         (WHOLE | {"scale": "logs"}, "has the scale 'logs': choose of linear, log, fraction"),
+        (
+            WHOLE | {"columns": "x", "scale": "log", "runs": [ENTRY | {"column": 1}, ENTRY | {"column": 0}]},
+            "has the scale 'log' and the column 0: it takes numbers above 0",
+        ),
+        (
+            WHOLE | {"columns": "x", "scale": "fraction", "runs": [ENTRY | {"column": "all"}]},
+            "has the scale 'fraction' and the column 'all': it takes numbers above 0",
+        ),
         (WHOLE | {"metrics": ["top2"]}, "has the metric 'top2': choose of top1, top5, loss"),
         (
             WHOLE | {"runs": [{**ENTRY, "overrides": {"optim.lrr": 1}}]},
@@ -132,15 +143,47 @@ def test_a_mistake_in_a_plan_is_named(plan, sentence, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"model.num_heads": 7}, "run a-seed0: embed_dim 72 is not a multiple of num_heads 7"),
-        ({"data.sampling_ratio": 0.001}, "run a-seed0: data.sampling_ratio 0.001 leaves no image of class 0"),
-        ({"data.name": "folder"}, "run a-seed0: data.name is folder but data.dir is empty"),
+        ({"model.num_heads": 7}, "embed_dim 72 is not a multiple of num_heads 7"),
+        ({"data.sampling_ratio": 0.001}, "data.sampling_ratio 0.001 leaves no image of class 0"),
+        ({"data.name": "folder"}, "data.name is folder but data.dir is empty"),
+        ({"data.num_classes": 11}, "data.num_classes is 11, but the data has 10 classes"),
+        ({"data.subset_rule": "any"}, "data.subset_rule is 'any': choose first or random"),
+        ({"optim.schedule_per": "day"}, "optim.schedule_per is 'day': choose epoch or step"),
+        ({"distill.kind": "firm"}, "distill.kind is 'firm': choose hard or soft"),
+        ({"init_from": "none.pth"}, "there is no file or directory none.pth"),
+        ({"distill.teacher": "runs/a/none"}, "there is no file or directory runs/a/none"),
     ],
 )
-def test_a_model_or_data_that_cannot_be_is_named_before_the_first_run(overrides, sentence, tmp_path):
+def test_what_cannot_be_is_named_before_the_first_run_also_of_the_second(overrides, sentence, tmp_path):
+    second = ENTRY | {"row": "b", "overrides": overrides}
     with pytest.raises(UserError) as raised:
-        check(written(tmp_path, WHOLE | {"runs": [{**ENTRY, "overrides": overrides}]}))
-    assert str(raised.value).startswith(sentence)
+        check(written(tmp_path, WHOLE | {"runs": [ENTRY, second]}))
+    assert str(raised.value).startswith(f"run b-seed0: {sentence}")
+
+
+def test_the_work_of_a_run_is_what_it_shows_and_no_more(tmp_path):
+    rows = {
+        "all": {"epochs": 2},
+        "half": {"epochs": 2, "data.sampling_ratio": 0.5},
+        "as many": {"epochs": 2, "data.sampling_ratio": 0.5, "data.keep_total_images": True},
+        "cap": {"epochs": 2, "steps": 3},
+        "cap above": {"epochs": 2, "steps": 10_000},
+    }
+    batch = {"batch_size": 80}
+    runs = [{**ENTRY, "seeds": [0], "row": row, "overrides": {**own, **batch}} for row, own in rows.items()]
+    work = check(written(tmp_path, WHOLE | {"runs": runs}))
+    steps = {name: of_run / work["cap-seed0"] * 3 for name, of_run in work.items()}
+    assert steps["all-seed0"] == steps["as-many-seed0"] == steps["cap-above-seed0"] == 36
+    assert steps["half-seed0"] == 18
+
+
+def test_a_config_is_found_beside_the_user_and_else_in_the_clone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("from configs.digits import get_config\n")
+    runs = [ENTRY | {"config": "own.py", "seeds": [0]}, ENTRY | {"row": "b", "seeds": [0]}]
+    own, ours = written(tmp_path, WHOLE | {"runs": runs}).runs
+    assert own.flags[0] == "--config=own.py"
+    assert (tmp_path / ours.flags[0].removeprefix("--config=")).resolve() == ROOT / "configs/digits.py"
 
 
 def test_a_directory_belongs_to_one_plan_which_may_grow(tmp_path):
@@ -152,6 +195,7 @@ def test_a_directory_belongs_to_one_plan_which_may_grow(tmp_path):
     for plan, changes, sentence in (
         (larger, ["--config.epochs=3"], "(epochs was 100, is 3): give another --output"),
         (larger, ["--config.steps=3"], "(steps was None, is 3): give another --output"),
+        (larger, ["--config.distill.teacher=x"], "(distill.teacher was None, is 'x'): give another --output"),
         (WHOLE, [], "(its run a-seed2 is not in this plan): give another --output"),
     ):
         with pytest.raises(UserError) as raised:
@@ -186,3 +230,46 @@ def test_commands_share_the_runs_and_do_not_repeat_each_others_failures(tmp_path
     (folder(output, plan.runs[0]) / "outcome.json").write_text(json.dumps(record))
     failed = outcome(output, plan.runs[0])
     assert (failed.state, failed.failure, failed.seconds, failed.failed_at) == ("failed", "no room", 3.0, 1.0)
+
+
+def test_a_run_is_done_when_its_last_checkpoint_is_there_or_its_process_said_so(tmp_path):
+    run, output = written(tmp_path, WHOLE).runs[0], tmp_path / "out"
+    where = folder(output, run)
+    (where / "checkpoints/9").mkdir(parents=True)
+    line = {"step": 10, "val_top1": 50.0, "val_top5": 90.0, "val_loss": 1.0}
+    (where / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (where / "run.json").write_text('{"steps": 10}')
+    assert outcome(output, run).state == "begun"  # it is saving
+    for status, state in ((1, "failed"), (-9, "failed"), (0, "done")):
+        failure = "no room" if status else None
+        record = {"status": status, "failure": failure, "seconds": 3.0, "at": 1.0}
+        (where / "outcome.json").write_text(json.dumps(record))
+        assert outcome(output, run).state == state
+    (where / "outcome.json").unlink()
+    (where / "checkpoints/10").mkdir()
+    assert (outcome(output, run).state, outcome(output, run).last["top1"]) == ("done", 50.0)
+
+
+def test_a_signal_reaches_a_run_once_whenever_it_comes():
+    sent = []
+    process = types.SimpleNamespace(send_signal=sent.append)
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGTERM)  # while it is being started
+        signals.process = process
+        signals.forward()
+        assert sent == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGINT)  # before it is looked whether one came
+        signals.forward()
+    assert sent == [signal.SIGTERM, signal.SIGINT]
+    assert signals.number == signal.SIGTERM
+
+
+def test_a_figure_that_fails_is_said_and_the_tables_are_written(tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise ValueError("no such axis")
+
+    monkeypatch.setattr(command, "draw", fails)
+    plan = written(tmp_path, WHOLE)
+    assert set(command.write(plan, tmp_path)) == {"a-seed0", "a-seed1"}
+    assert capsys.readouterr().out == "the figure cannot be drawn, the tables are there: no such axis\n"
+    assert (tmp_path / "table.md").exists()

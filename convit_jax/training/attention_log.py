@@ -18,7 +18,7 @@ SHARE, MOST = 100, 64  # one in so many of the test's images, at most so many
 DIGITS = 4  # after the point, in the log
 
 
-def make_locality(graphdef, config, plan, mesh):
+def make_attention_log(graphdef, config, plan, mesh):
     """A function that measures parameters (on the devices of the mesh), for the line of an evaluation.
 
     It gives, as lists over layers of lists over heads: "gates", "centre_x", "centre_y" and "span" of the
@@ -36,7 +36,7 @@ def make_locality(graphdef, config, plan, mesh):
         if model.gpsa_blocks is not None:
             centres, found["span"] = locality.centres_and_spans(model)
             found |= {
-                "gates": locality.gates(model),
+                "gates": model.gpsa_blocks.attn.gates(),
                 "centre_x": centres[..., 0],
                 "centre_y": centres[..., 1],
             }

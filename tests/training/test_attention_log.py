@@ -11,7 +11,7 @@ from convit_jax.analysis import locality
 from convit_jax.data.augment import normalize
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
-from convit_jax.training.locality import first_readable, image_count, make_locality
+from convit_jax.training.attention_log import first_readable, image_count, make_attention_log
 from convit_jax.training.loop import train
 from convit_jax.training.metrics import read_metrics
 from convit_jax.training.plan import make_plan
@@ -30,7 +30,7 @@ def test_every_evaluation_logs_what_the_weights_look_at(digits_config, tmp_path,
     images = normalize(plan.test(range(5))["image"], digits_config.data.mean, digits_config.data.std)
     centres, spans = locality.centres_and_spans(model)
     expected = {
-        "gates": locality.gates(model),
+        "gates": model.gpsa_blocks.attn.gates(),
         "centre_x": centres[..., 0],
         "centre_y": centres[..., 1],
         "span": spans,
@@ -52,7 +52,7 @@ def measured(config):
     """What is logged of new weights."""
     plan, mesh = make_plan(config, devices=1), make_mesh(1, 1)
     graphdef, _ = abstract_model(plan.model)
-    return make_locality(graphdef, config, plan, mesh)(initial_params(plan.model, 0))
+    return make_attention_log(graphdef, config, plan, mesh)(initial_params(plan.model, 0))
 
 
 def test_what_the_model_or_the_config_has_not_is_left_out(digits_config):
