@@ -72,7 +72,7 @@ def launch(
 def import_jax():
     """Import JAX; Ctrl-C meanwhile ends the process at once, where its modules in C++ would crash.
 
-    It serves commands that import JAX late, in their main: at the head of their module it would be there.
+    It protects commands that import JAX late, in their main, not one whose module does so at its head.
     """
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # in the background it is ignored
     if ours:

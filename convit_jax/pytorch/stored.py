@@ -14,7 +14,7 @@ import numpy as np
 from convit_jax.errors import UserError, explained
 from convit_jax.pytorch.tensors import DAMAGED, read_into
 
-PIECE = 2**20  # bytes
+PIECE = 2**19  # bytes; more than in tensors.py, so that more rows of a matrix are transposed at a time
 
 
 class Held:
