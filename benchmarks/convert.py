@@ -23,13 +23,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def read(checkpoint, model):
-    """Ours: the state dict as arrays."""
-    from convit_jax.pytorch import reader
-
-    return lambda: reader.read_state_dict(checkpoint)
-
-
 def to_params(checkpoint, model):
     """Ours: the parameters in memory of JAX; the network, shapes without memory, is there before."""
     import jax
@@ -67,15 +60,8 @@ def convert(checkpoint, model):
     return job
 
 
-def torch_load(checkpoint, model):
-    """PyTorch: the state dict as tensors."""
-    import torch
-
-    return lambda: torch.load(checkpoint, weights_only=True)
-
-
 def torch_load_state_dict(checkpoint, model):
-    """PyTorch: the same, copied into a network of timm; making that counts as memory, not as time."""
+    """PyTorch: the state dict, copied into a network of timm; making that counts as memory, not as time."""
     import timm
     import torch
 
@@ -108,8 +94,6 @@ def torch_save_file(checkpoint, model, *, synced=False):
 
 OURS, PEERS = ["jax", "convit_jax.pretrained"], ["torch", "timm"]
 JOBS = {  # name: (function, whether it needs the other interpreter, modules whose memory does not count)
-    "read_state_dict": (read, False, ["numpy", "convit_jax.pytorch.reader"]),
-    "torch.load": (torch_load, True, ["torch"]),
     "open_state_dict + to_params": (to_params, False, OURS),
     "torch.load + load_state_dict": (torch_load_state_dict, True, PEERS),
     "load_pretrained": (load_pretrained, False, OURS),

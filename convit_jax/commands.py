@@ -5,6 +5,7 @@ A command defines its own flags, may take --config with overrides of any field, 
 """
 
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -69,13 +70,17 @@ def launch(
 
 
 def import_jax():
-    """Import JAX; Ctrl-C meanwhile ends the process at once, where its modules in C++ would crash."""
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # in the background it is ignored
+    """Import JAX; Ctrl-C meanwhile ends the process at once, where its modules in C++ would crash.
+
+    It protects commands that import JAX late, in their main, not one whose module does so at its head.
+    """
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # in the background it is ignored
+    if ours:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     import jax  # noqa: F401
 
-    signal.signal(signal.SIGINT, handler)
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def leave(status):
@@ -84,6 +89,7 @@ def leave(status):
     JAX compiles in a thread of its own, which goes on after Ctrl-C, and at Python's end loses the device
     under its hands: a segmentation fault.
     """
+    gc.collect()  # ends a loader's processes, which Grain holds in reference cycles
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -128,7 +134,7 @@ def config_file():
 
 def _parse(argv, define, config, arguments):
     """Define and read the flags: argv without them. Raises UserError for what is wrong with them."""
-    with _said_of(argv, config):
+    with _flag_errors_explained(argv, config):
         if config is not None:
             # Not at import: ml_collections reads the command line as soon as the flag is defined.
             config_flags.DEFINE_config_file(
@@ -153,14 +159,14 @@ def load_config(arguments):
     Raises UserError for what is wrong with them, as train.py says it.
     """
     argv, values = ["train.py", *arguments], flags.FlagValues()
-    with _said_of(argv, ""):
+    with _flag_errors_explained(argv, ""):
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
         values(argv)
         return values.config.lock()
 
 
 @contextlib.contextmanager
-def _said_of(argv, config):
+def _flag_errors_explained(argv, config):
     """Turns what absl and ml_collections raise of a command line into a UserError."""
     try:
         yield

@@ -55,7 +55,9 @@ def main(_):
     # ---- The images, and what the weights call their classes -------------------------------
     source = open_source(config.data, "test")
     names = source.class_names[: config.data.num_classes]
-    new_labels = match_classes(names, loaded)
+    new_labels, remark = match_classes(names, loaded)
+    if remark:
+        say(remark)
     indices = select(
         source.labels,
         source.names,

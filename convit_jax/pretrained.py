@@ -131,10 +131,10 @@ def behaving(loaded, **behaviour):
 
 
 def load_into(source, settings, seed):
-    """The Pretrained of a source to start a training from: for the settings of its model.
+    """(parameters to start a training from, changes in words) of a source, for the settings of its model.
 
     The head is replaced if the number of classes differs, the position embedding resized if the size of
-    images does.
+    images does. The parameters, a nested dict of float32 arrays, are read whole, so damage is found here.
 
     Raises:
       UserError: nothing usable there, or a network of another architecture.
@@ -155,11 +155,15 @@ def load_into(source, settings, seed):
             f"init_from {source} has {theirs}, but config.model asks for {ours}: set model.name, or these "
             "fields, to those of the weights."
         )
-    return loaded
+    return loaded.params(), loaded.changes
 
 
 def match_classes(names, loaded):
-    """The weights' label of each of the data's, int32: by name where both know their names, else in order.
+    """Which of the weights' labels each class of the data has: (int32 [C], a sentence to say or None).
+
+    Matched by name where the weights know all of the names. Else in order: as many classes as the weights
+    have, which is said if they have other names; weights without names take fewer classes too, as their
+    first labels.
 
     names: of the data's classes.
 
@@ -168,19 +172,20 @@ def match_classes(names, loaded):
     """
     theirs = {name: label for label, name in enumerate(loaded.class_names or ())}
     if all(name in theirs for name in names):
-        return np.array([theirs[name] for name in names], np.int32)
+        return np.array([theirs[name] for name in names], np.int32), None
     known = loaded.settings["num_classes"]
     if len(names) > known or (theirs and len(names) < known):
         raise UserError(
             f"the data has {len(names)} classes, as {names[0]!r}, and the weights have {known}: give weights "
             "and images of the same classes, or name the folders as the weights' classes."
         )
+    sentence = None
     if theirs:
-        from convit_jax.training.processes import say
-
-        ours, weights = names[0], loaded.class_names[0]
-        say(f"The data's classes ({ours!r}, ...) are not the weights' ({weights!r}, ...): matched in order.")
-    return np.arange(len(names), dtype=np.int32)
+        sentence = (
+            f"The data's classes ({names[0]!r}, ...) are not the weights' ({loaded.class_names[0]!r}, ...): "
+            "matched in order."
+        )
+    return np.arange(len(names), dtype=np.int32), sentence
 
 
 def _resized(loaded, size):

@@ -210,3 +210,14 @@ def test_weights_of_another_architecture_stop_a_training_before_anything_is_writ
     with pytest.raises(UserError, match=r"has depth=4, but config.model asks for depth=5: set model.name"):
         train(golden_config, tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_damaged_weights_stop_a_training_before_anything_is_written(golden, golden_config, tmp_path):
+    write(tmp_path / "damaged.pth", golden.tensors)
+    data = bytearray((tmp_path / "damaged.pth").read_bytes())
+    data[data.index(np.asarray(golden.tensors["head.weight"]).tobytes()) + 1000] ^= 1
+    (tmp_path / "damaged.pth").write_bytes(data)
+    golden_config.init_from = str(tmp_path / "damaged.pth")
+    with pytest.raises(UserError, match=r"cannot read .*damaged.pth: it is damaged .wrong checksum of bytes"):
+        train(golden_config, tmp_path / "run")
+    assert not (tmp_path / "run/config.json").exists()

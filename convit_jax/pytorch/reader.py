@@ -2,8 +2,8 @@
 
 The kind of file is told by its first bytes, not by its name. A pickle is interpreted as data
 (torch_file.py, unpickler.py, allowed.py) and gives tensors that know where their numbers lie; those
-that are asked for are then read, each storage once, straight into the array that is handed on. So
-memory is what is asked for, never more than the file. What is wrong is said in one sentence.
+that are asked for are then read, each storage once, straight to where they are wanted. So memory is
+what is asked for, never more than the file. What is wrong is said in one sentence.
 """
 
 import collections
@@ -13,11 +13,11 @@ import re
 
 import numpy as np
 
-from convit_jax.errors import UserError
+from convit_jax.errors import UserError, explained
 from convit_jax.pytorch import safetensors_file, torch_file
 from convit_jax.pytorch.allowed import NumpyArray, NumpyType, Ordered
-from convit_jax.pytorch.stored import Held, explained, stored
-from convit_jax.pytorch.tensors import Storage, Tensor, in_threads, read_bytes
+from convit_jax.pytorch.stored import Held, Stored, lies_as_it_is
+from convit_jax.pytorch.tensors import Storage, Tensor, read_bytes
 from convit_jax.pytorch.unpickler import Call, quoted
 
 MAX_DEPTH = 100  # of containers in containers
@@ -41,38 +41,28 @@ def read(path):
         return plain.value(tree)
 
 
-def read_state_dict(path, places=None):
-    """The model's tensors in a file, {name: array} in the file's order.
+def open_state_dict(path, places=None):
+    """The model's tensors in a file, {name: Stored or array} in the file's order.
 
     The state dict may be the whole file or stand under "model", "state_dict" or
     "model_state_dict"; `places` names others, as EMA_PLACES. `module.` before every name, as
-    DataParallel writes it, is taken off. Only these tensors are read from the disk.
+    DataParallel writes it, is taken off. The numbers of a Stored are read whenever they are asked for;
+    a tensor that does not lie in the file as it is, or shares its storage, is read now.
 
     Raises:
       UserError: as read; or the file holds no state dict there, and the sentence says what it holds.
     """
-    with opened(path) as (_, tree, plain):
-        found = find_state_dict(tree, places)
-        plain.read_ahead(found.values())
-        return without_prefixes(plain.value(found))
-
-
-def open_state_dict(path, places=None):
-    """The same, for one use of each tensor: {name: Stored}, whose numbers are read when they are taken.
-
-    A tensor that does not lie in the file as it is, or shares its storage, is an array here too.
-    """
     with opened(path) as (file, tree, plain):
         found = find_state_dict(tree, places)
         uses = collections.Counter(item.storage.key for item in found.values() if isinstance(item, Tensor))
-        held, left = Held(path, file), {}
+        held, stored = Held(path, file), {}
         for name, item in found.items():
-            if isinstance(item, Tensor) and uses[item.storage.key] == 1 and item.nbytes:
-                left[name] = stored(held, item, plain.locate(item.storage))
-        rest = {name: item for name, item in found.items() if left.get(name) is None}
-        plain.read_ahead(rest.values())
-        arrays = plain.value(rest)
-        return without_prefixes({name: arrays[name] if name in rest else left[name] for name in found})
+            if isinstance(item, Tensor) and uses[item.storage.key] == 1:
+                span = plain.locate(item.storage)
+                if lies_as_it_is(item, span):
+                    stored[name] = Stored(held, span, item.shape, item.dtype)
+        arrays = plain.value({name: item for name, item in found.items() if name not in stored})
+        return without_prefixes({name: stored[name] if name in stored else arrays[name] for name in found})
 
 
 def without_prefixes(tensors):
@@ -128,14 +118,6 @@ class Plain:
         self.file, self.locate, self.data, self.done = file, locate, {}, {}
         self.bytes_left = 4 * size + 2**24
 
-    def fetch(self, storage):
-        return self.locate(storage).read(self.file)
-
-    def read_ahead(self, items):
-        """Read the storages of many tensors at once."""
-        storages = {item.storage.key: item.storage for item in items if isinstance(item, Tensor)}
-        self.data.update(zip(storages, in_threads(self.fetch, storages.values()), strict=True))
-
     def value(self, item):
         return self.convert(item, 0)[0]
 
@@ -176,7 +158,7 @@ class Plain:
                 raise UserError("its tensors repeat a few numbers to far more than the file's size.")
             key = item.storage.key
             if key not in self.data and item.nbytes:
-                self.data[key] = self.fetch(item.storage)
+                self.data[key] = self.locate(item.storage).read(self.file)
             return item.array(self.data.get(key))
         if isinstance(item, NumpyType):
             return item.dtype
@@ -188,7 +170,7 @@ class Plain:
 
 
 def find_state_dict(tree, places=None):
-    """The dictionary of tensors by name in a file's object; see read_state_dict."""
+    """The dictionary of tensors by name in a file's object; see open_state_dict."""
     if places is None and is_state_dict(tree):
         return tree
     if isinstance(tree, dict):

@@ -5,17 +5,16 @@ go into the checksum there, and from there, transposed or not, to their place. N
 weights exists. The file stays open as long as one of its tensors is there.
 """
 
-import contextlib
 import os
 import weakref
 import zlib
 
 import numpy as np
 
-from convit_jax.errors import UserError
+from convit_jax.errors import UserError, explained
 from convit_jax.pytorch.tensors import DAMAGED, read_into
 
-PIECE = 2**20  # bytes
+PIECE = 2**19  # bytes; more than in tensors.py, so that more rows of a matrix are transposed at a time
 
 
 class Held:
@@ -50,8 +49,8 @@ class Stored:
         width, place, found = self.nbytes // len(self), self.span.start, 0
         count = min(len(self), max(1, PIECE // width))
         count -= count % 16 if count > 16 else 0  # transposed, they fill whole lines of the cache
-        memory = np.empty(count * width, np.uint8)
         with explained(self.held.path):
+            memory = np.empty(count * width, np.uint8)
             for first in range(0, len(self), count):
                 piece = memory[: (min(first + count, len(self)) - first) * width]
                 read_into(self.held, piece, place)
@@ -63,18 +62,18 @@ class Stored:
                 raise UserError(DAMAGED.format(self.span.start, place))
 
     def __array__(self, dtype=None, copy=None):
-        array = np.empty(self.shape, self.dtype)
-        for first, rows in self.rows():
-            array[first : first + len(rows)] = rows
-        return array if dtype is None else array.astype(dtype, copy=False)
+        if copy is False:
+            raise ValueError("the tensor lies in a file: without a copy there is no array of it.")
+        with explained(self.held.path):
+            array = self.span.read(self.held).view(self.dtype).reshape(self.shape)
+            return array if dtype is None else array.astype(dtype, copy=False)
 
 
-def stored(held, tensor, span):
-    """The Stored of a tensors.Tensor that is its whole span just as it lies there, or None."""
+def lies_as_it_is(tensor, span):
+    """Whether a tensors.Tensor has rows and is its whole span just as that lies there: a Stored can be it."""
     plain = span.swap is None and not tensor.conjugate and not tensor.negative and tensor.dtype.kind != "b"
-    whole = tensor.offset == tensor.storage.start == 0 and tensor.nbytes == span.nbytes > 0 < len(
-        tensor.shape
-    )
+    whole = tensor.offset == 0 and tensor.storage.start == 0 and tensor.nbytes == span.nbytes
+    has_rows = len(tensor.shape) > 0 and tensor.nbytes > 0
     strides = [0] * len(tensor.shape)
     extent = 1
     for axis in reversed(range(len(tensor.shape))):
@@ -83,17 +82,4 @@ def stored(held, tensor, span):
         stride == expected or size == 1
         for stride, expected, size in zip(tensor.strides, strides, tensor.shape, strict=True)
     )
-    return Stored(held, span, tensor.shape, tensor.dtype) if plain and whole and in_order else None
-
-
-@contextlib.contextmanager
-def explained(path):
-    """What goes wrong inside while `path` is read is said in one sentence."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): check the path.") from error
-    except MemoryError as error:
-        raise UserError(f"cannot read {path}: there is not enough memory for it.") from error
+    return plain and whole and has_rows and in_order

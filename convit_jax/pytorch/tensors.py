@@ -9,7 +9,6 @@ import math
 import mmap
 import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,6 @@ import numpy as np
 from convit_jax.errors import UserError
 
 PIECE = 2**18  # bytes
-THREADS = 4
 DAMAGED = "it is damaged (wrong checksum of bytes {:,} to {:,}): fetch it again."
 
 
@@ -97,17 +95,20 @@ class Tensor:
         return -array if self.negative else array
 
 
-def fresh(nbytes):
+def fresh(nbytes, *, at_once=True):
     """Memory that nobody has used, uint8 [nbytes].
 
     From 4 MB on NumPy asks the system for huge pages, whose making costs more than the reading: 0.7
     instead of 0.3 s of processor time for the 346 MB of ConViT-B (2 cores, fresh processes). Memory
-    that is mapped for the purpose has small ones, made all at once.
+    that is mapped for the purpose has small ones, made all at once, or where several threads fill it
+    (not `at_once`) each when it is first written, by the thread that writes.
     """
     if nbytes < 2**22:
         return np.empty(nbytes, np.uint8)
-    at_once = getattr(mmap, "MAP_POPULATE", 0)  # of Linux
-    return np.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | at_once), np.uint8)
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if at_once:
+        kind |= getattr(mmap, "MAP_POPULATE", 0)  # of Linux
+    return np.frombuffer(mmap.mmap(-1, nbytes, kind), np.uint8)
 
 
 def read_bytes(file, offset, nbytes, crc=0):
@@ -136,12 +137,6 @@ def read_into(file, memory, offset):
         if not count:
             raise UserError(f"it ends {len(view) - done:,} bytes too early: fetch it again.")
         done += count
-
-
-def in_threads(function, items):
-    """[function(item), ...] of a list: copying, checksums and fresh memory leave Python free to go on."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(function, items))
 
 
 def to_native(data, dtype):

@@ -6,16 +6,19 @@ and the blocks, which we hold stacked: layer i of gpsa_blocks is blocks.i, layer
 blocks.(i + number of GPSA blocks).
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from convit_jax.errors import UserError
 from convit_jax.pytorch.stored import Stored
-from convit_jax.pytorch.tensors import fresh, in_threads
+from convit_jax.pytorch.tensors import fresh
 
 LEAVES = {"kernel": "weight", "scale": "weight"}
 STRIP = 64  # columns
+THREADS = 4
 
 
 def table(params):
@@ -80,23 +83,22 @@ def check(tensors, params, source):
 
 
 def to_params(tensors, params):
-    """Our parameters, a nested dict of float32 numpy arrays, from a state dict that passed `check`,
-    {name: array or Stored}.
+    """Our parameters, a nested dict of float32 numpy arrays, from a state dict that passed `check`.
 
-    params: the parameters, or their shapes, that it fills.
+    tensors: {name: array or Stored}. params: the parameters, or their shapes, that it fills.
     """
     rows = table(params)
-
-    def make(leaf):
-        return fresh(4 * leaf.size).view(np.float32).reshape(leaf.shape)  # JAX on a CPU takes it as it is
-
-    arrays = in_threads(make, jax.tree.leaves(params))
+    arrays = [  # JAX on a CPU takes them as they are
+        fresh(4 * leaf.size, at_once=False).view(np.float32).reshape(leaf.shape)
+        for leaf in jax.tree.leaves(params)
+    ]
     places = [  # block by block, so that no thread is left alone with a stack of them
         (tensors[name], part)
         for array, (_, stacked, names) in zip(arrays, rows, strict=True)
         for part, name in zip(array if stacked else [array], names, strict=True)
     ]
-    in_threads(lambda place: _take(*place), places)
+    with ThreadPoolExecutor(THREADS) as pool:  # reading, checksums and copying leave Python free to go on
+        list(pool.map(lambda place: _take(*place), places))  # raises what they raise
     filled = {}
     for array, (path, _, _) in zip(arrays, rows, strict=True):
         branch = filled

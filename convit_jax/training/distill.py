@@ -18,6 +18,8 @@ from flax import nnx
 
 from convit_jax.errors import UserError
 from convit_jax.pretrained import behaving, describe, load, match_classes
+from convit_jax.pytorch.safetensors_file import pieces
+from convit_jax.training.processes import say
 from convit_jax.training.step import soft_cross_entropy
 
 
@@ -92,22 +94,23 @@ def load_teacher(config, plan):
         return None, None
     student = plan.model
     names = plan.train.source.class_names[: config.data.num_classes]
-    try:
-        loaded = load(source, image_size=student["image_size"])
-        loaded = behaving(loaded, dtype=student["dtype"])
-        columns = _columns(names, loaded)
-    except UserError as error:
-        raise UserError(f"distill.teacher: {error}") from error
     if student["num_classes"] != len(names):
         raise UserError(
             f"model.num_classes is {student['num_classes']}, but a teacher tells only the {len(names)} "
             "classes of the data apart: leave it out."
         )
-    if loaded.settings["in_chans"] != student["in_chans"]:
-        raise UserError(
-            f"distill.teacher: {source} takes images of {loaded.settings['in_chans']} channels and the "
-            f"student of {student['in_chans']}: give another teacher."
-        )
+    try:
+        loaded = load(source, image_size=student["image_size"])
+        loaded = behaving(loaded, dtype=student["dtype"])
+        columns = _columns(names, loaded)
+        if loaded.settings["in_chans"] != student["in_chans"]:
+            raise UserError(
+                f"{source} takes images of {loaded.settings['in_chans']} channels and the student of "
+                f"{student['in_chans']}: give another teacher."
+            )
+        weights, params = fingerprint(loaded.tensors), loaded.params()  # both read the file
+    except UserError as error:
+        raise UserError(f"distill.teacher: {error}") from error
     changes, scale, shift = list(loaded.changes), None, None
     ours = np.array([config.data.mean, config.data.std])
     theirs = np.array([loaded.preprocessing.mean, loaded.preprocessing.std])
@@ -119,9 +122,9 @@ def load_teacher(config, plan):
         "source": source,
         "network": describe(loaded),
         "changes": changes,
-        "weights": fingerprint(loaded.tensors),
+        "weights": weights,
     }
-    return Teacher(loaded.network[0], config.distill, columns, scale, shift, facts), loaded.params()
+    return Teacher(loaded.network[0], config.distill, columns, scale, shift, facts), params
 
 
 def _columns(names, loaded):
@@ -132,12 +135,14 @@ def _columns(names, loaded):
             f"{loaded.source} tells {known} classes apart and does not say which, but the data has "
             f"{len(names)}: give a teacher of the same classes."
         )
-    columns = match_classes(names, loaded)
+    columns, remark = match_classes(names, loaded)
+    if remark:
+        say(remark)
     return None if np.array_equal(columns, np.arange(known)) else columns
 
 
 def fingerprint(tensors):
-    """SHA-256 of the names, dtypes, shapes and values of {name: array}.
+    """SHA-256 of the names, dtypes, shapes and values of {name: array or Stored}.
 
     Without the position embedding: it may have been resized, which rounds differently on other machines.
     """
@@ -145,5 +150,6 @@ def fingerprint(tensors):
     for name, tensor in sorted(tensors.items()):
         if name != "pos_embed":
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-            digest.update(tensor.tobytes())
+            for piece in pieces(tensor):
+                digest.update(piece)
     return digest.hexdigest()

@@ -138,10 +138,10 @@ def train(config, workdir):
         with together():
             if is_first():
                 stack.callback(hold(workdir).close)
-        start_from = None
+        start_from, changes = None, ()
         with together():  # before the config is written
             if config.init_from and not from_first(checkpoint.any_in(workdir / "checkpoints")):
-                start_from = load_into(config.init_from, plan.model, config.seed)
+                start_from, changes = load_into(config.init_from, plan.model, config.seed)
         with together():
             if is_first():
                 claim(workdir, config, run)
@@ -160,8 +160,8 @@ def train(config, workdir):
             say(f"Continuing at step {latest}")
         else:
             if start_from is not None:
-                say("; ".join([f"Starting from {config.init_from}", *start_from.changes]))
-            tree = jax.jit(fresh, out_shardings=shardings)(start_from and start_from.params())
+                say("; ".join([f"Starting from {config.init_from}", *changes]))
+            tree = jax.jit(fresh, out_shardings=shardings)(start_from)
             start_from = None  # its memory
         state, metrics = tree["state"], tree["metrics"]
         step = saved = start = int(state["step"])

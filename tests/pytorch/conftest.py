@@ -4,10 +4,21 @@ import os
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from convit_jax.errors import UserError
 from convit_jax.pytorch import reader
+
+
+@pytest.fixture
+def read_state_dict():
+    """A function: {name: array} of a file."""
+
+    def read(path, places=None):
+        return {name: np.asarray(tensor) for name, tensor in reader.open_state_dict(path, places).items()}
+
+    return read
 
 
 @pytest.fixture

@@ -86,16 +86,16 @@ def test_what_is_not_a_tensor(kinds):
     assert {type(kinds[name]) for name in ("args", "counter", "default", "model")} == {dict}
 
 
-def test_big_endian():
-    tensors = reader.read_state_dict(GOLDEN / "big_endian.pth")
+def test_big_endian(read_state_dict):
+    tensors = read_state_dict(GOLDEN / "big_endian.pth")
     same(tensors["a"], np.arange(6, dtype=np.float32).reshape(2, 3))
     same(tensors["b"], np.array([1, 2, 3], np.float32))
 
 
 @pytest.mark.parametrize("name", ["convit_golden.pth", "convit_golden_training.pth"])
-def test_golden_files_are_equal(name):
-    tensors = reader.read_state_dict(GOLDEN / name)
-    expected = reader.read_state_dict(GOLDEN / "convit_golden.safetensors")
+def test_golden_files_are_equal(read_state_dict, name):
+    tensors = read_state_dict(GOLDEN / name)
+    expected = read_state_dict(GOLDEN / "convit_golden.safetensors")
     assert {*tensors} == {*expected}
     assert list(tensors)[:3] == ["cls_token", "pos_embed", "patch_embed.proj.weight"]  # PyTorch's order
     for parameter, array in tensors.items():
@@ -111,10 +111,10 @@ def test_a_training_checkpoint_in_full():
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_state_dict_is_found_and_its_prefix_taken_off(name):
-    tensors = reader.read_state_dict(GOLDEN / name)
+def test_state_dict_is_found_and_its_prefix_taken_off(read_state_dict, name):
+    tensors = read_state_dict(GOLDEN / name)
     assert list(tensors)[:2] == ["float32", "float64"]
-    assert "transposed" in reader.read_state_dict(GOLDEN / name, places=["views"])
+    assert "transposed" in read_state_dict(GOLDEN / name, places=["views"])
 
 
 def test_the_average_where_the_authors_and_timm_keep_it():
@@ -125,14 +125,14 @@ def test_the_average_where_the_authors_and_timm_keep_it():
         assert reader.find_state_dict(tree, reader.EMA_PLACES) is average
 
 
-def test_no_state_dict():
+def test_no_state_dict(read_state_dict):
     with pytest.raises(
         UserError, match=r"no state dict.* under 'nets': it holds 'model' \(dictionary\), .*more"
     ):
-        reader.read_state_dict(GOLDEN / "kinds_zip.pth", places=["nets"])
+        read_state_dict(GOLDEN / "kinds_zip.pth", places=["nets"])
 
 
-def test_only_what_is_asked_for_is_read(tmp_path):
+def test_only_what_is_asked_for_is_read(read_state_dict, tmp_path):
     """A damaged storage outside of the state dict does not hinder reading that."""
     data = bytearray((GOLDEN / "kinds_zip.pth").read_bytes())
     at = data.index(
@@ -140,17 +140,17 @@ def test_only_what_is_asked_for_is_read(tmp_path):
     )
     data[at] ^= 1
     (tmp_path / "damaged.pth").write_bytes(data)
-    assert len(reader.read_state_dict(tmp_path / "damaged.pth")) == 19
+    assert len(read_state_dict(tmp_path / "damaged.pth")) == 19
     with pytest.raises(UserError, match="wrong checksum of bytes"):
         reader.read(tmp_path / "damaged.pth")
 
 
-def test_prefixes_of_several_wrappers(tmp_path):
+def test_prefixes_of_several_wrappers(read_state_dict, tmp_path):
     tensors = {"_orig_mod.module.a": np.ones(2), "_orig_mod.module.b": np.ones(3)}
     writer.write(tmp_path / "wrapped.pth", tensors)
-    assert list(reader.read_state_dict(tmp_path / "wrapped.pth")) == ["a", "b"]
+    assert list(read_state_dict(tmp_path / "wrapped.pth")) == ["a", "b"]
     writer.write(tmp_path / "mixed.pth", {"module.a": np.ones(2), "b": np.ones(3)})
-    assert list(reader.read_state_dict(tmp_path / "mixed.pth")) == ["module.a", "b"]
+    assert list(read_state_dict(tmp_path / "mixed.pth")) == ["module.a", "b"]
 
 
 def test_no_module_of_pytorch_is_imported():

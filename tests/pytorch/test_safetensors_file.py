@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from convit_jax.pytorch import reader
-
 
 def file(header, data=bytes(8), length=None):
     """A safetensors file; the header is a dict or the bytes themselves."""
@@ -60,7 +58,7 @@ def test_headers_that_lie(refused, case):
     refused(*FALSE[case], "weights.safetensors")
 
 
-def test_the_file_that_the_others_are_made_of(tmp_path):
+def test_the_file_that_the_others_are_made_of(read_state_dict, tmp_path):
     numbers = np.arange(4, dtype=np.float32)
     header = {
         "__metadata__": {"format": "pt"},
@@ -69,7 +67,7 @@ def test_the_file_that_the_others_are_made_of(tmp_path):
         "none": entry(16, 16, (0, 3)),
     }
     (tmp_path / "fine").write_bytes(file(header, numbers.tobytes()))  # told by its content, not its name
-    tensors = reader.read_state_dict(tmp_path / "fine")
+    tensors = read_state_dict(tmp_path / "fine")
     assert list(tensors) == ["b", "a", "none"]
     np.testing.assert_array_equal(tensors["a"], numbers[:2])
     np.testing.assert_array_equal(tensors["b"], numbers[2:])

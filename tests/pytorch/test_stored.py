@@ -22,15 +22,27 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(stored, "PIECE", 500)
 
 
+def read_at_once(path):
+    """{name: array} of a file, without tensors that stay in it."""
+    with reader.opened(path) as (_, tree, plain):
+        return reader.without_prefixes(plain.value(reader.find_state_dict(tree)))
+
+
 @pytest.mark.parametrize("name", ["convit_golden.pth", "convit_golden.safetensors", "kinds_zip.pth"])
 def test_the_numbers_are_those_that_are_read_at_once(small_pieces, name):
     tensors = reader.open_state_dict(GOLDEN / name)
-    expected = reader.read_state_dict(GOLDEN / name)
+    expected = read_at_once(GOLDEN / name)
     assert list(tensors) == list(expected)
     assert any(isinstance(tensor, Stored) for tensor in tensors.values())
     for tensor, array in zip(tensors.values(), expected.values(), strict=True):
         assert (tensor.shape, tensor.dtype, tensor.size) == (array.shape, array.dtype, array.size)
         np.testing.assert_array_equal(np.asarray(tensor), array)
+        if isinstance(tensor, Stored):
+            rows = [(first, rows.copy()) for first, rows in tensor.rows()]
+            assert [first for first, _ in rows] == [*range(0, len(tensor), len(rows[0][1]))]
+            np.testing.assert_array_equal(np.concatenate([each for _, each in rows]), array)
+            with pytest.raises(ValueError, match="without a copy"):
+                np.asarray(tensor, copy=False)
 
 
 @pytest.mark.parametrize("name", ["big_endian.pth", "kinds_zip.pth"])
@@ -42,15 +54,15 @@ def test_what_does_not_lie_there_as_it_is_is_an_array(name):
 def test_parameters_straight_from_the_file(small_pieces):
     loaded = pretrained.load(GOLDEN / "convit_golden.pth")
     assert all(isinstance(tensor, Stored) for tensor in loaded.tensors.values())
-    arrays = reader.read_state_dict(GOLDEN / "convit_golden.pth")
+    arrays = read_at_once(GOLDEN / "convit_golden.pth")
     assert_same(loaded.params(), weights.to_params(arrays, loaded.network[1]))
     assert jax.tree.leaves(loaded.params())[0].dtype == np.float32
 
 
 @pytest.mark.parametrize("target", ["w", "w.pth", "w.safetensors"])
-def test_a_damaged_number_is_found_when_it_is_taken(tmp_path, small_pieces, target):
+def test_a_damaged_number_is_found_when_it_is_taken(read_state_dict, tmp_path, small_pieces, target):
     data = bytearray((GOLDEN / "convit_golden.pth").read_bytes())
-    at = data.index(reader.read_state_dict(GOLDEN / "convit_golden.pth")["head.weight"].tobytes())
+    at = data.index(read_state_dict(GOLDEN / "convit_golden.pth")["head.weight"].tobytes())
     data[at + 1000] ^= 1
     (tmp_path / "damaged.pth").write_bytes(data)
     loaded = pretrained.load(tmp_path / "damaged.pth")
@@ -68,6 +80,7 @@ def test_the_file_may_be_replaced_meanwhile_and_is_cut_off_with_a_sentence(tmp_p
     tensors = reader.open_state_dict(path)
     writer.write(path, {"a": np.zeros((2, 3))})
     np.testing.assert_array_equal(np.asarray(tensors["a"]), np.arange(6.0).reshape(2, 3))
+    assert np.asarray(tensors["a"], np.float32).dtype == np.float32
     tensors = reader.open_state_dict(path)
     os.truncate(path, 100)
     with pytest.raises(UserError, match=r"a.pth: it ends .* bytes too early"):

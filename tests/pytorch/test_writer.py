@@ -40,10 +40,10 @@ def every_type():
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_golden_there_and_back(tmp_path, suffix):
-    tensors = reader.read_state_dict(GOLDEN / "convit_golden.pth")
+def test_golden_there_and_back(read_state_dict, tmp_path, suffix):
+    tensors = read_state_dict(GOLDEN / "convit_golden.pth")
     writer.write(tmp_path / f"back{suffix}", tensors)
-    assert_same_tensors(reader.read_state_dict(tmp_path / f"back{suffix}"), tensors)
+    assert_same_tensors(read_state_dict(tmp_path / f"back{suffix}"), tensors)
     assert os.listdir(tmp_path) == [f"back{suffix}"]
 
 
@@ -58,9 +58,9 @@ def test_every_element_type(tmp_path, suffix):
     assert_same_tensors(back, {**tensors, "big": np.arange(3, dtype=np.int32)})
 
 
-def test_zip_is_built_as_torch_save_builds_it(tmp_path):
+def test_zip_is_built_as_torch_save_builds_it(read_state_dict, tmp_path):
     """The names and calls of the pickle are those in PyTorch's own file, in the same order."""
-    writer.write(tmp_path / "ours.pth", reader.read_state_dict(GOLDEN / "convit_golden.pth"))
+    writer.write(tmp_path / "ours.pth", read_state_dict(GOLDEN / "convit_golden.pth"))
     told = []
     for path, root in ((GOLDEN / "convit_golden.pth", "convit_golden"), (tmp_path / "ours.pth", "archive")):
         with zipfile.ZipFile(path) as archive:
@@ -84,7 +84,7 @@ def test_zip_is_built_as_torch_save_builds_it(tmp_path):
     (theirs, their_calls, their_texts), (ours, our_calls, our_texts) = told
     assert ours == theirs
     assert our_calls == their_calls[: len(our_calls)]  # PyTorch adds the state dict's _metadata at the end
-    names = list(reader.read_state_dict(GOLDEN / "convit_golden.pth"))
+    names = list(read_state_dict(GOLDEN / "convit_golden.pth"))
     assert [text for text in our_texts if not text.isdigit()] == names
     assert [text for text in their_texts if text in names] == names
 
