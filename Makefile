@@ -11,7 +11,7 @@ train: .venv/ready
 	$(BIN)/python train.py $(ARGS)
 
 test: .venv/ready-to-test
-	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal $(ARGS)
 
 test-prepare: .venv-prepare/ready
 	.venv-prepare/bin/python -m tests.prepare_for_real

@@ -42,6 +42,7 @@ def test_ctrl_c_while_jax_compiles_ends_without_a_crash():
     """JAX's compiling thread outlives the interruption; an orderly end of Python would crash in it."""
     code = """if True:
         import os, signal, threading, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
         import jax
         from convit_jax.commands import launch
 

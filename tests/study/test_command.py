@@ -64,7 +64,7 @@ def test_a_study_outlives_a_failure_and_a_signal_and_skips_what_is_done(plan, tm
     assert (process.returncode, errors) == (130, "")
     assert f"3 runs in {output}: 3 to do" in said
     assert "[1/3] first-seed0: top-1 " in said
-    assert f"[2/3] broken-seed0: failed: {plan} is no checkpoint" in said
+    assert f"[2/3] broken-seed0: failed: cannot read {plan}: it is neither a PyTorch" in said
     assert "[3/3] last-seed0: stopped; the same command continues it" in said
     again = f"python -m convit_jax.study {plan} --output={output}"
     assert f"2 of 3 runs, 1 failed; the same command goes on with them:\n          {again}\n" in said
@@ -81,7 +81,9 @@ def test_a_study_outlives_a_failure_and_a_signal_and_skips_what_is_done(plan, tm
     assert "Continuing at step " in (output / "runs/last-seed0/output.log").read_text()
     assert "left    1 of 3 runs, 1 failed; the same command" in said
     assert states(output) == {"first-seed0": "done", "broken-seed0": "failed", "last-seed0": "done"}
-    assert f"Failed:\n\n- broken-seed0: {plan} is no checkpoint" in (output / "table.md").read_text()
+    assert (
+        f"Failed:\n\n- broken-seed0: cannot read {plan}: it is neither" in (output / "table.md").read_text()
+    )
     assert json.loads((output / "runs/last-seed0/outcome.json").read_text())["status"] == 0
     assert (output / "figure.png").exists()
 

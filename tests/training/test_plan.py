@@ -29,12 +29,12 @@ def test_keeping_the_number_of_images_multiplies_the_epochs(digits_config):
     few = make_plan(digits_config, devices=1)
     digits_config.data.keep_total_images = True
     kept = make_plan(digits_config, devices=1)
-    assert kept.epochs == 20
     images = len(kept.train.slots.indices)
+    assert kept.epochs == round(2 * 1437 / images, 6)
     assert images == 139  # of ten classes of 138 to 147, each int(n * 0.1)
     assert few.total_steps == -(-2 * images // 80)
     assert kept.eval_at == {kept.total_steps}  # eval_every grows with the epochs
-    assert kept.total_steps == -(-20 * images // 80)
+    assert kept.total_steps == -(-2 * 1437 // 80)  # as many images as without sampling
 
 
 def test_fewer_classes_make_a_smaller_head_and_a_smaller_test(digits_config):
