@@ -1,6 +1,6 @@
 """The whole training loop with a synthetic source, next to the bare jitted step it calls.
 
-    python -m benchmarks.loop [--config=FILE] [--steps=30] [--rounds=3] [--config.FIELD=VALUE]
+    python -m benchmarks.loop [--config=FILE] [--config.steps=30] [--rounds=3] [--config.FIELD=VALUE]
 
 The loop is convit_jax.training.loop.train with a batch that is always there: it puts the batch on the
 device, starts steps ahead, sums, checks and logs. The bare step gets the same batch, on the device once.
