@@ -57,9 +57,8 @@ class Pretrained:
     """Weights with what belongs to them.
 
     tensors: {name: numpy array, or Stored while it lies in its file} with the original's names, layouts
-    and the file's dtypes. settings: of
-    VisionTransformer. class_names: folders of the classes (ImageNet: WordNet ids), or None. source: where
-    it is from. changes: what was done to the weights since, in words.
+    and the file's dtypes. settings: of VisionTransformer. class_names: folders of the classes (ImageNet:
+    WordNet ids), or None. source: where it is from. changes: what was done to the weights since, in words.
     """
 
     tensors: dict

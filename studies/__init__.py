@@ -9,6 +9,8 @@ from convit_jax.errors import UserError
 # A ConViT of any size becomes the DeiT of the same depth, width and heads: no GPSA, class token from the
 # start, a position embedding for it too, biases of query, key, value (convit_jax/models/variants.py).
 DEIT = {"model.name": "deit_tiny", "model.local_up_to_layer": 0}
+# A tenth of each class in a small plan, whose warm-up of 5 epochs is of as many images there.
+TENTH = {"data.sampling_ratio": 0.1, "data.keep_total_images": True, "optim.warmup_epochs": 50}
 
 
 def chosen(name, plans):
@@ -56,6 +58,11 @@ def ablations(images, rows, seeds, *, overrides=None, paper=None):
         },
         "runs": _over_fractions(rows, {"all": 1.0, "10%": 0.1}, seeds, overrides, paper),
     }
+
+
+def small_models(config):
+    """The models of `sample_efficiency` for the config of a small ConViT."""
+    return {"DeiT": (config, DEIT), "ConViT": (config, {})}
 
 
 def small_ablations(config):

@@ -4,7 +4,7 @@ python -m convit_jax.study studies/cifar10.py:sample_efficiency --config.data.di
 # or :ablations, :locality; without a GPU :sample_efficiency_cpu, a smaller model on 2, 5 and 10 %
 """
 
-from studies import DEIT, ablations, chosen, locality, sample_efficiency, small_ablations
+from studies import TENTH, ablations, chosen, locality, sample_efficiency, small_ablations, small_models
 
 CONFIG = "configs/cifar10.py"  # patches of 4: a grid of 8 x 8
 RANDOM = {"data.subset_rule": "random"}  # so that seeds differ in their images too
@@ -21,19 +21,17 @@ GPU = RANDOM | {
 CPU = RANDOM | {"epochs": 20, "optim.warmup_epochs": 2}  # with the config's 6 blocks, 5 of them GPSA, 96 wide
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)
-TENTH = {"data.sampling_ratio": 0.1, "data.keep_total_images": True, "optim.warmup_epochs": 50}
 
 
 def get_plan(name=""):
-    models = {"DeiT": (CONFIG, DEIT), "ConViT": (CONFIG, {})}
     return chosen(
         name,
         {
             "sample_efficiency": sample_efficiency(
-                "CIFAR-10", models, FRACTIONS, SEEDS, baseline="DeiT", overrides=GPU
+                "CIFAR-10", small_models(CONFIG), FRACTIONS, SEEDS, baseline="DeiT", overrides=GPU
             ),
             "sample_efficiency_cpu": sample_efficiency(
-                "CIFAR-10", models, FRACTIONS[:3], SEEDS, baseline="DeiT", overrides=CPU
+                "CIFAR-10", small_models(CONFIG), FRACTIONS[:3], SEEDS, baseline="DeiT", overrides=CPU
             ),
             "ablations": ablations("CIFAR-10", small_ablations(CONFIG), SEEDS, overrides=GPU),
             "locality": locality(

@@ -3,7 +3,7 @@
 python -m convit_jax.study studies/digits.py:sample_efficiency     # or :ablations, :locality
 """
 
-from studies import DEIT, ablations, chosen, locality, sample_efficiency, small_ablations
+from studies import TENTH, ablations, chosen, locality, sample_efficiency, small_ablations, small_models
 
 CONFIG = "configs/digits.py"  # 6 blocks, of ConViT 5 GPSA, 72 wide, 9 heads
 SETTINGS = {
@@ -13,16 +13,14 @@ SETTINGS = {
 }
 SEEDS = (0, 1, 2, 3, 4)
 FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)  # 2, 7, 14, 43, 143 images of a class, give or take one
-TENTH = {"data.sampling_ratio": 0.1, "data.keep_total_images": True, "optim.warmup_epochs": 50}
 
 
 def get_plan(name=""):
-    models = {"DeiT": (CONFIG, DEIT), "ConViT": (CONFIG, {})}
     return chosen(
         name,
         {
             "sample_efficiency": sample_efficiency(
-                "digits", models, FRACTIONS, SEEDS, baseline="DeiT", overrides=SETTINGS
+                "digits", small_models(CONFIG), FRACTIONS, SEEDS, baseline="DeiT", overrides=SETTINGS
             ),
             "ablations": ablations("digits", small_ablations(CONFIG), SEEDS, overrides=SETTINGS),
             "locality": locality(
