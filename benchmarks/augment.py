@@ -81,7 +81,7 @@ def train_step(config, batch):
 
     def run(number):
         nonlocal state
-        state, metrics = step(state, train_metrics(), batch)
+        state, metrics = step(state, train_metrics(), batch, np.uint32(0))
         jax.block_until_ready(metrics)
 
     return run

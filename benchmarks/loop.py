@@ -92,12 +92,12 @@ def bare_step(config, settings):
     state = new_state(initial_params(settings.model, 0), optimizer, ema=config.optim.ema_decay > 0)
     batch = one_batch(config, settings.model["image_size"])
     del batch["unreadable"]
-    batch, metrics = jax.device_put((batch, train_metrics()))
+    batch, metrics, seed = jax.device_put((batch, train_metrics(), np.uint32(config.seed)))
     rates = []
     for _ in range(config.steps // config.log_every):
         began = time.perf_counter()
         for _ in range(config.log_every):
-            state, metrics = step(state, metrics, batch)
+            state, metrics = step(state, metrics, batch, seed)
         jax.block_until_ready(metrics)
         rates.append(config.log_every * config.batch_size / (time.perf_counter() - began))
     return rates

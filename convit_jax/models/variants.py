@@ -7,6 +7,7 @@ dim = 48 x heads (ConViT) or 64 x heads (DeiT and the "plus" models); the rest i
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from convit_jax.errors import UserError, nearest
@@ -132,12 +133,12 @@ def abstract_model(settings):
 
 
 def initial_params(settings, seed):
-    """Random parameters as a nested dict of float32 arrays, made by one program."""
+    """Random parameters as a nested dict of float32 arrays, by one program for all seeds (below 2^32)."""
 
-    def init():
-        return nnx.to_pure_dict(nnx.state(VisionTransformer(**settings, rngs=nnx.Rngs(seed))))
+    def init(seed):
+        return nnx.to_pure_dict(nnx.state(VisionTransformer(**settings, rngs=nnx.Rngs(jax.random.key(seed)))))
 
-    return jax.jit(init)()
+    return jax.jit(init)(jnp.asarray(seed, jnp.uint32))
 
 
 def count_params(params):

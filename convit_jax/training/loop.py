@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from convit_jax.analysis.curves import draw_curves
 from convit_jax.data.loader import Unreadable, batches, empty
@@ -98,12 +99,13 @@ def train(config, workdir):
     def empty_window():
         return train_metrics(distilled=teacher is not None)
 
-    def fresh(params=None):
-        params = initial_params(plan.model, config.seed) if params is None else params
+    def fresh(seed, params=None):
+        params = initial_params(plan.model, seed) if params is None else params
         state = new_state(params, optimizer, ema=config.optim.ema_decay > 0)
         return {"state": state, "metrics": empty_window()}
 
-    shapes = jax.eval_shape(fresh)
+    seed = jax.device_put(np.uint32(config.seed), replicated(mesh))
+    shapes = jax.eval_shape(fresh, seed)
     shardings = state_shardings(mesh, shapes)
     train_step = jax.jit(
         with_votes(
@@ -161,7 +163,7 @@ def train(config, workdir):
         else:
             if start_from is not None:
                 say("; ".join([f"Starting from {config.init_from}", *changes]))
-            tree = jax.jit(fresh, out_shardings=shardings)(start_from)
+            tree = jax.jit(fresh, out_shardings=shardings)(seed, start_from)
             start_from = None  # its memory
         state, metrics = tree["state"], tree["metrics"]
         step = saved = start = int(state["step"])
@@ -255,7 +257,7 @@ def train(config, workdir):
             votes = stop.votes()
             began = time.monotonic()
             with jax.transfer_guard("disallow"):  # nothing may slip in from the host by accident
-                state, metrics, largest_vote = train_step(state, metrics, batch, votes, teacher_params)
+                state, metrics, largest_vote = train_step(state, metrics, batch, votes, seed, teacher_params)
             del batch  # its memory is free when the step is done, not one step later
             step += 1
             recent.append(largest_vote)

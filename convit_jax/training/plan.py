@@ -104,8 +104,8 @@ def check(config, *, devices):
         raise UserError(
             f"locality.images is {config.locality.images}: give how many, 0 for none, or leave it out."
         )
-    if config.seed < 0:
-        raise UserError(f"seed is {config.seed}: it must not be negative.")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed is {config.seed}: it must be 0 to {2**32 - 1}.")
     if config.steps is not None and config.steps < 1:
         raise UserError(f"steps is {config.steps}: leave it out or give at least 1.")
     for name, parts in (("batch_size", config.accumulate), ("eval_batch_size", 1)):

@@ -18,7 +18,10 @@ TRAIN_STREAM = 0x7261696E  # keeps the keys of training apart from those of the 
 
 
 def step_keys(seed, step):
-    """The keys of a step's augmentation, of its mixing, and of stochastic depth and dropout."""
+    """The keys of a step's augmentation, of its mixing, and of stochastic depth and dropout.
+
+    seed: int, or uint32 []; below 2^32.
+    """
     seed_key = jax.random.fold_in(jax.random.key(seed), TRAIN_STREAM)
     return jax.random.split(jax.random.fold_in(seed_key, step), 3)
 
@@ -72,9 +75,10 @@ def augmented(batch, keys, config, num_classes):
 def make_train_step(
     graphdef, optimizer, schedule, config, num_classes, whole=lambda tree: tree, teacher=None
 ):
-    """(state, metrics, batch, teacher's params) -> (state, metrics), to be jitted with the state donated.
+    """(state, metrics, batch, seed, teacher's params) -> (state, metrics), to be jitted, state donated.
 
-    batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. whole: puts parameters that are cut over
+    batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. seed: uint32 [], an argument so that runs that
+    differ in nothing else share the compiled program. whole: puts parameters that are cut over
     devices together for the forward and backward pass (their gradients are cut again). teacher: a
     distill.Teacher, whose parameters the step is then given.
     """
@@ -114,8 +118,8 @@ def make_train_step(
         ((loss, sums), grads), _ = jax.lax.scan(add, zeros, inputs)
         return (loss / parts, sums), jax.tree.map(lambda grad: grad / parts, grads)
 
-    def step(state, metrics, batch, teacher_params=None):
-        keys = step_keys(config.seed, state["step"])
+    def step(state, metrics, batch, seed, teacher_params=None):
+        keys = step_keys(seed, state["step"])
         images, targets = augmented(batch, keys, config, num_classes)
         (loss, sums), grads = accumulated(state["params"], images, targets, keys[2], teacher_params)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])

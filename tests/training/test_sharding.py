@@ -15,7 +15,7 @@ from convit_jax.training.loop import train
 from convit_jax.training.metrics import read_metrics
 from convit_jax.training.optimizer import make_optimizer, make_schedule
 from convit_jax.training.plan import make_plan
-from convit_jax.training.sharding import batch_sharding, gather, make_mesh, state_shardings
+from convit_jax.training.sharding import batch_sharding, gather, make_mesh, replicated, state_shardings
 from convit_jax.training.step import make_train_step, new_state, train_metrics
 
 
@@ -62,14 +62,14 @@ def compiled_step(config, data, fsdp):
     shardings = state_shardings(mesh, (state, metrics))
     step = jax.jit(
         make_train_step(graphdef, optimizer, schedule, config, 10, gather(mesh)),
-        in_shardings=(*shardings, batch_sharding(mesh)),
+        in_shardings=(*shardings, batch_sharding(mesh), replicated(mesh)),
         out_shardings=shardings,
         donate_argnums=0,
     )
     rows = {"image": (config.batch_size, 8, 8, 3), "label": (config.batch_size,)}
     kinds = {"image": jnp.uint8, "label": jnp.int32}
     batch = {name: jax.ShapeDtypeStruct(shape, kinds[name]) for name, shape in rows.items()}
-    return step.lower(state, metrics, batch).compile()
+    return step.lower(state, metrics, batch, jax.ShapeDtypeStruct((), jnp.uint32)).compile()
 
 
 def test_the_collectives_are_those_that_the_mesh_calls_for_and_memory_falls_with_fsdp(digits_config):

@@ -42,10 +42,10 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(stepper, dig
     digits_config.augment.mixup = 0.8
     digits_config.augment.cutmix = 1.0
     step, state, batch = stepper()
-    whole, metrics = step(state, train_metrics(), batch)
+    whole, metrics = step(state, train_metrics(), batch, 0)
     digits_config.accumulate = 4
     step, state, batch = stepper()
-    parts, metrics_of_parts = step(state, train_metrics(), batch)
+    parts, metrics_of_parts = step(state, train_metrics(), batch, 0)
     for a, b in zip(jax.tree.leaves(whole["opt_state"]), jax.tree.leaves(parts["opt_state"]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
     assert metrics["correct"] == metrics_of_parts["correct"]
@@ -55,9 +55,9 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(stepper, dig
 def test_metrics_are_sums_over_steps(stepper, digits_config):
     digits_config.optim.ema_decay = 0.5
     step, state, batch = stepper()
-    once, metrics = step(state, train_metrics(), batch)
-    twice, total = step(once, metrics, batch)
-    _, second = step(once, train_metrics(), batch)
+    once, metrics = step(state, train_metrics(), batch, 0)
+    twice, total = step(once, metrics, batch, 0)
+    _, second = step(once, train_metrics(), batch, 0)
     assert (total["images"], twice["step"], total["bad_step"]) == (32, 2, FINE)
     np.testing.assert_allclose(total["loss"], metrics["loss"] + second["loss"], rtol=1e-6)
     np.testing.assert_allclose(total["lr"], 2e-3, rtol=1e-6)
@@ -66,22 +66,23 @@ def test_metrics_are_sums_over_steps(stepper, digits_config):
     np.testing.assert_allclose(twice["ema"]["head"]["kernel"], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_each_step_draws_anew_and_the_same_step_draws_the_same(stepper, digits_config):
+def test_each_step_and_seed_draw_anew_and_the_same_draw_the_same(stepper, digits_config):
     digits_config.model.drop_path_rate = 0.5
     step, state, batch = stepper()
     losses = [
-        float(step({**state, "step": jnp.int32(number)}, train_metrics(), batch)[1]["loss"])
-        for number in (3, 3, 4)
+        float(step({**state, "step": jnp.int32(number)}, train_metrics(), batch, seed)[1]["loss"])
+        for number, seed in ((3, 5), (3, 5), (4, 5), (3, 6))
     ]
-    assert losses[0] == losses[1] != losses[2]
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
 
 
 def test_the_first_step_that_is_not_finite_is_remembered(stepper):
     step, state, batch = stepper()
     broken = {**state, "params": jax.tree.map(lambda p: p * jnp.nan, state["params"])}
-    _, metrics = step({**broken, "step": jnp.int32(7)}, train_metrics(), batch)
+    _, metrics = step({**broken, "step": jnp.int32(7)}, train_metrics(), batch, 0)
     assert metrics["bad_step"] == 7
-    _, metrics = step({**broken, "step": jnp.int32(8)}, metrics, batch)
+    _, metrics = step({**broken, "step": jnp.int32(8)}, metrics, batch, 0)
     assert metrics["bad_step"] == 7
 
 
