@@ -4,7 +4,9 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Level 0 halves the time that compilation takes; XLA's own passes, which decide the arithmetic, still run.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+QUICK = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import subprocess
 import sys
@@ -23,10 +25,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Programs that several tests compile are compiled once."""
+    """Programs that several tests compile, and the processes that they start, are compiled once."""
     folder = str(tmp_path_factory.getbasetemp().parent / "compiled")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return folder
 
 
@@ -105,7 +107,7 @@ def run_train(*arguments, **kwargs):
 
 def run_python(*arguments, **kwargs):
     """Python in the clone, on one device, warnings as errors: a CompletedProcess with text output."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1"}
     warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
     command = [sys.executable, *warnings, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)

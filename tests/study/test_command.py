@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, says
+from conftest import QUICK, ROOT, says
 
 PLAN = """
 TINY = {{
@@ -38,7 +38,7 @@ def plan(tmp_path, compiled_once):
 
 
 def start(*arguments):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": QUICK}
     command = [sys.executable, "-m", "convit_jax.study", *map(str, arguments)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)

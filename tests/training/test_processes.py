@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_same, saved
+from conftest import QUICK, ROOT, assert_same, saved
 
 from convit_jax.errors import UserError
 from convit_jax.training.loop import train
@@ -44,7 +44,7 @@ class Two:
         command = [sys.executable, *warnings, "train.py", f"--workdir={workdir}", *settings, *flags]
         self.processes, self.workdir = [], workdir
         for index in range(2):
-            xla = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+            xla = f"--xla_force_host_platform_device_count=2 {QUICK}"
             ours = {**os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1"}
             which = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"]
             if slurm:  # what srun sets, and JAX reads
