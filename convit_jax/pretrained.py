@@ -72,9 +72,7 @@ def load(source, *, num_classes=None, image_size=None, num_heads=None, which="be
     """The Pretrained of a source, every name and shape accounted for; arguments as of load_pretrained."""
     source, size = str(source), _pair(image_size)
     wanted = dict(num_heads=num_heads, num_classes=num_classes, image_size=size)
-    path, repo = find(source)
-    if repo is not None:
-        path = hub.download(repo)
+    path = find(source)
     if num_classes is not None and num_classes < 1:
         raise UserError(f"num_classes is {num_classes}: it must be at least 1.")
 
@@ -102,20 +100,27 @@ def load(source, *, num_classes=None, image_size=None, num_heads=None, which="be
 
 
 def find(source):
-    """(path of a source, None), or where there is none (None, the Hub id that it names).
+    """The path of a source; where there is none, of the Hub's copy, which is downloaded.
 
     Raises UserError if it is neither.
     """
     path = Path(source).expanduser()
     if path.exists():
-        return path, None
+        return path
     repo = hub.repository(source)
     if repo is None:
         raise UserError(
             f"there is no file or directory {source}, and no published model of that name"
             f"{nearest(source, hub.PUBLISHED)} Published are: {', '.join(hub.PUBLISHED)}."
         )
-    return None, repo
+    try:
+        return hub.download(repo)
+    except UserError as error:
+        if repo != source:  # a published name, which is no path
+            raise
+        raise UserError(
+            f"there is no file or directory {source}, and as a name on the Hub: {error}"
+        ) from error
 
 
 def behaving(loaded, **behaviour):

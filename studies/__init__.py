@@ -5,6 +5,7 @@ convit_jax/study/plan.py says what a plan is.
 
 from configs.ablations import CHANGES
 from convit_jax.errors import UserError
+from convit_jax.models.variants import SIZES
 
 # A ConViT of any size becomes the DeiT of the same depth, width and heads: no GPSA, class token from the
 # start, a position embedding for it too, biases of query, key, value (convit_jax/models/variants.py).
@@ -18,6 +19,55 @@ def chosen(name, plans):
     if name not in plans:
         raise UserError(f"say which plan of the file, as PLAN.py:NAME; it has {', '.join(plans)}.")
     return plans[name]
+
+
+def models(images, config, share, seeds, *, overrides=None):
+    """Table 1: ConViT and DeiT at the paper's six sizes, with its heads, each so many times less wide."""
+    columns = ("Ti", "Ti+", "S", "S+", "B", "B+")
+    runs = []
+    for row, (_, own) in small_models(config).items():
+        sizes = [size for name, size in SIZES.items() if name.startswith(row.lower())]
+        for column, (width, heads) in zip(columns, sizes, strict=True):
+            size = {"model.embed_dim": width // share, "model.num_heads": heads}
+            changes = {**(overrides or {}), **own, **size}
+            runs.append(
+                {"row": row, "column": column, "config": config, "overrides": changes, "seeds": seeds}
+            )
+    return {
+        "title": f"The twelve models on {images}",
+        "question": f"ConViT against DeiT at six sizes, {share} times less wide than the paper's (Table 1).",
+        "rows": "model",
+        "columns": "size",
+        "baseline": "DeiT",
+        "runs": runs,
+    }
+
+
+def distillation(images, config, teacher, seeds, *, overrides=None):
+    """Table 4: what a student learns from a teacher beside the labels.
+
+    teacher: its path, unless the command has --config.distill.teacher=PATH.
+    """
+    token = {**DEIT, "model.distilled": True}
+    students = {"DeiT": DEIT, "DeiT with distillation token": token, "ConViT": {}}
+    ways = {
+        "labels only": {"distill.alpha": 0.0},
+        "hard": {"distill.kind": "hard"},
+        "soft": {"distill.kind": "soft", "distill.temperature": 3.0},
+    }
+    idle = ("DeiT with distillation token", "labels only")  # its second head would learn nothing
+
+    def entry(row, column):
+        changes = {**(overrides or {}), "distill.teacher": teacher, **students[row], **ways[column]}
+        return {"row": row, "column": column, "config": config, "overrides": changes, "seeds": seeds}
+
+    return {
+        "title": f"Distillation on {images}",
+        "question": "What a student learns from a teacher beside the labels (Table 4).",
+        "rows": "student",
+        "columns": "learns from",
+        "runs": [entry(row, column) for row in students for column in ways if (row, column) != idle],
+    }
 
 
 def sample_efficiency(images, models, fractions, seeds, *, baseline, overrides=None, paper=None):

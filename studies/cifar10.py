@@ -1,10 +1,21 @@
 """The paper's experiments on CIFAR-10 as an image folder, in the paper's proportions at 32 px.
 
 python -m convit_jax.study studies/cifar10.py:sample_efficiency --config.data.dir=CIFAR10
-# or :ablations, :locality; without a GPU :sample_efficiency_cpu, a smaller model on 2, 5 and 10 %
+# or :models, :ablations, :locality; :distillation, whose teacher is runs/cifar10;
+# without a GPU :sample_efficiency_cpu, a smaller model on 2, 5 and 10 %
 """
 
-from studies import TENTH, ablations, chosen, locality, sample_efficiency, small_ablations, small_models
+from studies import (
+    TENTH,
+    ablations,
+    chosen,
+    distillation,
+    locality,
+    models,
+    sample_efficiency,
+    small_ablations,
+    small_models,
+)
 
 CONFIG = "configs/cifar10.py"  # patches of 4: a grid of 8 x 8
 RANDOM = {"data.subset_rule": "random"}  # so that seeds differ in their images too
@@ -27,6 +38,7 @@ def get_plan(name=""):
     return chosen(
         name,
         {
+            "models": models("CIFAR-10", CONFIG, 4, SEEDS, overrides=GPU),
             "sample_efficiency": sample_efficiency(
                 "CIFAR-10", small_models(CONFIG), FRACTIONS, SEEDS, baseline="DeiT", overrides=GPU
             ),
@@ -37,5 +49,6 @@ def get_plan(name=""):
             "locality": locality(
                 "a tenth of CIFAR-10", CONFIG, (0.01, 0.1, 1.0), (3, 6, 9), SEEDS, overrides=GPU | TENTH
             ),
+            "distillation": distillation("CIFAR-10", CONFIG, "runs/cifar10", SEEDS, overrides=GPU),
         },
     )

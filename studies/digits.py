@@ -1,9 +1,20 @@
 """The paper's experiments on scikit-learn's digits: minutes a run on a CPU, no download.
 
-python -m convit_jax.study studies/digits.py:sample_efficiency     # or :ablations, :locality
+python -m convit_jax.study studies/digits.py:sample_efficiency
+# or :models, :ablations, :locality; after python train.py, which makes the teacher, :distillation
 """
 
-from studies import TENTH, ablations, chosen, locality, sample_efficiency, small_ablations, small_models
+from studies import (
+    TENTH,
+    ablations,
+    chosen,
+    distillation,
+    locality,
+    models,
+    sample_efficiency,
+    small_ablations,
+    small_models,
+)
 
 CONFIG = "configs/digits.py"  # 6 blocks, of ConViT 5 GPSA, 72 wide, 9 heads
 SETTINGS = {
@@ -19,6 +30,7 @@ def get_plan(name=""):
     return chosen(
         name,
         {
+            "models": models("digits", CONFIG, 8, SEEDS, overrides=SETTINGS),
             "sample_efficiency": sample_efficiency(
                 "digits", small_models(CONFIG), FRACTIONS, SEEDS, baseline="DeiT", overrides=SETTINGS
             ),
@@ -26,5 +38,6 @@ def get_plan(name=""):
             "locality": locality(
                 "a tenth of digits", CONFIG, (0.01, 0.1, 1.0), (1, 3, 5), SEEDS, overrides=SETTINGS | TENTH
             ),
+            "distillation": distillation("digits", CONFIG, "runs/digits", SEEDS, overrides=SETTINGS),
         },
     )

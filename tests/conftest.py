@@ -4,8 +4,7 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Level 0 halves the time that compilation takes; XLA's own passes, which decide the arithmetic, still run.
-QUICK = "--xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 from absl import flags
 
 ROOT = Path(__file__).parents[1]
+QUICK = os.environ["XLA_FLAGS"].split()[1]  # for processes that tests start
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for it
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -7,6 +7,7 @@ import types
 
 import pytest
 from conftest import ROOT
+from huggingface_hub import constants
 
 from convit_jax.errors import UserError
 from convit_jax.models.variants import FAMILIES, model_settings
@@ -38,14 +39,19 @@ def written(tmp_path, plan, changes=()):
         ("digits.py:sample_efficiency", 2 * 5 * 5),
         ("digits.py:ablations", 7 * 2 * 5),
         ("digits.py:locality", 10 * 5),
+        ("digits.py:models", 12 * 5),
+        ("digits.py:distillation", 8 * 5),
         ("cifar10.py:sample_efficiency", 2 * 5 * 3),
         ("cifar10.py:sample_efficiency_cpu", 2 * 3 * 3),
         ("cifar10.py:ablations", 7 * 2 * 3),
         ("cifar10.py:locality", 10 * 3),
+        ("cifar10.py:models", 12 * 3),
+        ("cifar10.py:distillation", 8 * 3),
         ("imagenet.py:models", 12),
         ("imagenet.py:sample_efficiency", 2 * 5),
         ("imagenet.py:ablations", 7 * 2),
         ("imagenet.py:locality", 10),
+        ("imagenet.py:distillation", 3),
     ],
 )
 def test_a_plan_has_its_runs_and_names_its_command(source, runs):
@@ -151,10 +157,14 @@ def test_a_mistake_in_a_plan_is_named(plan, sentence, tmp_path, monkeypatch):
         ({"optim.schedule_per": "day"}, "optim.schedule_per is 'day': choose epoch or step"),
         ({"distill.kind": "firm"}, "distill.kind is 'firm': choose hard or soft"),
         ({"init_from": "none.pth"}, "there is no file or directory none.pth"),
-        ({"distill.teacher": "runs/a/none"}, "there is no file or directory runs/a/none"),
+        ({"distill.teacher": "runs/none"}, "there is no file or directory runs/none"),
     ],
 )
-def test_what_cannot_be_is_named_before_the_first_run_also_of_the_second(overrides, sentence, tmp_path):
+def test_what_cannot_be_is_named_before_the_first_run_also_of_the_second(
+    overrides, sentence, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     second = ENTRY | {"row": "b", "overrides": overrides}
     with pytest.raises(UserError) as raised:
         check(written(tmp_path, WHOLE | {"runs": [ENTRY, second]}))
