@@ -10,6 +10,7 @@ from convit_jax.models.variants import SIZES
 # A ConViT of any size becomes the DeiT of the same depth, width and heads: no GPSA, class token from the
 # start, a position embedding for it too, biases of query, key, value (convit_jax/models/variants.py).
 DEIT = {"model.name": "deit_tiny", "model.local_up_to_layer": 0}
+ALL_AND_A_TENTH = {"all": 1.0, "10%": 0.1}  # the columns of Table 3
 # A tenth of each class in a small plan, whose warm-up of 5 epochs is of as many images there.
 TENTH = {"data.sampling_ratio": 0.1, "data.keep_total_images": True, "optim.warmup_epochs": 50}
 
@@ -90,11 +91,11 @@ def sample_efficiency(images, models, fractions, seeds, *, baseline, overrides=N
     }
 
 
-def ablations(images, rows, seeds, *, overrides=None, paper=None):
+def ablations(images, rows, seeds, *, fractions=ALL_AND_A_TENTH, overrides=None, paper=None):
     """Table 3: its rows on all images and on a tenth of each class. rows: {letter: (config, overrides)}."""
     return {
         "title": f"Ablations on {images}",
-        "question": "The worth of each part of ConViT, on all images and on a tenth of each class (Table 3).",
+        "question": "The worth of each part of ConViT (Table 3).",
         "rows": "ablation",
         "columns": "images of each class",
         "labels": {
@@ -106,7 +107,7 @@ def ablations(images, rows, seeds, *, overrides=None, paper=None):
             "f": "f: as b, GPSA frozen",
             "g": "g: as d, GPSA frozen",
         },
-        "runs": _over_fractions(rows, {"all": 1.0, "10%": 0.1}, seeds, overrides, paper),
+        "runs": _over_fractions(rows, fractions, seeds, overrides, paper),
     }
 
 

@@ -2,7 +2,7 @@
 
 python -m convit_jax.study studies/cifar10.py:sample_efficiency --config.data.dir=CIFAR10
 # or :models, :ablations, :locality; :distillation, whose teacher is runs/cifar10;
-# without a GPU :sample_efficiency_cpu, a smaller model on 2, 5 and 10 %
+# without a GPU :sample_efficiency_cpu and :ablations_cpu, a narrower model, few images, no mixing
 """
 
 from studies import (
@@ -29,7 +29,22 @@ GPU = RANDOM | {
     "model.dtype": "bfloat16",
     "data.workers": 8,
 }
-CPU = RANDOM | {"epochs": 20, "optim.warmup_epochs": 2}  # with the config's 6 blocks, 5 of them GPSA, 96 wide
+CPU = RANDOM | {  # 100,000 images, ten minutes of a core
+    "epochs": 2,
+    "optim.warmup_epochs": 0.2,
+    "optim.lr": 12e-3,
+    "batch_size": 64,
+    "eval_every": 0.5,
+    "eval_batch_size": 500,
+    "model.depth": 12,
+    "model.local_up_to_layer": 10,
+    "model.embed_dim": 64,
+    "model.num_heads": 4,
+    "augment.policy": "none",
+    "augment.erase_prob": 0.0,
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+}
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)
 
@@ -46,6 +61,9 @@ def get_plan(name=""):
                 "CIFAR-10", small_models(CONFIG), FRACTIONS[:3], SEEDS, baseline="DeiT", overrides=CPU
             ),
             "ablations": ablations("CIFAR-10", small_ablations(CONFIG), SEEDS, overrides=GPU),
+            "ablations_cpu": ablations(
+                "CIFAR-10", small_ablations(CONFIG), SEEDS, fractions={"10%": 0.1}, overrides=CPU
+            ),
             "locality": locality(
                 "a tenth of CIFAR-10", CONFIG, (0.01, 0.1, 1.0), (3, 6, 9), SEEDS, overrides=GPU | TENTH
             ),

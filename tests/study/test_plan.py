@@ -44,6 +44,7 @@ def written(tmp_path, plan, changes=()):
         ("cifar10.py:sample_efficiency", 2 * 5 * 3),
         ("cifar10.py:sample_efficiency_cpu", 2 * 3 * 3),
         ("cifar10.py:ablations", 7 * 2 * 3),
+        ("cifar10.py:ablations_cpu", 7 * 3),
         ("cifar10.py:locality", 10 * 3),
         ("cifar10.py:models", 12 * 3),
         ("cifar10.py:distillation", 8 * 3),
