@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -22,6 +21,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from convit_jax.data import open_files
 from convit_jax.data.ilsvrc import PUBLISHED, look_through, partial
 from convit_jax.data.tfds_progress import Progress
 from convit_jax.errors import UserError
@@ -84,7 +84,7 @@ def prepare(tars, output, file_format=None):
     print(f"  classes {len(contents.classes):,}, validation images {contents.validation_images:,}")
     for sentence in partial(contents):
         print(f"  {sentence}")
-    raise_open_files()
+    open_files.allow(OPEN_FILES, "TFDS")
     with workspace(output, space_needed(sum(contents.bytes.values()))) as work:
         file_format = file_format or FORMATS[0]
         directory = build(work, contents, file_format)
@@ -165,17 +165,6 @@ def space_needed(tar_bytes):
     TFDS's files for shuffling hold a split's images once more, but each is removed as it is read.
     """
     return tar_bytes + tar_bytes // 50 + (2 << 20)
-
-
-def raise_open_files():
-    """Raise this process's limit of open files if it is low, as 1,024 often is."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:
-        raise UserError(
-            f"a process may open {hard:,} files here (ulimit -Hn), TFDS needs {OPEN_FILES:,}: have it raised."
-        )
-    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
 
 
 @contextlib.contextmanager

@@ -9,13 +9,13 @@ import contextlib
 import hashlib
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from convit_jax.data import open_files
 from convit_jax.data.index import Indexed, cached_index, make_index
 from convit_jax.data.tfrecord import TfRecords
 from convit_jax.errors import UserError, nearest
@@ -51,7 +51,7 @@ class TfdsImages(Indexed):
         self.image_key, label_key, name_key = _keys(builder)
         self.class_names = tuple(builder.info.features[label_key].names)
         self.paths = [str(path) for path in info.filepaths]
-        _allow_open_files(len(self.paths))
+        self._allow_open_files()
         fingerprint = _fingerprint(self.paths)
         file_format = builder.info.file_format.value
         if file_format == "tfrecord":
@@ -84,7 +84,12 @@ class TfdsImages(Indexed):
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        _allow_open_files(len(self.paths))  # of this process, a loader's worker
+        self._allow_open_files()  # of this process, a loader's worker
+
+    def _allow_open_files(self):
+        """Every shard that is read stays open."""
+        shards = len(self.paths)
+        open_files.allow(shards + SPARE_FILES, f"a data set of {shards} shards")
 
     def __getitem__(self, number):
         features = parse(self.records.read(self.index, number))
@@ -228,16 +233,3 @@ def _fingerprint(paths):
         ) from error
     facts = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     return hashlib.sha256(facts.encode()).hexdigest()
-
-
-def _allow_open_files(shards):
-    """Every shard that is read stays open: raise the limit on open files if it is too low for that."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = shards + SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise UserError(
-                f"the data set has {shards} shards, but this process may open {hard} files: raise the "
-                f"limit to {needed} (ulimit -Hn) or prepare the data set in fewer shards."
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -6,7 +6,6 @@ The builder itself runs in tests/prepare_for_real.py.
 import errno
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 from convit_jax.data import prepare as module
-from convit_jax.data.prepare import already_there, prepare, raise_open_files, space_needed, stopped, workspace
+from convit_jax.data.prepare import already_there, prepare, space_needed, stopped, workspace
 from convit_jax.data.tfds_progress import Progress
 from convit_jax.errors import UserError
 from tests.tars import write_ilsvrc
@@ -198,21 +197,6 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write into .*/file \(Not a directory\)"):
         workspace(tmp_path / "file", 0).__enter__()
-
-
-def test_the_limit_of_open_files_is_raised_or_its_lowness_said(monkeypatch):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
-        raise_open_files()
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1200, hard)
-        raise_open_files()
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1200, hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    monkeypatch.setattr(module.resource, "getrlimit", lambda _: (256, 1024))
-    with pytest.raises(UserError, match=r"may open 1,024 files here \(ulimit -Hn\), TFDS needs 1,200"):
-        raise_open_files()
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,10 @@ import io
 import json
 import os
 import pickle
-import resource
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 from convit_jax.data.loader import EvalExample, Slots, TrainExample, batches
@@ -250,29 +246,3 @@ def test_a_data_set_of_another_kind_is_refused(root):
     features.write_text(json.dumps(text))
     with pytest.raises(UserError, match=r"cifar10.* has 1 images and 0 class labels an example"):
         TfdsImages("cifar10", root, "train")
-
-
-LIMITED = """
-import resource, sys
-from convit_jax.data.tfds import _allow_open_files
-from convit_jax.errors import UserError
-resource.setrlimit(resource.RLIMIT_NOFILE, (1024, int(sys.argv[1])))
-try:
-    _allow_open_files(1024)
-except UserError as error:
-    print(error)
-files = [open("/dev/null") for _ in range(1100)]
-"""
-
-
-@pytest.mark.parametrize("hard", [4096, 1024])
-def test_a_thousand_shards_raise_the_soft_limit_on_open_files_or_are_refused(hard):
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= 4096
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(hard)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if hard == 4096:
-        assert done.returncode == 0, done.stderr
-    else:
-        assert "has 1024 shards, but this process may open 1024 files: raise the limit to 1280" in done.stdout
-        assert "Too many open files" in done.stderr
