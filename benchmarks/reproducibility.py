@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from convit_jax.commands import ROOT
 from convit_jax.training.metrics import read_metrics
 from convit_jax.training.saved import read_run
 
@@ -32,7 +33,7 @@ def train(arguments, workdir, simulated=None):
     print(f"{workdir.name} ...", flush=True)
     command = [sys.executable, "train.py", f"--workdir={workdir}", *arguments]
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}")
@@ -65,10 +66,10 @@ def main():
     options, arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         folder, many = Path(folder), options.devices
-        once = train(arguments, folder / "once")
+        once, again = (train(arguments, folder / name) for name in ("once", "again"))
         one = once if jax.default_backend() == "cpu" else train(arguments, folder / "one device", 1)
         pairs = {
-            "again": (once, train(arguments, folder / "again")),
+            "again": (once, again),
             f"{many} devices": (one, train(arguments, folder / f"{many} devices", many)),
             f"{many} devices, fsdp {many}": (
                 one,

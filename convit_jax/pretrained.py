@@ -72,7 +72,7 @@ def load(source, *, num_classes=None, image_size=None, num_heads=None, which="be
     """The Pretrained of a source, every name and shape accounted for; arguments as of load_pretrained."""
     source, size = str(source), _pair(image_size)
     wanted = dict(num_heads=num_heads, num_classes=num_classes, image_size=size)
-    path = find(source)
+    path = fetch(source)
     if num_classes is not None and num_classes < 1:
         raise UserError(f"num_classes is {num_classes}: it must be at least 1.")
 
@@ -99,10 +99,10 @@ def load(source, *, num_classes=None, image_size=None, num_heads=None, which="be
     return loaded if size is None else _resized(loaded, size)
 
 
-def find(source):
+def fetch(source):
     """The path of a source; where there is none, of the Hub's copy, which is downloaded.
 
-    Raises UserError if it is neither.
+    Raises UserError if neither is there, or the Hub cannot be reached.
     """
     path = Path(source).expanduser()
     if path.exists():

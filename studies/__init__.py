@@ -10,6 +10,8 @@ from convit_jax.models.variants import SIZES
 # A ConViT of any size becomes the DeiT of the same depth, width and heads: no GPSA, class token from the
 # start, a position embedding for it too, biases of query, key, value (convit_jax/models/variants.py).
 DEIT = {"model.name": "deit_tiny", "model.local_up_to_layer": 0}
+KINDS = {"convit": ("ConViT", {}), "deit": ("DeiT", DEIT)}  # in the names of models: (in tables, changes)
+PAPER_SIZES = {"tiny": "Ti", "small": "S", "base": "B"}
 ALL_AND_A_TENTH = {"all": 1.0, "10%": 0.1}  # the columns of Table 3
 # A tenth of each class in a small plan, whose warm-up of 5 epochs is of as many images there.
 TENTH = {"data.sampling_ratio": 0.1, "data.keep_total_images": True, "optim.warmup_epochs": 50}
@@ -22,29 +24,23 @@ def chosen(name, plans):
     return plans[name]
 
 
-def models(images, config, share, seeds, *, overrides=None):
-    """Table 1: ConViT and DeiT at the paper's six sizes, with its heads, each so many times less wide."""
-    columns = ("Ti", "Ti+", "S", "S+", "B", "B+")
+def sizes(images, config, share, seeds, *, overrides):
+    """Table 1: ConViT and DeiT at the paper's six sizes, with its heads and 1 / share of its width."""
     runs = []
-    for row, (_, own) in small_models(config).items():
-        sizes = [size for name, size in SIZES.items() if name.startswith(row.lower())]
-        for column, (width, heads) in zip(columns, sizes, strict=True):
-            size = {"model.embed_dim": width // share, "model.num_heads": heads}
-            changes = {**(overrides or {}), **own, **size}
-            runs.append(
-                {"row": row, "column": column, "config": config, "overrides": changes, "seeds": seeds}
-            )
+    for name, (width, heads) in SIZES.items():
+        kind, size, *plus = name.split("_")
+        row = f"{KINDS[kind][0]}-{PAPER_SIZES[size]}{'+' if plus else ''}"
+        own = {**KINDS[kind][1], "model.embed_dim": width // share, "model.num_heads": heads}
+        runs.append({"row": row, "config": config, "overrides": {**overrides, **own}, "seeds": seeds})
     return {
         "title": f"The twelve models on {images}",
-        "question": f"ConViT against DeiT at six sizes, {share} times less wide than the paper's (Table 1).",
+        "question": f"ConViT against DeiT, the paper's heads, 1/{share} of its widths (Table 1).",
         "rows": "model",
-        "columns": "size",
-        "baseline": "DeiT",
         "runs": runs,
     }
 
 
-def distillation(images, config, teacher, seeds, *, overrides=None):
+def distillation(images, config, teacher, seeds, *, overrides):
     """Table 4: what a student learns from a teacher beside the labels.
 
     teacher: its path, unless the command has --config.distill.teacher=PATH.
@@ -52,14 +48,14 @@ def distillation(images, config, teacher, seeds, *, overrides=None):
     token = {**DEIT, "model.distilled": True}
     students = {"DeiT": DEIT, "DeiT with distillation token": token, "ConViT": {}}
     ways = {
-        "labels only": {"distill.alpha": 0.0},
+        "labels only": {"distill.alpha": 0.0},  # the teacher idles: the command's may be given for all runs
         "hard": {"distill.kind": "hard"},
         "soft": {"distill.kind": "soft", "distill.temperature": 3.0},
     }
     idle = ("DeiT with distillation token", "labels only")  # its second head would learn nothing
 
     def entry(row, column):
-        changes = {**(overrides or {}), "distill.teacher": teacher, **students[row], **ways[column]}
+        changes = {**overrides, "distill.teacher": teacher, **students[row], **ways[column]}
         return {"row": row, "column": column, "config": config, "overrides": changes, "seeds": seeds}
 
     return {

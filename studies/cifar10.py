@@ -1,7 +1,7 @@
 """The paper's experiments on CIFAR-10 as an image folder, in the paper's proportions at 32 px.
 
 python -m convit_jax.study studies/cifar10.py:sample_efficiency --config.data.dir=CIFAR10
-# or :models, :ablations, :locality; :distillation, whose teacher is runs/cifar10;
+# or :models, :ablations, :locality; :distillation, whose teacher is the largest ConViT of :models;
 # without a GPU :sample_efficiency_cpu and :ablations_cpu, a narrower model, few images, no mixing
 """
 
@@ -11,8 +11,8 @@ from studies import (
     chosen,
     distillation,
     locality,
-    models,
     sample_efficiency,
+    sizes,
     small_ablations,
     small_models,
 )
@@ -29,7 +29,7 @@ GPU = RANDOM | {
     "model.dtype": "bfloat16",
     "data.workers": 8,
 }
-CPU = RANDOM | {  # 100,000 images, ten minutes of a core
+CPU = RANDOM | {  # 100,000 images
     "epochs": 2,
     "optim.warmup_epochs": 0.2,
     "optim.lr": 12e-3,
@@ -45,6 +45,7 @@ CPU = RANDOM | {  # 100,000 images, ten minutes of a core
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,
 }
+TEACHER = "runs/cifar10_models/runs/convit-b+-seed0"
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)
 
@@ -53,7 +54,7 @@ def get_plan(name=""):
     return chosen(
         name,
         {
-            "models": models("CIFAR-10", CONFIG, 4, SEEDS, overrides=GPU),
+            "models": sizes("CIFAR-10", CONFIG, 4, SEEDS, overrides=GPU),
             "sample_efficiency": sample_efficiency(
                 "CIFAR-10", small_models(CONFIG), FRACTIONS, SEEDS, baseline="DeiT", overrides=GPU
             ),
@@ -67,6 +68,6 @@ def get_plan(name=""):
             "locality": locality(
                 "a tenth of CIFAR-10", CONFIG, (0.01, 0.1, 1.0), (3, 6, 9), SEEDS, overrides=GPU | TENTH
             ),
-            "distillation": distillation("CIFAR-10", CONFIG, "runs/cifar10", SEEDS, overrides=GPU),
+            "distillation": distillation("CIFAR-10", CONFIG, TEACHER, SEEDS, overrides=GPU),
         },
     )

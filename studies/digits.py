@@ -10,8 +10,8 @@ from studies import (
     chosen,
     distillation,
     locality,
-    models,
     sample_efficiency,
+    sizes,
     small_ablations,
     small_models,
 )
@@ -30,7 +30,7 @@ def get_plan(name=""):
     return chosen(
         name,
         {
-            "models": models("digits", CONFIG, 8, SEEDS, overrides=SETTINGS),
+            "models": sizes("digits", CONFIG, 8, SEEDS, overrides=SETTINGS),
             "sample_efficiency": sample_efficiency(
                 "digits", small_models(CONFIG), FRACTIONS, SEEDS, baseline="DeiT", overrides=SETTINGS
             ),

@@ -4,7 +4,7 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Level 0 halves the time that compilation takes; XLA's own passes, which decide the arithmetic, still run.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import subprocess
@@ -18,14 +18,15 @@ import pytest
 from absl import flags
 
 ROOT = Path(__file__).parents[1]
-QUICK = os.environ["XLA_FLAGS"].split()[1]  # for processes that tests start
+QUICK = os.environ["XLA_FLAGS"]  # for processes that tests start; here there are eight devices beside it
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for it
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Programs that several tests compile, and the processes that they start, are compiled once."""
+    """What several tests compile, or processes that they start, is compiled once."""
     folder = str(tmp_path_factory.getbasetemp().parent / "compiled")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -105,9 +106,9 @@ def run_train(*arguments, **kwargs):
     return run_python("train.py", *arguments, **kwargs)
 
 
-def run_python(*arguments, **kwargs):
+def run_python(*arguments, xla_flags=QUICK, **kwargs):
     """Python in the clone, on one device, warnings as errors: a CompletedProcess with text output."""
-    environment = {**os.environ, "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags, "PYTHONUNBUFFERED": "1"}
     warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
     command = [sys.executable, *warnings, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)

@@ -6,16 +6,19 @@ from convit_jax.errors import UserError
 
 
 def allow(needed, who):
-    """Raise this process's soft limit to `needed` open files, if it is lower.
+    """Raise this process's soft limit on open files if it is lower than needed.
+
+    Args:
+      needed: files. who: what needs them, as "TFDS", for the sentence.
 
     Raises:
-      UserError: the hard limit is lower too. who: needs them, as "TFDS".
+      UserError: the hard limit is lower too.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise UserError(
-                f"{who} needs {needed} open files, but a process may have {hard} here: "
-                "raise that limit (ulimit -Hn)."
+                f"{who} needs {needed:,} open files, but a process may have {hard:,} here (ulimit -Hn): "
+                "have that limit raised."
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

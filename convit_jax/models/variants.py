@@ -122,8 +122,15 @@ def create_model(name, *, num_classes=1000, image_size=224, seed=0, **overrides)
       UserError: unknown name or override, or sizes that do not fit together.
     """
     settings = model_settings(name, num_classes=num_classes, image_size=image_size, **overrides)
+    check_seed(seed)
     graphdef, _ = abstract_model(settings)
     return nnx.merge(graphdef, initial_params(settings, seed))
+
+
+def check_seed(seed):
+    """Refuse a seed that is none; UserError."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}: it must be 0 to {2**32 - 1}.")
 
 
 def abstract_model(settings):

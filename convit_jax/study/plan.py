@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from convit_jax.commands import ROOT, load_config
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.variants import count_macs, model_settings
-from convit_jax.pretrained import find
+from convit_jax.pretrained import fetch
 from convit_jax.training.plan import check as check_config
 from convit_jax.training.plan import make_plan, model_arguments
 from convit_jax.training.rundir import MAY_CHANGE, flatten
@@ -151,14 +151,15 @@ def check(plan):
     Raises:
       UserError: names the run.
     """
-    plans, work = {}, {}
+    plans, work, fetched = {}, {}, {None}
     for run in plan.runs:
         config, fields = run.config, flatten(run.config)
         with _of_run(run.name):
             check_config(config, devices=1)
             macs = count_macs(_model(config))
-            for source in filter(None, (config.init_from, config.distill.teacher)):
-                find(source)
+            for source in {config.init_from, config.distill.teacher} - fetched:
+                fetch(source)
+                fetched.add(source)
             # Runs that differ in other fields, as the seed, have as many images: data is read once for them.
             key = str([item for item in fields.items() if item[0] in LENGTH or item[0].startswith("data.")])
             if key not in plans:

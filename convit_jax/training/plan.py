@@ -7,7 +7,7 @@ from convit_jax.data.loader import EvalExample, Slots, TrainExample
 from convit_jax.data.sources import open_source
 from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError
-from convit_jax.models.variants import model_settings
+from convit_jax.models.variants import check_seed, model_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +104,7 @@ def check(config, *, devices):
         raise UserError(
             f"locality.images is {config.locality.images}: give how many, 0 for none, or leave it out."
         )
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed is {config.seed}: it must be 0 to {2**32 - 1}.")
+    check_seed(config.seed)
     if config.steps is not None and config.steps < 1:
         raise UserError(f"steps is {config.steps}: leave it out or give at least 1.")
     for name, parts in (("batch_size", config.accumulate), ("eval_batch_size", 1)):

@@ -103,7 +103,7 @@ class AgreedStop:
 def with_votes(step):
     """A training step that takes votes after the batch, and returns the largest."""
 
-    def voting(state, metrics, batch, votes, *others):
-        return *step(state, metrics, batch, *others), jnp.max(votes)
+    def voting(state, metrics, batch, votes, seed, teacher_params):
+        return *step(state, metrics, batch, seed, teacher_params), jnp.max(votes)
 
     return voting

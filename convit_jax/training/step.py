@@ -75,7 +75,7 @@ def augmented(batch, keys, config, num_classes):
 def make_train_step(
     graphdef, optimizer, schedule, config, num_classes, whole=lambda tree: tree, teacher=None
 ):
-    """(state, metrics, batch, seed, teacher's params) -> (state, metrics), to be jitted, state donated.
+    """(state, metrics, batch, seed, teacher's params) -> (state, metrics), to be jitted (state donated).
 
     batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. seed: uint32 [], an argument so that runs that
     differ in nothing else share the compiled program. whole: puts parameters that are cut over

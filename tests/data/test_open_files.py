@@ -30,5 +30,8 @@ def test_the_soft_limit_is_raised_or_the_hard_one_said(hard):
     if hard == 4096:
         assert done.returncode == 0, done.stderr
     else:
-        assert "a data set needs 1280 open files, but a process may have 1024 here: raise" in done.stdout
+        assert (
+            "a data set needs 1,280 open files, but a process may have 1,024 here (ulimit -Hn): have"
+            in done.stdout
+        )
         assert "Too many open files" in done.stderr

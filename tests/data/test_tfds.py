@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convit_jax.data import open_files
 from convit_jax.data.loader import EvalExample, Slots, TrainExample, batches
 from convit_jax.data.sources import ImageFolder, open_source
 from convit_jax.data.subsample import select
@@ -237,6 +238,13 @@ def test_a_directory_without_a_train_split_says_what_happened(root):
     info.write_text(info.read_text().replace('"train"', '"test"'))
     with pytest.raises(UserError, match=r"5\.1\.0 has no train split, only .*training tar is missing; run"):
         TfdsImages("imagenet2012", root, "train")
+
+
+def test_its_open_files_are_allowed_in_the_process_and_in_a_loaders_worker(tfds_data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(open_files, "allow", lambda needed, who: asked.append((needed, who)))
+    pickle.loads(pickle.dumps(TfdsImages("cifar10", tfds_data / "tfrecord", "train")))
+    assert asked == [(257, "a data set of 1 shards")] * 2
 
 
 def test_a_data_set_of_another_kind_is_refused(root):

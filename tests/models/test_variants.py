@@ -71,6 +71,12 @@ def test_the_seed_decides_the_weights():
     assert any((a != b).any() for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_is_none_is_refused(seed):
+    with pytest.raises(UserError, match=f"seed is {seed}: it must be 0 to 4294967295"):
+        convit_jax.create_model("convit_tiny", seed=seed)
+
+
 def test_overrides_reach_the_model():
     model = convit_jax.create_model(
         "convit_small", num_classes=5, image_size=(32, 48), depth=4, local_up_to_layer=3, gate_init=0.0

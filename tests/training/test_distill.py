@@ -63,7 +63,7 @@ def one_step(config, *, taught=True):
     state = new_state(initial_params(plan.model, 0), optimizer, ema=False)
     step = jax.jit(make_train_step(graphdef, optimizer, schedule, config, 10, teacher=teacher))
     batch = plan.train(range(16))
-    new, metrics = step(state, train_metrics(distilled=taught), batch, config.seed, params)
+    new, metrics = step(state, train_metrics(distilled=taught), batch, np.uint32(config.seed), params)
     images, targets = augmented(batch, step_keys(config.seed, 0), config, 10)
     return new, metrics, (nnx.merge(graphdef, state["params"]), images, np.asarray(targets))
 
