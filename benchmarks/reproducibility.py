@@ -18,10 +18,8 @@ import jax
 import numpy as np
 
 from convit_jax.commands import ROOT
-from convit_jax.training.metrics import read_metrics
+from convit_jax.training.metrics import SPEEDS, read_metrics
 from convit_jax.training.saved import read_run
-
-SPEEDS = ("images_per_second", "data_wait")
 
 
 def train(arguments, workdir, simulated=None):

@@ -28,10 +28,10 @@ def sizes(images, config, share, seeds, *, overrides):
     """Table 1: ConViT and DeiT at the paper's six sizes, with its heads and 1 / share of its width."""
     runs = []
     for name, (width, heads) in SIZES.items():
-        kind, size, *plus = name.split("_")
-        row = f"{KINDS[kind][0]}-{PAPER_SIZES[size]}{'+' if plus else ''}"
-        own = {**KINDS[kind][1], "model.embed_dim": width // share, "model.num_heads": heads}
-        runs.append({"row": row, "config": config, "overrides": {**overrides, **own}, "seeds": seeds})
+        kind, letter, *plus = name.split("_")
+        row = f"{KINDS[kind][0]}-{PAPER_SIZES[letter]}{'+' if plus else ''}"
+        size = {"model.embed_dim": width // share, "model.num_heads": heads}
+        runs.append(_run(row, None, config, seeds, overrides, KINDS[kind][1], size))
     return {
         "title": f"The twelve models on {images}",
         "question": f"ConViT against DeiT, the paper's heads, 1/{share} of its widths (Table 1).",
@@ -53,17 +53,19 @@ def distillation(images, config, teacher, seeds, *, overrides):
         "soft": {"distill.kind": "soft", "distill.temperature": 3.0},
     }
     idle = ("DeiT with distillation token", "labels only")  # its second head would learn nothing
-
-    def entry(row, column):
-        changes = {**overrides, "distill.teacher": teacher, **students[row], **ways[column]}
-        return {"row": row, "column": column, "config": config, "overrides": changes, "seeds": seeds}
+    overrides = {**overrides, "distill.teacher": teacher}
 
     return {
         "title": f"Distillation on {images}",
         "question": "What a student learns from a teacher beside the labels (Table 4).",
         "rows": "student",
         "columns": "learns from",
-        "runs": [entry(row, column) for row in students for column in ways if (row, column) != idle],
+        "runs": [
+            _run(row, column, config, seeds, overrides, student, way)
+            for row, student in students.items()
+            for column, way in ways.items()
+            if (row, column) != idle
+        ],
     }
 
 
@@ -121,8 +123,7 @@ def locality(images, config, strengths, layers, seeds, *, overrides=None):
     """Fig. 8: each locality strength with each number of GPSA layers, and the model without any."""
 
     def entry(row, count, own):
-        changes = {**(overrides or {}), "model.local_up_to_layer": count, **own}
-        return {"row": row, "column": count, "config": config, "overrides": changes, "seeds": seeds}
+        return _run(row, count, config, seeds, overrides or {}, {"model.local_up_to_layer": count}, own)
 
     return {
         "title": f"Locality on {images}",
@@ -134,6 +135,34 @@ def locality(images, config, strengths, layers, seeds, *, overrides=None):
             *(entry(a, count, {"model.locality_strength": a}) for a in strengths for count in layers),
         ],
     }
+
+
+def small_plans(images, config, *, settings, seeds, fractions, share, layers, teacher):
+    """All plans of a small ConViT, {name: plan}.
+
+    Args:
+      settings: overrides of all runs. share: see `sizes`. layers: see `locality`, on a tenth of each class.
+      teacher: see `distillation`.
+    """
+    rows = small_models(config)
+    return {
+        "models": sizes(images, config, share, seeds, overrides=settings),
+        "sample_efficiency": sample_efficiency(
+            images, rows, fractions, seeds, baseline="DeiT", overrides=settings
+        ),
+        "ablations": ablations(images, small_ablations(config), seeds, overrides=settings),
+        "locality": locality(
+            f"a tenth of {images}", config, (0.01, 0.1, 1.0), layers, seeds, overrides=settings | TENTH
+        ),
+        "distillation": distillation(images, config, teacher, seeds, overrides=settings),
+    }
+
+
+def _run(row, column, config, seeds, *overrides, paper=None):
+    """A run of a plan; of several overrides the later ones win."""
+    merged = {name: value for changes in overrides for name, value in changes.items()}
+    run = {"row": row, "column": column, "config": config, "overrides": merged, "seeds": seeds}
+    return run | {"paper": paper or {}}
 
 
 def _over_fractions(rows, fractions, seeds, overrides, paper):
@@ -149,14 +178,16 @@ def _over_fractions(rows, fractions, seeds, overrides, paper):
         return part if warmup is None else {**part, "optim.warmup_epochs": warmup / fraction}
 
     return [
-        {
-            "row": row,
-            "column": column,
-            "config": config,
-            "overrides": {**overrides, **own, **of(fraction)},
-            "seeds": seeds,
-            "paper": {metric: numbers[row][n] for metric, numbers in (paper or {}).items()},
-        }
+        _run(
+            row,
+            column,
+            config,
+            seeds,
+            overrides,
+            own,
+            of(fraction),
+            paper={metric: numbers[row][n] for metric, numbers in (paper or {}).items()},
+        )
         for row, (config, own) in rows.items()
         for n, (column, fraction) in enumerate(fractions.items())
     ]

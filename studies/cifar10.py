@@ -5,17 +5,7 @@ python -m convit_jax.study studies/cifar10.py:sample_efficiency --config.data.di
 # without a GPU :sample_efficiency_cpu and :ablations_cpu, a narrower model, few images, no mixing
 """
 
-from studies import (
-    TENTH,
-    ablations,
-    chosen,
-    distillation,
-    locality,
-    sample_efficiency,
-    sizes,
-    small_ablations,
-    small_models,
-)
+from studies import ablations, chosen, sample_efficiency, small_ablations, small_models, small_plans
 
 CONFIG = "configs/cifar10.py"  # patches of 4: a grid of 8 x 8
 RANDOM = {"data.subset_rule": "random"}  # so that seeds differ in their images too
@@ -51,23 +41,22 @@ FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)
 
 
 def get_plan(name=""):
-    return chosen(
-        name,
-        {
-            "models": sizes("CIFAR-10", CONFIG, 4, SEEDS, overrides=GPU),
-            "sample_efficiency": sample_efficiency(
-                "CIFAR-10", small_models(CONFIG), FRACTIONS, SEEDS, baseline="DeiT", overrides=GPU
-            ),
-            "sample_efficiency_cpu": sample_efficiency(
-                "CIFAR-10", small_models(CONFIG), FRACTIONS[:3], SEEDS, baseline="DeiT", overrides=CPU
-            ),
-            "ablations": ablations("CIFAR-10", small_ablations(CONFIG), SEEDS, overrides=GPU),
-            "ablations_cpu": ablations(
-                "CIFAR-10", small_ablations(CONFIG), SEEDS, fractions={"10%": 0.1}, overrides=CPU
-            ),
-            "locality": locality(
-                "a tenth of CIFAR-10", CONFIG, (0.01, 0.1, 1.0), (3, 6, 9), SEEDS, overrides=GPU | TENTH
-            ),
-            "distillation": distillation("CIFAR-10", CONFIG, TEACHER, SEEDS, overrides=GPU),
-        },
+    with_a_gpu = small_plans(
+        "CIFAR-10",
+        CONFIG,
+        settings=GPU,
+        seeds=SEEDS,
+        fractions=FRACTIONS,
+        share=4,
+        layers=(3, 6, 9),
+        teacher=TEACHER,
     )
+    without = {
+        "sample_efficiency_cpu": sample_efficiency(
+            "CIFAR-10", small_models(CONFIG), FRACTIONS[:3], SEEDS, baseline="DeiT", overrides=CPU
+        ),
+        "ablations_cpu": ablations(
+            "CIFAR-10", small_ablations(CONFIG), SEEDS, fractions={"10%": 0.1}, overrides=CPU
+        ),
+    }
+    return chosen(name, with_a_gpu | without)

@@ -4,17 +4,7 @@ python -m convit_jax.study studies/digits.py:sample_efficiency
 # or :models, :ablations, :locality; after python train.py, which makes the teacher, :distillation
 """
 
-from studies import (
-    TENTH,
-    ablations,
-    chosen,
-    distillation,
-    locality,
-    sample_efficiency,
-    sizes,
-    small_ablations,
-    small_models,
-)
+from studies import chosen, small_plans
 
 CONFIG = "configs/digits.py"  # 6 blocks, of ConViT 5 GPSA, 72 wide, 9 heads
 SETTINGS = {
@@ -29,15 +19,14 @@ FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)  # 2, 7, 14, 43, 143 images of a class, gi
 def get_plan(name=""):
     return chosen(
         name,
-        {
-            "models": sizes("digits", CONFIG, 8, SEEDS, overrides=SETTINGS),
-            "sample_efficiency": sample_efficiency(
-                "digits", small_models(CONFIG), FRACTIONS, SEEDS, baseline="DeiT", overrides=SETTINGS
-            ),
-            "ablations": ablations("digits", small_ablations(CONFIG), SEEDS, overrides=SETTINGS),
-            "locality": locality(
-                "a tenth of digits", CONFIG, (0.01, 0.1, 1.0), (1, 3, 5), SEEDS, overrides=SETTINGS | TENTH
-            ),
-            "distillation": distillation("digits", CONFIG, "runs/digits", SEEDS, overrides=SETTINGS),
-        },
+        small_plans(
+            "digits",
+            CONFIG,
+            settings=SETTINGS,
+            seeds=SEEDS,
+            fractions=FRACTIONS,
+            share=8,
+            layers=(1, 3, 5),
+            teacher="runs/digits",
+        ),
     )

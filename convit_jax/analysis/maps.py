@@ -13,7 +13,7 @@ from flax import nnx
 
 from convit_jax.errors import UserError
 from convit_jax.models.attention import GatedPositionalSelfAttention, local_positional_weights
-from convit_jax.models.variants import abstract_model, check_seed, initial_params
+from convit_jax.models.variants import new_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,7 @@ def init_maps(settings, seed, query, strengths, image=None):
         raise UserError(
             "this model has no GPSA layer, so nothing in it starts as a convolution: take a ConViT."
         )
-    check_seed(seed)
-    graphdef, _ = abstract_model(settings)
-    model = nnx.merge(graphdef, initial_params(settings, seed))
+    model = new_model(settings, seed)
     rows, columns = model.grid
     patch = query[0] * columns + query[1]
 

@@ -5,11 +5,11 @@ import resource
 from convit_jax.errors import UserError
 
 
-def allow(needed, who):
+def allow(needed, who, otherwise=""):
     """Raise this process's soft limit on open files if it is lower than needed.
 
     Args:
-      needed: files. who: what needs them, as "TFDS", for the sentence.
+      needed: files. who: what needs them, as "TFDS", for the sentence. otherwise: another remedy to name.
 
     Raises:
       UserError: the hard limit is lower too.
@@ -19,6 +19,6 @@ def allow(needed, who):
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise UserError(
                 f"{who} needs {needed:,} open files, but a process may have {hard:,} here (ulimit -Hn): "
-                "have that limit raised."
+                f"have that limit raised{otherwise}."
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -89,7 +89,8 @@ class TfdsImages(Indexed):
     def _allow_open_files(self):
         """Every shard that is read stays open."""
         shards = len(self.paths)
-        open_files.allow(shards + SPARE_FILES, f"a data set of {shards:,} shards")
+        fewer = " or prepare the data set in fewer shards"
+        open_files.allow(shards + SPARE_FILES, f"a data set of {shards:,} shards", fewer)
 
     def __getitem__(self, number):
         features = parse(self.records.read(self.index, number))

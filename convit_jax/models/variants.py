@@ -122,6 +122,11 @@ def create_model(name, *, num_classes=1000, image_size=224, seed=0, **overrides)
       UserError: unknown name or override, or sizes that do not fit together.
     """
     settings = model_settings(name, num_classes=num_classes, image_size=image_size, **overrides)
+    return new_model(settings, seed)
+
+
+def new_model(settings, seed):
+    """A VisionTransformer of a model_settings() with random parameters; UserError if the seed is none."""
     check_seed(seed)
     graphdef, _ = abstract_model(settings)
     return nnx.merge(graphdef, initial_params(settings, seed))

@@ -14,6 +14,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from convit_jax.training.rundir import disk_errors, write_whole
 
+SPEEDS = ("images_per_second", "data_wait")  # of a line of metrics.jsonl: what the clock decides
+
 
 class Evaluations:
     """The evaluations of a run: all that those of several processes keep that write no log.

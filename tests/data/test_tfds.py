@@ -242,9 +242,10 @@ def test_a_directory_without_a_train_split_says_what_happened(root):
 
 def test_its_open_files_are_allowed_in_the_process_and_in_a_loaders_worker(tfds_data, monkeypatch):
     asked = []
-    monkeypatch.setattr(open_files, "allow", lambda needed, who: asked.append((needed, who)))
+    monkeypatch.setattr(open_files, "allow", lambda *given: asked.append(given))
     pickle.loads(pickle.dumps(TfdsImages("cifar10", tfds_data / "tfrecord", "train")))
-    assert asked == [(257, "a data set of 1 shards")] * 2
+    fewer = " or prepare the data set in fewer shards"
+    assert asked == [(257, "a data set of 1 shards", fewer)] * 2
 
 
 def test_a_data_set_of_another_kind_is_refused(root):

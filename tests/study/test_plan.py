@@ -158,6 +158,7 @@ def test_a_mistake_in_a_plan_is_named(plan, sentence, tmp_path, monkeypatch):
         ({"optim.schedule_per": "day"}, "optim.schedule_per is 'day': choose epoch or step"),
         ({"distill.kind": "firm"}, "distill.kind is 'firm': choose hard or soft"),
         ({"init_from": "none.pth"}, "there is no file or directory none.pth"),
+        ({"distill.teacher": "runs/a/none"}, "there is no file or directory runs/a/none"),
         ({"distill.teacher": "runs/none"}, "there is no file or directory runs/none"),
     ],
 )

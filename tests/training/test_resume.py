@@ -13,14 +13,14 @@ from conftest import ROOT, assert_same, run_train, saved
 from convit_jax.errors import UserError
 from convit_jax.training import evaluation, loop
 from convit_jax.training.loop import train
-from convit_jax.training.metrics import read_metrics
+from convit_jax.training.metrics import SPEEDS, read_metrics
 from convit_jax.training.rundir import hold
 
 
 def curves(workdir):
     """metrics.jsonl without what depends on the clock."""
     lines = read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in SPEEDS} for line in lines]
 
 
 @pytest.fixture

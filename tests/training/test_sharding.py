@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model
 from convit_jax.training.loop import train
-from convit_jax.training.metrics import read_metrics
+from convit_jax.training.metrics import SPEEDS, read_metrics
 from convit_jax.training.optimizer import make_optimizer, make_schedule
 from convit_jax.training.plan import make_plan
 from convit_jax.training.sharding import batch_sharding, gather, make_mesh, replicated, state_shardings
@@ -42,7 +42,7 @@ def test_the_same_training_on_one_device_and_on_eight(recipe, tmp_path):
     for others, other_lines in results.values():
         assert_same(params, others, atol=2e-5)
         for line, other in zip(lines, other_lines, strict=True):
-            for name in set(line) - {"images_per_second", "data_wait"}:
+            for name in set(line) - {*SPEEDS}:
                 rounded = 1e-4 if isinstance(line[name], list) else 0
                 np.testing.assert_allclose(line[name], other[name], rtol=1e-4, atol=rounded)
 
