@@ -4,7 +4,8 @@
 
 Shape: batch, tokens (a square grid), heads, size of a head. `model` is what convit_jax.models.attention
 does; the others are what it was chosen from, or might be on another backend. They take turns in one
-process; medians, and the least, in ms of wall time and of processor time.
+process; medians, and the least, in ms of wall time and of processor time. With a number of tokens that is
+no square, as 197, only plain attention is measured.
 """
 
 import argparse
@@ -21,59 +22,61 @@ from flax import nnx
 from convit_jax.models import attention as model
 
 
-def forms(layer, on_gpu):
-    """{name: function of (q, k, v [B, H, N, d], gates and factors)} -> [B, H, N, d]."""
-    rows, columns = layer.grid
+def library(implementation):
+    """attention(q, k, v [B, H, N, d]) by jax.nn, which wants [B, N, H, d]: "xla" or "cudnn"."""
 
-    def grid(v):
-        return v.reshape(*v.shape[:2], rows, columns, v.shape[-1])
+    def attend(q, k, v):
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation).transpose(0, 2, 1, 3)
 
-    def dense(gate, a_y, a_x, dtype):
-        """gate * A_y (x) A_x, one N x N map a head for the whole batch."""
-        return jnp.einsum("hyv,hxu->hyxvu", gate * a_y, a_x).reshape(-1, *[rows * columns] * 2).astype(dtype)
+    return attend
 
-    def plain(q, k, v, *_):
-        return model.attention(q, k, v)
 
-    def library(implementation):
-        def attend(q, k, v, *_):
-            q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-            return jax.nn.dot_product_attention(q, k, v, implementation=implementation).transpose(0, 2, 1, 3)
+def over_heads_only(a_y, a_x, v):
+    """As model.along_axes, the products batched over heads alone: no factor is repeated, values move."""
+    grid = v.reshape(*v.shape[:2], a_y.shape[-1], a_x.shape[-1], v.shape[-1])
+    moved = jnp.einsum("hxu,bhvud->bhvxd", a_x, grid)
+    return jnp.einsum("hyv,bhvxd->bhyxd", a_y, moved).reshape(v.shape)
 
-        return attend
 
-    def mixed(content, position):
+def dense_maps(a_y, a_x):
+    """A_y (x) A_x, one N x N map a head for the whole batch."""
+    tokens = a_y.shape[-1] * a_x.shape[-1]
+    return jnp.einsum("hyv,hxu->hyxvu", a_y, a_x).reshape(-1, tokens, tokens)
+
+
+def dense(a_y, a_x, v):
+    """As model.along_axes, one N x N map a head."""
+    return jnp.einsum("hnm,bhmd->bhnd", dense_maps(a_y, a_x), v)
+
+
+def forms(on_gpu):
+    """{name: function of (q, k, v [B, H, N, d]) and for GPSA also (gate, a_y, a_x)} -> [B, H, N, d]."""
+
+    def gpsa(content, position):
         def attend(q, k, v, gate, a_y, a_x):
-            out = (1.0 - gate) * content(q, k, v).astype(jnp.float32) + position(gate, a_y, a_x, v)
-            return out.astype(v.dtype)
+            out = position((gate * a_y).astype(v.dtype), a_x.astype(v.dtype), v)
+            return ((1.0 - gate) * content(q, k, v).astype(jnp.float32) + out).astype(v.dtype)
 
         return attend
-
-    def batched(gate, a_y, a_x, v):
-        return model.along_axes((gate * a_y).astype(v.dtype), a_x.astype(v.dtype), v)
-
-    def heads_only(gate, a_y, a_x, v):
-        moved = jnp.einsum("hxu,bhvud->bhvxd", a_x.astype(v.dtype), grid(v))
-        return jnp.einsum("hyv,bhvxd->bhyxd", (gate * a_y).astype(v.dtype), moved).reshape(v.shape)
-
-    def dense_product(gate, a_y, a_x, v):
-        return jnp.einsum("hnm,bhmd->bhnd", dense(gate, a_y, a_x, v.dtype), v)
 
     def dense_sum(q, k, v, gate, a_y, a_x):
-        maps = (1.0 - gate) * model.content_probabilities(q, k) + dense(gate, a_y, a_x, jnp.float32)
+        maps = (1.0 - gate) * model.content_probabilities(q, k) + dense_maps(gate * a_y, a_x)
         return model.apply_maps(maps, v)
 
     found = {
-        "plain: model": plain,
+        "plain: model": model.attention,
         "plain: jax.nn.dot_product_attention": library("xla"),
-        "GPSA: model, factors repeated for the batch": mixed(plain, batched),
-        "GPSA: factors batched over heads only": mixed(plain, heads_only),
-        "GPSA: dense position, a product of its own": mixed(plain, dense_product),
+        "GPSA: model, factors repeated for the batch": gpsa(model.attention, model.along_axes),
+        "GPSA: factors batched over heads only": gpsa(model.attention, over_heads_only),
+        "GPSA: dense position, a product of its own": gpsa(model.attention, dense),
         "GPSA: dense position added to the maps": dense_sum,
     }
-    if on_gpu:
-        found["plain: cuDNN"] = library("cudnn")
-        found["GPSA: cuDNN, factors batched over heads only"] = mixed(library("cudnn"), heads_only)
+    if on_gpu:  # last, since a kernel that crashes ends the process
+        found["plain: cuDNN, and transposed for it"] = library("cudnn")
+        found["GPSA: cuDNN, and transposed for it; factors over heads only"] = gpsa(
+            library("cudnn"), over_heads_only
+        )
     return found
 
 
@@ -87,33 +90,39 @@ def main():
     batch, tokens, heads, size = map(int, options.shape.split(","))
     side = math.isqrt(tokens)
     layer = model.GatedPositionalSelfAttention(heads * size, heads, (side, side), rngs=nnx.Rngs(0))
-    position = (layer.gates()[:, None, None], *layer.positional_factors())
+    factors = (layer.gates()[:, None, None], *layer.positional_factors())
+    on_gpu = jax.default_backend() == "gpu"
+    calls_a_turn = 20 if on_gpu else 3
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, d_out = (jax.random.normal(key, (batch, heads, tokens, size), options.dtype) for key in keys)
 
     calls = {}
-    for name, form in forms(layer, jax.default_backend() == "gpu").items():
+    for name, form in forms(on_gpu).items():
+        if name.startswith("GPSA") and side**2 != tokens:
+            continue
+        inputs = (q, k, v, *factors) if name.startswith("GPSA") else (q, k, v)
         forward = jax.jit(form)
         gradient = jax.jit(lambda d_out, *inputs, form=form: jax.vjp(form, *inputs)[1](d_out))
         both = {
-            "forward": lambda forward=forward: forward(q, k, v, *position),
-            "gradient": lambda gradient=gradient: gradient(d_out, q, k, v, *position),
+            "forward": lambda forward=forward, inputs=inputs: forward(*inputs),
+            "gradient": lambda gradient=gradient, inputs=inputs: gradient(d_out, *inputs),
         }
         try:
             jax.block_until_ready([call() for call in both.values()])
         except Exception as error:  # a kernel that this device does not have; the others still count
             print(f"{name}: {str(error).splitlines()[0]}")
             continue
+        print(f"compiled: {name}", flush=True)
         calls |= {(name, kind): call for kind, call in both.items()}
     wall, processor = {key: [] for key in calls}, {key: [] for key in calls}
     for _ in range(options.rounds):
         for key, call in calls.items():
             began, began_processor = time.perf_counter(), time.process_time()
-            for _ in range(3):
+            for _ in range(calls_a_turn):
                 last = call()
             jax.block_until_ready(last)
-            wall[key].append((time.perf_counter() - began) / 3 * 1e3)
-            processor[key].append((time.process_time() - began_processor) / 3 * 1e3)
+            wall[key].append((time.perf_counter() - began) / calls_a_turn * 1e3)
+            processor[key].append((time.process_time() - began_processor) / calls_a_turn * 1e3)
     print(f"{options.shape} {options.dtype}, {jax.devices()[0].device_kind}, ms: median (least)")
     for name in dict.fromkeys(name for name, _ in calls):
         print(f"  {name}")

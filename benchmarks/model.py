@@ -1,13 +1,15 @@
 """Speed of ConViT next to the same network with plain attention, and next to timm's models.
 
     python -m benchmarks.model [--models=convit_tiny@224,...] [--batch=16,...] [--rounds=5] [--seconds=2]
-        [--peer=PYTHON] [--other=DIR] [--fresh] [--minutes=M] [--json=FILE]
+        [--programs=convit,plain,...] [--peer=PYTHON] [--other=DIR] [--fresh] [--minutes=M] [--json=FILE]
 
 "plain" has the same blocks, tokens, heads and sizes, with the GPSA of the first ten blocks replaced by the
-plain self-attention of the last two. PYTHON has PyTorch and timm. DIR is another checkout of this
-repository, for before and after. Every program is a process of its own; they take turns, and a ratio is the
-median over the rounds of the ratios of neighbouring turns. With --fresh a process lives for one turn only,
-for when the device's memory does not hold all of them. What --minutes leave no time for is left out.
+plain self-attention of the last two; "convit: ..." are ConViT with one thing done in another way
+(benchmarks/model_jax.py). PYTHON has PyTorch and timm. DIR is another checkout of this repository, for
+before and after. Every program is a process of its own; they take turns, and a ratio is the median over the
+rounds of the ratios of neighbouring turns. With --fresh a process lives for one turn only, for when the
+device's memory does not hold all of them. What --minutes leave no time for is left out. The first of
+--tasks compiles in an empty cache: its first step alone is cold.
 """
 
 import argparse
@@ -31,6 +33,8 @@ PEERS = {  # program: (timm's model of a size, compiled)
     "timm deit": ("deit_{}_patch16_224", False),
     "timm deit compiled": ("deit_{}_patch16_224", True),
 }
+OURS = ("convit", "plain")
+WAYS = ("cuDNN", "position over heads only", "position dense", "unrolled", "remat")  # ConViT in other ways
 # What is asked for: task, numerator, denominator, least ratio of images/s on (CPU, GPU).
 RATIOS = [
     ("inference", "convit", "plain", (0.95, 0.95)),
@@ -43,7 +47,9 @@ RATIOS = [
     ("training", "convit", "timm deit", None),
     ("inference", "convit", "other", None),
     ("training", "convit", "other", None),
+    *((task, f"convit: {way}", "convit", None) for way in WAYS for task in TASKS),
 ]
+MEMORY, MFU, FIRST_STEP = 1.10, "40% (GPU, ConViT-S, batch 512)", "20 s, 5 s (CPU), 40 s, 8 s (GPU)"
 
 
 @dataclasses.dataclass
@@ -107,12 +113,16 @@ def programs(model, image_size, batch, options, cache):
         "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # for the memory in use to be what is needed
     }
-    result = [Program(name, [*ours, f"--program={name}"], environment) for name in ("convit", "plain")]
+    result = [
+        Program(name, [*ours, f"--program={name}"], environment)
+        for name in (*OURS, *(f"convit: {way}" for way in WAYS))
+        if name in options.programs
+    ]
     if options.other:  # this benchmark, that package
         there = {**environment, "PYTHONPATH": path(Path(options.other).resolve())}
         result.append(Program("other", [*ours, "--program=convit"], there))
     script = str(ROOT / "benchmarks/model_timm.py")
-    for name in [name for name in PEERS if options.peer and name in options.peers.split(",")]:
+    for name in [name for name in PEERS if options.peer and name in options.programs]:
         model, compiled = PEERS[name]
         arguments[0] = f"--model={model.format(size)}"
         command = [options.peer, script, *arguments, *["--compile"] * compiled]
@@ -163,10 +173,9 @@ def summary(running, options):
         answers = by_name[name].answers[task] if name in by_name else []
         return [answer[field] for answer in answers if field in answer]
 
-    peak = values("convit", "peak", "flops")
+    peak = values(running[0].name, "peak", "flops")
     rows, ratios = [], []
     for task in options.tasks:
-        macs = values("convit", task, "macs")
         for name in by_name:
             rates = values(name, task, "images_per_second")
             if not rates:
@@ -178,7 +187,8 @@ def summary(running, options):
             row["first_step_processor"] = values(name, task, "first_step_processor")[:2]
             row["peak_mb"] = max(values(name, task, "peak_mb")[-options.rounds :])
             row["program_mb"] = next(iter(values(name, task, "program_mb")), None)
-            if name in ("convit", "plain") and peak:
+            macs = values(name, task, "macs")
+            if macs and peak:
                 flops = {"inference": 2, "training": 6}[task] * macs[0]
                 row["gmacs"] = macs[0] / 1e9
                 row["mfu"] = row["images_per_second"] * flops / statistics.median(peak)
@@ -205,25 +215,29 @@ def show(found):
     """Print one model's tables."""
     if found["peak_tflops"]:
         print(f"  large matrix product: {found['peak_tflops']:.3g} TFLOP/s")
-    print(f"  {'':32}images/s   MFU   first step cold, warm   peak MB   program MB")
+    gmacs = next(
+        (f", {row['gmacs']:.4g} GMAC an image forward" for row in found["rates"] if "gmacs" in row), ""
+    )
+    print(f"  asked for: MFU {MFU}; first step of training, cold and warm, {FIRST_STEP}{gmacs}")
+    print(f"  {'':42}images/s   MFU   first step cold, warm   peak MB   program MB")
     for row in found["rates"]:
         mfu = f"{row['mfu']:6.1%}" if "mfu" in row else "     -"
         warm = f"{row['first_step_warm']:6.1f} s" if row["first_step_warm"] is not None else "       -"
         needed = f"{row['program_mb']:10.0f}" if row["program_mb"] else "         -"
         print(
-            f"  {row['task']:10}{row['program']:21}{row['images_per_second']:9.2f} {mfu}"
+            f"  {row['task']:10}{row['program']:32}{row['images_per_second']:9.2f} {mfu}"
             f"{row['first_step_cold']:13.1f} s {warm}{row['peak_mb']:11.0f} {needed}"
         )
     for row in found["ratios"]:
         if "value" in row:
-            print(f"  {row['task']:10}{row['ratio']:34}{row['value']:6.2f}")
+            print(f"  {row['task']:10}{row['ratio']:42}{row['value']:6.2f}; asked for: at most {MEMORY}")
             continue
         low, high = row["images_per_second_range"]
         least = (
             "" if row["least"] is None else f"; asked for: {row['least'][0]} (CPU), {row['least'][1]} (GPU)"
         )
         print(
-            f"  {row['task']:10}{row['ratio']:34}{row['images_per_second']:6.2f} ({low:.2f} to {high:.2f}), "
+            f"  {row['task']:10}{row['ratio']:42}{row['images_per_second']:6.2f} ({low:.2f} to {high:.2f}), "
             f"per processor time {row['images_per_processor_second']:.2f}{least}"
         )
     sys.stdout.flush()
@@ -240,13 +254,20 @@ def main():
     parser.add_argument("--seconds", type=float, default=2, help="of a turn")
     parser.add_argument("--settings", default="{}", help='of the model, as \'{"dtype": "bfloat16"}\'')
     parser.add_argument("--peer", help="a Python with PyTorch and timm")
-    parser.add_argument("--peers", default=",".join(PEERS), help="which of timm's programs")
+    parser.add_argument(
+        "--programs",
+        default=",".join((*OURS, *PEERS)),
+        help="also " + ", ".join(f"'convit: {w}'" for w in WAYS),
+    )
     parser.add_argument("--other", help="another checkout, compared as the program `other`")
     parser.add_argument("--fresh", action="store_true", help="a new process for each turn")
     parser.add_argument("--minutes", type=float, default=600, help="start nothing after so many")
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
-    options.tasks = options.tasks.split(",")
+    options.tasks, options.programs = options.tasks.split(","), options.programs.split(",")
+    known = [*OURS, *PEERS, *(f"convit: {way}" for way in WAYS)]
+    if unknown := set(options.programs) - set(known):
+        parser.error(f"--programs has {', '.join(sorted(unknown))}: there are {', '.join(known)}.")
     models, batches = options.models.split(","), [int(number) for number in options.batch.split(",")]
     if len(models) != len(batches):
         parser.error(f"--batch has {len(batches)} numbers for {len(models)} models: give one for each.")
@@ -259,7 +280,10 @@ def main():
             measure(running, options, deadline)
         found = summary(running, options)
         answers = {program.name: program.answers for program in running}
-        device = next((a["device"] for a in answers["convit"][options.tasks[0]]), "no device")
+        device = next(
+            (a["device"] for tasks in answers.values() for found_by in tasks.values() for a in found_by),
+            "no device",
+        )
         print(f"{entry}, batch {batch}, {options.rounds} rounds, {device}", flush=True)
         show(found)
         results["models"][entry] = {"batch": batch, "device": device, **found, "answers": answers}

@@ -1,4 +1,4 @@
-"""One program of benchmarks.model: ConViT, or the same network with plain attention, in a process of its own.
+"""One program of benchmarks.model: ConViT, or it in another way, in a process of its own.
 
 Reads requests `TASK SECONDS` from standard input and answers each with a line of JSON. The tasks are
 inference (logits), training (forward, backward, AdamW; no augmentation, no stochastic depth) and peak (a
@@ -7,6 +7,7 @@ of tracing, compiling or loading from the cache, and one step, with the inputs i
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -17,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from convit_jax.models import vit
+from convit_jax.models import attention, vit
 from convit_jax.models.attention import SelfAttention
 from convit_jax.models.variants import abstract_model, count_macs, initial_params, model_settings
 
@@ -30,12 +32,44 @@ class PlainAttention(SelfAttention):
         super().__init__(dim, num_heads, **settings)
 
 
-def network(program, settings):
-    """(graphdef, parameters) of "convit", or of "plain": the same with plain attention everywhere."""
-    gpsa = vit.GatedPositionalSelfAttention if program == "convit" else PlainAttention
-    with mock.patch.object(vit, "GatedPositionalSelfAttention", gpsa):
-        graphdef, _ = abstract_model(settings)
-        return graphdef, initial_params(settings, 0)
+@contextlib.contextmanager
+def as_in(program, settings):
+    """While it lasts models are those of a program: yields its settings.
+
+    Programs: "convit"; "plain", the same with plain attention everywhere; "convit: WAY" of model.py's WAYS.
+    """
+    way = program.partition(": ")[2]
+    changed = {"unrolled": {"scan_unroll": settings["depth"]}, "remat": {"remat": True}}
+    with contextlib.ExitStack() as stack:
+        if program == "plain":
+            stack.enter_context(mock.patch.object(vit, "GatedPositionalSelfAttention", PlainAttention))
+        elif way and way not in changed:
+            stack.enter_context(mock.patch.object(attention, *replacement(way)))
+        yield {**settings, **changed.get(way, {})}
+
+
+def replacement(way):
+    """(name, function) of what takes the place of a function of models/attention.py."""
+    from benchmarks import attention as forms  # not on the path of another checkout
+
+    own, by_cudnn = attention.attention, forms.library("cudnn")
+
+    def cudnn(q, k, v):
+        if q.shape != k.shape:  # the class token alone
+            return own(q, k, v)
+        return checkpoint_name(by_cudnn(q, k, v), "attention")
+
+    return {
+        "cuDNN": ("attention", cudnn),
+        "position over heads only": ("along_axes", forms.over_heads_only),
+        "position dense": ("along_axes", forms.dense),
+    }[way]
+
+
+def network(settings):
+    """(graphdef, parameters) of a model_settings()."""
+    graphdef, _ = abstract_model(settings)
+    return graphdef, initial_params(settings, 0)
 
 
 def compiled(function, *arguments, donate=()):
@@ -110,16 +144,23 @@ def peak_memory():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--program", choices=("convit", "plain"), required=True)
+    parser.add_argument("--program", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--image_size", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--settings", type=json.loads, default={}, help="of the model, as JSON")
     options = parser.parse_args()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    settings = model_settings(options.model, image_size=options.image_size, **options.settings)
-    graphdef, params = network(options.program, settings)
-    images = jax.random.normal(jax.random.key(1), (options.batch, *settings["image_size"], 3))
+    with as_in(
+        options.program, model_settings(options.model, image_size=options.image_size, **options.settings)
+    ) as settings:
+        serve(settings, options.batch)
+
+
+def serve(settings, batch):
+    """Answer requests until there are no more."""
+    graphdef, params = network(settings)
+    images = jax.random.normal(jax.random.key(1), (batch, *settings["image_size"], 3))
     jax.block_until_ready((params, images))
     ready = {}
     for line in sys.stdin:
@@ -128,6 +169,7 @@ def main():
         if task == "peak":
             if task not in ready:
                 ready[task] = matrix_product(settings["dtype"])
+                jax.block_until_ready(ready[task][0]())  # compiled and tuned
             once, flops = ready[task]
             answer["flops"], _ = [flops * x for x in rate(once, float(seconds))]
         else:
@@ -141,7 +183,7 @@ def main():
             if float(seconds):
                 steps = rate(once, float(seconds))
                 answer["images_per_second"], answer["images_per_processor_second"] = (
-                    options.batch * x for x in steps
+                    batch * x for x in steps
                 )
             answer["peak_mb"] = peak_memory()
             answer["macs"] = count_macs(settings)

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from conftest import ROOT
+from flax import nnx
 
 from benchmarks.model import Program, summary
-from benchmarks.model_jax import network
+from benchmarks.model_jax import as_in, network
 from benchmarks.reproducibility import differences
 from convit_jax.models.variants import model_settings
 from convit_jax.training.loop import train
@@ -23,6 +25,7 @@ def test_the_benchmark_of_models_runs_and_writes_its_table(tmp_path):
     command = [sys.executable, "-m", "benchmarks.model", "--models=convit_tiny@16", "--batch=2", "--fresh"]
     options = [
         "--tasks=training",
+        "--programs=convit,plain,convit: unrolled",
         "--rounds=1",
         "--seconds=0.01",
         f"--settings={json.dumps(SETTINGS)}",
@@ -34,21 +37,36 @@ def test_the_benchmark_of_models_runs_and_writes_its_table(tmp_path):
     assert "convit_tiny@16, batch 2, 1 rounds, cpu" in done.stdout
     found = json.loads((tmp_path / "x").read_text())["models"]["convit_tiny@16"]
     rows = {(row["task"], row["program"]): row for row in found["rates"]}
-    assert set(rows) == {("training", "convit"), ("training", "plain")}
+    assert set(rows) == {("training", program) for program in ("convit", "plain", "convit: unrolled")}
     for row in rows.values():
         assert min(row["images_per_second"], row["first_step_cold"], row["mfu"], row["program_mb"]) > 0
-    assert len(found["ratios"]) == 2  # speed, memory
+    assert len(found["ratios"]) == 3  # plain and unrolled; memory
 
 
 def test_the_plain_network_differs_in_the_position_alone():
     settings = model_settings("convit_tiny", image_size=16, **SETTINGS)
-    convit, plain = (network(program, settings)[1] for program in ("convit", "plain"))
+    params = {}
+    for program in ("convit", "plain"):
+        with as_in(program, settings) as of_it:
+            params[program] = network(of_it)[1]
+    convit, plain = params.values()
     weights = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in convit.items()}
     position = 3 * 4 + 4 + 4  # pos_proj and gates of four heads
     assert {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in plain.items()} == {
         **weights,
         "gpsa_blocks": weights["gpsa_blocks"] - position,
     }
+
+
+@pytest.mark.parametrize("way", ["position over heads only", "position dense", "unrolled", "remat"])
+def test_another_way_computes_the_same(way):
+    settings = model_settings("convit_tiny", image_size=16, **SETTINGS)
+    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    outputs = []
+    for program in ("convit", f"convit: {way}"):
+        with as_in(program, settings) as of_it:
+            outputs.append(nnx.merge(*network(of_it))(images))
+    np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
 def test_a_ratio_is_the_median_over_neighbouring_turns():

@@ -15,6 +15,10 @@ from orbax.checkpoint import v1 as ocp
 from convit_jax.errors import UserError
 from convit_jax.training.rundir import FULL
 
+# Of an array that all devices hold each saves a part, unless that were less than so many bytes: every
+# shape of part is a program to compile, hundreds of them for the small arrays of a model.
+WHOLE = 2**20
+
 
 class LatestAndBest:
     """Keeps the latest checkpoint and the one with the best top-1 so far; top1: {step: val_top1}."""
@@ -34,8 +38,12 @@ def open_checkpoints(directory, top1):
 
     top1: {step: val_top1 in per cent}, kept up to date by its owner; decides which checkpoint is the best.
     """
+    arrays = ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=WHOLE)
     return ocp.training.Checkpointer(
-        Path(directory).absolute(), preservation_policy=LatestAndBest(top1), cleanup_tmp_directories=True
+        Path(directory).absolute(),
+        preservation_policy=LatestAndBest(top1),
+        cleanup_tmp_directories=True,
+        context=ocp.Context(array_options=ocp.options.ArrayOptions(saving=arrays)),
     )
 
 
