@@ -92,7 +92,7 @@ def get_config():
     config.distill.temperature = 1.0  # of both softmaxes with kind = "soft"
 
     config.locality = ConfigDict()  # of what attention looks at, measured at every evaluation
-    config.locality.images = placeholder(int)  # test images: None a hundredth, at most 64; 0 no non-locality
+    config.locality.images = placeholder(int)  # of the test: None 1 in 100, at most 64; 0 no non-locality
     config.locality.as_logged = False  # non-locality also as the original logs it, on the raw patch embedding
 
     config.mesh = ConfigDict()  # how devices are arranged

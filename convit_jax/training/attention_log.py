@@ -1,7 +1,8 @@
-"""What attention looks at, measured at every evaluation for the log (analysis/locality.py says how).
+"""What attention looks at, measured before training and at every evaluation (analysis/locality.py says how).
 
-The images are the first of the test that can be read, the same ones at every evaluation, whatever the
-evaluation's batch, the devices and the processes; few, for this shall cost little next to the evaluation.
+The images lie evenly over the test, whose order is that of its classes; they are the same ones every time,
+whatever the evaluation's batch, the devices and the processes; few, for this shall cost little next to the
+evaluation.
 """
 
 import itertools
@@ -27,7 +28,7 @@ def make_attention_log(graphdef, config, plan, mesh):
     """
     batch = None
     if count := image_count(config, len(plan.test.indices)):
-        batch = put_batch(first_readable(plan.test, count, mesh.size), mesh)
+        batch = put_batch(spread(plan.test, count, mesh.size), mesh)
     whole = gather(mesh)
 
     def measure(params, batch):
@@ -65,14 +66,15 @@ def image_count(config, test_images):
     return min(config.locality.images, test_images)
 
 
-def first_readable(example, count, devices):
-    """This process's rows of the first `count` images of an EvalExample that can be read.
+def spread(example, count, devices):
+    """This process's rows of `count` images of an EvalExample: the first readable one of as many equal parts.
 
-    Every process reads all of them, so that they agree which these are. Empty rows, "valid" False, make up
-    a multiple of `devices`.
+    Every process reads all of them, so that they agree which these are. A part without any gives none. Empty
+    rows, "valid" False, make up a multiple of `devices`.
     """
-    rows = (example([slot]) for slot in range(len(example.indices)))
-    found = list(itertools.islice((row for row in rows if row["valid"][0]), count))
+    edges = np.linspace(0, len(example.indices), count + 1).astype(int).tolist()
+    parts = ((example([slot]) for slot in range(*part)) for part in itertools.pairwise(edges))
+    found = [row for part in parts for row in itertools.islice((r for r in part if r["valid"][0]), 1)]
     end = len(example.indices)
     found.append(example(range(end, end + -len(found) % devices)))
     share = sum(len(row["valid"]) for row in found) // jax.process_count()

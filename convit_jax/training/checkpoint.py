@@ -38,12 +38,13 @@ def open_checkpoints(directory, top1):
 
     top1: {step: val_top1 in per cent}, kept up to date by its owner; decides which checkpoint is the best.
     """
-    arrays = ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=WHOLE)
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = WHOLE
     return ocp.training.Checkpointer(
         Path(directory).absolute(),
         preservation_policy=LatestAndBest(top1),
         cleanup_tmp_directories=True,
-        context=ocp.Context(array_options=ocp.options.ArrayOptions(saving=arrays)),
+        context=context,
     )
 
 

@@ -156,6 +156,7 @@ def train(config, workdir):
         stack.callback(checkpoint.close, checkpoints)
         stack.enter_context(ends_all())  # closing would wait for the other processes
         latest = from_first(checkpoints.latest and checkpoints.latest.step)
+        phase("making the first weights" if latest is None else f"reading the checkpoint of step {latest}")
         if latest is not None:
             check_not_beyond(latest, plan.total_steps, workdir)
             tree = checkpoint.restore(checkpoints, shapes, shardings, latest)
@@ -216,6 +217,9 @@ def train(config, workdir):
             return results and {f"{m}_{name}": results[m][name] for m in models for name in names}
 
         # ---- Training ----------------------------------------------------------------------
+        if step == 0:
+            log.write(0, 0.0, attention_log(state["params"]))
+        phase("the first step, which is compiled")
         while True:
             # Where it is due, evaluate and save. A signal saves at once; what it left without an
             # evaluation gets it when the run continues.
@@ -229,13 +233,13 @@ def train(config, workdir):
                     report(*windows.popleft())
                 check_finite(jax.device_get(metrics), checkpoints)
                 with clock.paused():
+                    if step != saved:  # first: whatever goes wrong in the evaluation, this is safe
+                        checkpoint.save(checkpoints, step, {"state": state, "metrics": metrics})
+                        saved = step
                     values = evaluate_now(state) if due and not stopping else None
                     if values is not None:
                         log.write(step, plan.epoch(step), values | attention_log(state["params"]))
                         progress.evaluated(step, plan.epoch(step), values)
-                    if step != saved:
-                        checkpoint.save(checkpoints, step, {"state": state, "metrics": metrics})
-                        saved = step
                 if due and values is None and not stopping:  # a signal came during the evaluation
                     continue
             if stopping or step == plan.total_steps:

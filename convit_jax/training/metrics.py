@@ -48,7 +48,9 @@ class Evaluations:
 
 
 class MetricsLog(Evaluations):
-    """DIR/metrics.jsonl and DIR/tensorboard; lines after start_step, of a run cut off, are dropped.
+    """DIR/metrics.jsonl and DIR/tensorboard.
+
+    Lines after start_step, of a run cut off, are dropped, and all if the run starts anew at step 0.
 
     Raises:
       UserError: the disk is full.
@@ -56,7 +58,7 @@ class MetricsLog(Evaluations):
 
     def __init__(self, directory, start_step, top1):
         self.path = directory / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= start_step]
+        kept = [line for line in read_metrics(self.path) if start_step and line["step"] <= start_step]
         super().__init__(top1)
         self.recall(kept)
         with disk_errors(self.path):

@@ -54,7 +54,7 @@ def test_a_study_outlives_a_failure_and_a_signal_and_skips_what_is_done(plan, tm
     process, metrics = start(plan, f"--output={output}"), output / "runs/last-seed0/metrics.jsonl"
     try:
         until = time.monotonic() + 300
-        while not (metrics.exists() and metrics.read_text()) and process.poll() is None:
+        while not (metrics.exists() and "train_loss" in metrics.read_text()) and process.poll() is None:
             assert time.monotonic() < until
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ from convit_jax.analysis import locality
 from convit_jax.data.augment import normalize
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
-from convit_jax.training.attention_log import first_readable, image_count, make_attention_log
+from convit_jax.training.attention_log import image_count, make_attention_log, spread
 from convit_jax.training.loop import train
 from convit_jax.training.metrics import read_metrics
 from convit_jax.training.plan import make_plan
@@ -27,7 +27,9 @@ def test_every_evaluation_logs_what_the_weights_look_at(digits_config, tmp_path,
 
     plan = make_plan(digits_config, devices=1)
     model = nnx.merge(abstract_model(plan.model)[0], saved(tmp_path)["state"]["params"])
-    images = normalize(plan.test(range(5))["image"], digits_config.data.mean, digits_config.data.std)
+    images = normalize(
+        spread(plan.test, 5, devices=1)["image"], digits_config.data.mean, digits_config.data.std
+    )
     centres, spans = locality.centres_and_spans(model)
     expected = {
         "gates": model.gpsa_blocks.attn.gates(),
@@ -44,7 +46,9 @@ def test_every_evaluation_logs_what_the_weights_look_at(digits_config, tmp_path,
     lines = read_metrics(tmp_path / "metrics.jsonl")
     evaluations = [line for line in lines if "val_top1" in line]
     assert len(evaluations) == 3
-    assert all(set(expected) <= set(line) for line in evaluations)
+    assert all(set(expected) <= set(line) for line in (lines[0], *evaluations))
+    assert lines[0]["step"] == 0  # new weights
+    np.testing.assert_allclose(lines[0]["gates"], 0.7311, atol=1e-4)
     assert not any("gates" in line for line in lines if "train_loss" in line)
 
 
@@ -72,21 +76,31 @@ def test_how_many_images(digits_config):
     assert [image_count(digits_config, count) for count in (6, 360)] == [6, 30]
 
 
-def test_the_first_images_that_can_be_read_whoever_reads_them(digits_config, image_folder, monkeypatch):
+def test_images_of_all_classes_are_looked_at(digits_config):
+    test = make_plan(digits_config, devices=1).test
+    labels = np.concatenate([test([slot])["label"] for slot in range(len(test.indices))])
+    assert np.all(np.diff(labels) >= 0)  # the first ones are of one class
+    pixels = spread(test, 20, devices=1)["image"]
+    chosen = np.linspace(0, len(labels), 21).astype(int)[:-1]
+    np.testing.assert_array_equal(pixels, test(chosen)["image"])
+    assert set(labels[chosen]) == set(range(10))
+
+
+def test_the_first_readable_image_of_each_part_whoever_reads_them(digits_config, image_folder, monkeypatch):
     digits_config.data.name, digits_config.data.dir = "folder", str(image_folder)
     digits_config.batch_size = digits_config.eval_batch_size = 8
     example = make_plan(digits_config, devices=1).test
     whole = example(range(6))
-    (image_folder / "val/ant/1.jpg").write_bytes(b"no image")
-    one = first_readable(example, 3, devices=1)
-    np.testing.assert_array_equal(one["image"], whole["image"][[0, 2, 3]])
+    (image_folder / "val/ant/0.jpg").write_bytes(b"no image")
+    one = spread(example, 3, devices=1)
+    np.testing.assert_array_equal(one["image"], whole["image"][[1, 2, 4]])
     assert one["valid"].all()
     few = dataclasses.replace(example, indices=example.indices[:2])
-    assert first_readable(few, 5, devices=1)["valid"].tolist() == [True]
+    assert spread(few, 2, devices=1)["valid"].tolist() == [True]
     monkeypatch.setattr("jax.process_count", lambda: 2)
     parts = []
     for process in range(2):
         monkeypatch.setattr("jax.process_index", lambda process=process: process)
-        parts.append(first_readable(example, 3, devices=4))
+        parts.append(spread(example, 3, devices=4))
     np.testing.assert_array_equal(np.concatenate([part["image"] for part in parts])[:3], one["image"])
     assert [part["valid"].tolist() for part in parts] == [[True, True], [True, False]]

@@ -115,8 +115,10 @@ def test_what_a_run_leaves_behind(digits_config, tmp_path, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tensorboard").glob("events*"))
     lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [4, 8, 12, 12]
-    assert set(lines[0]) == {
+    assert [line["step"] for line in lines] == [0, 4, 8, 12, 12]
+    looks = {"gates", "centre_x", "centre_y", "span", "nonlocality"}
+    assert set(lines[0]) == {"step", "epoch", *looks}
+    assert set(lines[1]) == {
         "step",
         "epoch",
         "train_loss",
@@ -125,7 +127,6 @@ def test_what_a_run_leaves_behind(digits_config, tmp_path, capsys):
         "images_per_second",
         "data_wait",
     }
-    looks = {"gates", "centre_x", "centre_y", "span", "nonlocality"}
     assert set(lines[-1]) == {"step", "epoch", "val_top1", "val_top5", "val_loss", *looks}
     assert lines[-1] == result
     for name in ("checkpoints", "curves", "TensorBoard", "next"):
