@@ -35,8 +35,8 @@ def library(implementation):
 def over_heads_only(a_y, a_x, v):
     """As model.along_axes, the products batched over heads alone: no factor is repeated, values move."""
     grid = v.reshape(*v.shape[:2], a_y.shape[-1], a_x.shape[-1], v.shape[-1])
-    moved = jnp.einsum("hxu,bhvud->bhvxd", a_x, grid)
-    return jnp.einsum("hyv,bhvxd->bhyxd", a_y, moved).reshape(v.shape)
+    moved = jnp.einsum("hxu,bhvud->bhvxd", a_x.astype(v.dtype), grid)
+    return jnp.einsum("hyv,bhvxd->bhyxd", a_y.astype(v.dtype), moved).reshape(v.shape)
 
 
 def dense_maps(a_y, a_x):
@@ -47,7 +47,7 @@ def dense_maps(a_y, a_x):
 
 def dense(a_y, a_x, v):
     """As model.along_axes, one N x N map a head."""
-    return jnp.einsum("hnm,bhmd->bhnd", dense_maps(a_y, a_x), v)
+    return jnp.einsum("hnm,bhmd->bhnd", dense_maps(a_y, a_x).astype(v.dtype), v)
 
 
 def forms(on_gpu):
@@ -55,7 +55,7 @@ def forms(on_gpu):
 
     def gpsa(content, position):
         def attend(q, k, v, gate, a_y, a_x):
-            out = position((gate * a_y).astype(v.dtype), a_x.astype(v.dtype), v)
+            out = position(gate * a_y, a_x, v)
             return ((1.0 - gate) * content(q, k, v).astype(jnp.float32) + out).astype(v.dtype)
 
         return attend

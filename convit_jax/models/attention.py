@@ -42,23 +42,18 @@ def _product_backward(kept, d_out):
 product.defvjp(_product_forward, _product_backward)
 
 
-def _dot_general(x, kernel, last_with_first, *, precision, out_sharding):
-    """What nnx.Linear calls."""
-    return product(x, kernel)
+class Linear(nnx.Linear):
+    """Dense layer [..., D] -> [..., E] with the init of the original: N(0, 0.02), zero bias.
 
+    The bias is added in float32, so that its gradient, a sum over all tokens of a batch, is one of float32.
+    """
 
-def linear(dim_in, dim_out, *, use_bias=True, dtype, precision=None, rngs):
-    """Dense layer with the init of the original: N(0, 0.02), zero bias."""
-    return nnx.Linear(
-        dim_in,
-        dim_out,
-        use_bias=use_bias,
-        kernel_init=TRUNC_NORMAL,
-        dtype=dtype,
-        precision=precision,
-        dot_general=_dot_general if precision is None else jax.lax.dot_general,
-        rngs=rngs,
-    )
+    def __init__(self, dim_in, dim_out, **settings):
+        super().__init__(dim_in, dim_out, kernel_init=TRUNC_NORMAL, **settings)
+
+    def __call__(self, x):
+        out = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return out if self.bias is None else (out + self.bias[...]).astype(self.dtype)
 
 
 def dropout(x, rate, key):
@@ -137,13 +132,14 @@ def join_heads(x):
 def along_axes(a_y, a_x, v):
     """(A_y (x) A_x) v of each head: [H, rows, rows], [H, columns, columns], v [B, H, N, d] -> [B, H, N, d].
 
-    The factors are repeated for the batch, so that the products are batched over leading axes and no value
-    has to move; with heads alone as the batch the values would be transposed, and back.
+    The factors, float32, are repeated for the batch, so that the products are batched over leading axes and
+    no value has to move; with heads alone as the batch the values would be transposed, and back. They take
+    the dtype of v only then: their gradient, a sum over the batch, is one of float32.
     """
     batch, heads, tokens, size = v.shape
     rows, columns = a_y.shape[-1], a_x.shape[-1]
-    a_y = jnp.broadcast_to(a_y, (batch, *a_y.shape))
-    a_x = jnp.broadcast_to(a_x[:, None], (batch, heads, rows, columns, columns))
+    a_y = jnp.broadcast_to(a_y, (batch, *a_y.shape)).astype(v.dtype)
+    a_x = jnp.broadcast_to(a_x[:, None], (batch, heads, rows, columns, columns)).astype(v.dtype)
     v = a_y @ v.reshape(batch, heads, rows, columns * size)  # [B, H, rows, columns * d]
     return (a_x @ v.reshape(batch, heads, rows, columns, size)).reshape(batch, heads, tokens, size)
 
@@ -168,8 +164,8 @@ class SelfAttention(nnx.Module):
         self, dim, num_heads, *, qkv_bias=False, attn_drop=0.0, proj_drop=0.0, dtype=jnp.float32, rngs
     ):
         self.num_heads, self.attn_drop, self.proj_drop = num_heads, attn_drop, proj_drop
-        self.qkv = linear(dim, 3 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(dim, 3 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
 
     def _qkv(self, x):
         return split_heads(self.qkv(x), 3, self.num_heads)  # [B, H, N, d] each
@@ -218,11 +214,11 @@ class GatedPositionalSelfAttention(nnx.Module):
         rngs,
     ):
         self.num_heads, self.grid, self.attn_drop, self.proj_drop = num_heads, grid, attn_drop, proj_drop
-        self.qk = linear(dim, 2 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.v = linear(dim, dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
-        self.pos_proj = linear(
-            3, num_heads, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST, rngs=rngs
+        self.qk = Linear(dim, 2 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.v = Linear(dim, dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.pos_proj = nnx.Linear(
+            3, num_heads, kernel_init=TRUNC_NORMAL, precision=jax.lax.Precision.HIGHEST, rngs=rngs
         )
         self.gating_param = nnx.Param(jnp.full(num_heads, gate_init, jnp.float32))
         if conv_init:
@@ -288,7 +284,7 @@ class GatedPositionalSelfAttention(nnx.Module):
         """(1 - s) attention(q, k) v + s (A_y (x) A_x) v, [B, H, N, d]."""
         gate = self.gates()[:, None, None]
         a_y, a_x = self.positional_factors()
-        position = along_axes((gate * a_y).astype(v.dtype), a_x.astype(v.dtype), v)
+        position = along_axes(gate * a_y, a_x, v)
         position = checkpoint_name(position, "position")
         mixed = (1.0 - gate) * attention(q, k, v).astype(jnp.float32) + position
         return mixed.astype(v.dtype)

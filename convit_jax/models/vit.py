@@ -20,9 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 from convit_jax.models.attention import (
     TRUNC_NORMAL,
     GatedPositionalSelfAttention,
+    Linear,
     SelfAttention,
     dropout,
-    linear,
     split_key,
 )
 
@@ -51,7 +51,7 @@ def drop_path(x, rate, key):
 
 
 class PatchEmbed(nnx.Module):
-    """Images [B, H, W, C] -> patches [B, rows * columns, D], a convolution whose stride is its size."""
+    """Images [B, H, W, C] -> patches float32 [B, rows * columns, D]: a convolution, its stride its size."""
 
     def __init__(self, patch_size, in_chans, embed_dim, *, dtype, rngs):
         bound = (patch_size * patch_size * in_chans) ** -0.5  # PyTorch's default for convolutions
@@ -78,8 +78,8 @@ class PatchEmbed(nnx.Module):
         rows, columns = self.proj.kernel_size
         patches = images.reshape(batch, height // rows, rows, width // columns, columns, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, rows * columns * channels)
-        kernel, bias = (self.proj.kernel[...].astype(images.dtype), self.proj.bias[...].astype(images.dtype))
-        return patches @ kernel.reshape(-1, kernel.shape[-1]) + bias
+        kernel = self.proj.kernel[...].astype(images.dtype)
+        return patches @ kernel.reshape(-1, kernel.shape[-1]) + self.proj.bias[...]
 
 
 class Mlp(nnx.Module):
@@ -87,8 +87,8 @@ class Mlp(nnx.Module):
 
     def __init__(self, dim, hidden_dim, *, drop=0.0, dtype, rngs):
         self.drop = drop
-        self.fc1 = linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, key=None):
         keys = split_key(key, 2)
@@ -215,10 +215,10 @@ class VisionTransformer(nnx.Module):
         self.gpsa_blocks = stack(gpsa, range(local_up_to_layer))
         self.sa_blocks = stack(plain, range(local_up_to_layer, depth))
         self.norm = layer_norm(embed_dim, dtype=jnp.float32, rngs=rngs)
-        self.head = linear(embed_dim, num_classes, dtype=jnp.float32, rngs=rngs)
+        self.head = Linear(embed_dim, num_classes, dtype=jnp.float32, rngs=rngs)
         if distilled:
             self.dist_token = nnx.Param(TRUNC_NORMAL(rngs.params(), (1, 1, embed_dim)))
-            self.head_dist = linear(embed_dim, num_classes, dtype=jnp.float32, rngs=rngs)
+            self.head_dist = Linear(embed_dim, num_classes, dtype=jnp.float32, rngs=rngs)
 
     @property
     def blocks(self):
@@ -244,8 +244,8 @@ class VisionTransformer(nnx.Module):
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images are {images.dtype}, this model takes normalised floats: convert them")
         patches_key, tokens_key = split_key(key, 2)
-        patches = self.patch_embed(images.astype(self.dtype))
-        patches = patches + self.pos_embed[:, -patches.shape[1] :].astype(self.dtype)
+        patches = self.patch_embed(images.astype(self.dtype))  # float32, for the gradients of what is added
+        patches = (patches + self.pos_embed[:, -patches.shape[1] :]).astype(self.dtype)
         tokens = self.cls_token[...]
         if self.distilled:
             tokens = jnp.concatenate([tokens, self.dist_token[...]], axis=1)

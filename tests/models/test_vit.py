@@ -178,12 +178,33 @@ def test_bfloat16_computes_so_and_keeps_parameters_and_logits_in_float32():
     assert logits.dtype == jnp.float32
     assert model.blocks[0](jnp.ones((1, 6, 16), jnp.bfloat16)).dtype == jnp.bfloat16
     np.testing.assert_allclose(logits, run(exact, images()), atol=0.02)
-    # Norms and softmax in float32: their reductions never see bfloat16 sums.
-    text = str(jax.make_jaxpr(lambda x: model(x))(images()))
-    assert "reduce_sum" in text
-    for line in text.splitlines():
-        if "= reduce_sum" in line or " exp " in line:
-            assert ":bf16" not in line.split("=")[0], line
+    # Norms and softmax in float32, and the gradients of what is added to all tokens: no sum is of bfloat16.
+    graphdef, params = nnx.split(model)
+    gradient = jax.grad(lambda params: nnx.merge(graphdef, params)(images()).sum())
+    for text in (str(jax.make_jaxpr(lambda x: model(x))(images())), str(jax.make_jaxpr(gradient)(params))):
+        assert "reduce_sum" in text
+        for line in text.splitlines():
+            if "= reduce_sum" in line or " exp " in line:
+                assert ":bf16" not in line.split("=")[0], line
+
+
+def test_gradients_in_bfloat16_over_many_tokens():
+    pixels = jax.random.normal(jax.random.key(1), (640, 16, 24, 3)) + 0.3  # 640 x 6 tokens
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        graphdef, params = nnx.split(small(dtype=dtype))
+
+        def loss(params, graphdef=graphdef):
+            return jnp.mean(jax.nn.log_softmax(nnx.merge(graphdef, params)(pixels))[:, 0])
+
+        found.append(nnx.to_pure_dict(jax.jit(jax.grad(loss))(params)))
+    for tree in found:
+        del tree["gpsa_blocks"]["attn"]["pos_proj"]["bias"]  # softmax cancels it
+    for (path, exact), rounded in zip(
+        jax.tree_util.tree_leaves_with_path(found[0]), jax.tree.leaves(found[1]), strict=True
+    ):
+        error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
+        assert error < 0.03, (jax.tree_util.keystr(path), float(error))
 
 
 def test_init_has_the_original_distributions():
