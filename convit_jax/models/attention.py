@@ -187,7 +187,8 @@ class SelfAttention(nnx.Module):
             out = apply_maps(dropout(content_probabilities(q, k), self.attn_drop, attn_key), v)
             out = checkpoint_name(out, "attention")
         else:
-            out = attention(q, k, v)
+            with jax.named_scope("content"):
+                out = attention(q, k, v)
         return dropout(self.proj(join_heads(out)), self.proj_drop, proj_key)
 
 
@@ -283,8 +284,9 @@ class GatedPositionalSelfAttention(nnx.Module):
     def _separable(self, q, k, v):
         """(1 - s) attention(q, k) v + s (A_y (x) A_x) v, [B, H, N, d]."""
         gate = self.gates()[:, None, None]
-        a_y, a_x = self.positional_factors()
-        position = along_axes(gate * a_y, a_x, v)
-        position = checkpoint_name(position, "position")
-        mixed = (1.0 - gate) * attention(q, k, v).astype(jnp.float32) + position
-        return mixed.astype(v.dtype)
+        with jax.named_scope("position"):
+            a_y, a_x = self.positional_factors()
+            position = checkpoint_name(along_axes(gate * a_y, a_x, v), "position")
+        with jax.named_scope("content"):
+            content = attention(q, k, v)
+        return ((1.0 - gate) * content.astype(jnp.float32) + position).astype(v.dtype)

@@ -120,10 +120,12 @@ def make_train_step(
 
     def step(state, metrics, batch, seed, teacher_params=None):
         keys = step_keys(seed, state["step"])
-        images, targets = augmented(batch, keys, config, num_classes)
+        with jax.named_scope("augmentation"):  # scopes name parts in profiles
+            images, targets = augmented(batch, keys, config, num_classes)
         (loss, sums), grads = accumulated(state["params"], images, targets, keys[2], teacher_params)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         rows = images.shape[0]
         metrics = {
