@@ -19,6 +19,7 @@ from convit_jax.training.plan import model_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections on Python 3.11
 
+GOLDEN = ROOT / "tests/golden/convit_golden.pth"
 ENTRY = {"row": "a", "config": "configs/digits.py", "seeds": [0, 1]}
 WHOLE = {"title": "Two", "question": "Do they differ?", "rows": "model", "runs": [ENTRY]}
 
@@ -158,8 +159,14 @@ def test_a_mistake_in_a_plan_is_named(plan, sentence, tmp_path, monkeypatch):
         ({"optim.schedule_per": "day"}, "optim.schedule_per is 'day': choose epoch or step"),
         ({"distill.kind": "firm"}, "distill.kind is 'firm': choose hard or soft"),
         ({"init_from": "none.pth"}, "there is no file or directory none.pth"),
-        ({"distill.teacher": "runs/a/none"}, "there is no file or directory runs/a/none"),
-        ({"distill.teacher": "runs/none"}, "there is no file or directory runs/none"),
+        ({"optim.frozen": ("gates",)}, "optim.frozen has 'gates', which names no parameter of "),
+        ({"distill.teacher": "runs/a/none"}, "distill.teacher: there is no file or directory runs/a/none"),
+        ({"distill.teacher": "runs/none"}, "distill.teacher: there is no file or directory runs/none"),
+        ({"distill.teacher": "empty"}, "distill.teacher: the run in empty has saved no checkpoint yet"),
+        (
+            {"distill.teacher": str(GOLDEN), "data.num_classes": 9},
+            f"distill.teacher: {GOLDEN} tells 10 classes apart and does not say which, but the data has 9",
+        ),
     ],
 )
 def test_what_cannot_be_is_named_before_the_first_run_also_of_the_second(
@@ -167,6 +174,8 @@ def test_what_cannot_be_is_named_before_the_first_run_also_of_the_second(
 ):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
     second = ENTRY | {"row": "b", "overrides": overrides}
     with pytest.raises(UserError) as raised:
         check(written(tmp_path, WHOLE | {"runs": [ENTRY, second]}))
