@@ -237,6 +237,37 @@ def test_a_run_directory_of_another_config_is_refused(tmp_path):
         claim(output, plan)
 
 
+def test_the_directory_of_a_run_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"run is the directory of a run of train.py, not of a study: give an"
+    ):
+        claim(tmp_path / "run", written(tmp_path, WHOLE))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "name", ["study.json", "runs/a-seed0/config.json", "runs/a-seed0/run.json", "runs/a-seed0/outcome.json"]
+)
+@pytest.mark.parametrize("damage", [b"", b'{"seconds": 3', b"\xff\xff"])
+def test_a_damaged_file_is_named_and_may_be_removed(name, damage, tmp_path):
+    plan, output = written(tmp_path, WHOLE), tmp_path / "out"
+    (output / "runs/a-seed0").mkdir(parents=True)
+    (output / name).write_bytes(damage)
+
+    def look():
+        claim(output, plan)
+        return outcome(output, plan.runs[0]).state
+
+    with pytest.raises(UserError) as raised:
+        look()
+    assert str(raised.value).startswith(f"{output / name} is damaged (")
+    assert "remove it and start the same command again" in str(raised.value)
+    (output / name).unlink()
+    assert look() == "to do"
+
+
 def test_commands_share_the_runs_and_do_not_repeat_each_others_failures(tmp_path):
     plan, output = written(tmp_path, WHOLE), tmp_path / "out"
     claim(output, plan)
