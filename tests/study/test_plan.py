@@ -53,6 +53,7 @@ def written(tmp_path, plan, changes=()):
         ("imagenet.py:sample_efficiency", 2 * 5),
         ("imagenet.py:ablations", 7 * 2),
         ("imagenet.py:locality", 10),
+        ("imagenet.py:locality_early", 10),
         ("imagenet.py:distillation", 3),
     ],
 )
@@ -85,6 +86,15 @@ def test_table_2_shows_as_many_images_on_every_fraction():
     for run in read_plan("studies/imagenet.py:sample_efficiency", []).runs:
         assert run.config.data.keep_total_images
         assert run.config.data.sampling_ratio == run.column
+
+
+def test_the_early_accuracy_of_fig_8_is_that_of_the_whole_schedule():
+    whole, early = (
+        [run.config.to_dict() for run in read_plan(f"studies/imagenet.py:{name}", []).runs]
+        for name in ("locality", "locality_early")
+    )
+    assert [config["epochs"] for config in early] == [300] * 10
+    assert early == [config | {"steps": 2539} for config in whole]  # 20 epochs of 130,000 images
 
 
 def test_the_small_ablations_change_what_those_of_the_paper_change():
