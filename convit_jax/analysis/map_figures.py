@@ -215,7 +215,7 @@ def init_page(directory, content, positions, strengths, image, query):
     content: [H, rows, columns] or None. positions: one [H, rows, columns] for each of `strengths`; with
     strengths None one of the ordinary init. image: uint8 [H, W, 3], or None. Heads stand as the pixels of
     the k x k filter that they start as; heads beyond it below. Content is drawn from its least to its most
-    attention: on the common scale it would be white.
+    attention: on the common scale it would be nearly white.
     """
     heads, *grid = positions[0].shape
     k, patches = math.isqrt(heads), grid[0] * grid[1]
