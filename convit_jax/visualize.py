@@ -6,9 +6,9 @@
     python -m convit_jax.visualize --augmentations --config=configs/convit_ti.py --output=augmented.png
 
 The first draws attention maps of every layer and head, the second those of a GPSA layer before training
-(Fig. 3; with --checkpoint in place of --config, of that model), the third learning curves, gates and
-non-locality through training (Figs. 5, 6). An image is a file, or a number: that image of the test split
-of the run's own data, or of --config's.
+(Fig. 3; with --checkpoint in place of --config, of that model and, of a run, its seed), the third learning
+curves, gates and non-locality through training (Figs. 5, 6). An image is a file, or a number: that image of
+the test split of the run's own data, or of --config's.
 """
 
 import re
@@ -18,6 +18,8 @@ from absl import flags
 
 from convit_jax.commands import define_weights, launch, load_weights
 from convit_jax.errors import UserError
+
+OF_WEIGHTS = ("checkpoint", "image_size", "heads", "which", "dtype", "ema")
 
 
 def define():
@@ -36,24 +38,46 @@ def define():
 
 def main(_):
     """Draw what the flags ask for and say where it is."""
-    values = flags.FLAGS
-    if values.augmentations:
-        draw = draw_augmentations
-    elif values.init:
-        draw = draw_init
-    elif values.run:
-        draw = draw_training
-    elif values.checkpoint and values.image:
-        draw = draw_attention
-    else:
-        raise UserError(
-            "say what to draw: --checkpoint=PATH --image=IMAGE for attention maps, --init for the "
-            "convolutional init, --run=DIR for learning curves, gates and non-locality, or --augmentations."
-        )
+    draw, values = choose(), flags.FLAGS
     if values.output is None:
         raise UserError("say where to draw it: --output=DIR.")
     for path in draw(Path(values.output).expanduser()):
         print(path)
+
+
+def choose():
+    """The function that draws what the flags ask for.
+
+    Raises:
+      UserError: they ask for nothing or for two things, or some would be ignored.
+    """
+    values = flags.FLAGS
+    modes = {"augmentations": draw_augmentations, "init": draw_init, "run": draw_training}
+    asked = [mode for mode in modes if values[mode].value]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are different pictures: ask for one at a time.")
+    if not asked and not (values.checkpoint and values.image):
+        raise UserError(
+            "say what to draw: --checkpoint=PATH --image=IMAGE for attention maps, --init for the "
+            "convolutional init, --run=DIR for learning curves, gates and non-locality, or --augmentations."
+        )
+    config = [name for name in values if re.match(r"config(\.|$)", name)]
+    if asked == ["augmentations"]:
+        read = config
+    elif asked == ["run"]:
+        read = []
+    elif values.checkpoint is None:
+        read = [*config, "image", "query"]
+    else:  # a config for its images only
+        read = [*(config if numbered() else []), "image", "query", *OF_WEIGHTS]
+    for name in (*config, "image", "query", *OF_WEIGHTS):
+        if values[name].present and name not in read:
+            remedy = "leave it out"
+            if asked == ["init"] and name in OF_WEIGHTS:
+                remedy += ", add --checkpoint=PATH, or change the model with --config.model.FIELD=VALUE"
+            drawing = asked[0] if asked else "checkpoint"
+            raise UserError(f"--{name} would change nothing of what --{drawing} draws: {remedy}.")
+    return modes[asked[0]] if asked else draw_attention
 
 
 def draw_augmentations(path):
@@ -108,6 +132,7 @@ def draw_init(directory):
     """The first GPSA layer of the weights' model, or of the config's, before training."""
     from convit_jax.analysis.map_figures import init_page
     from convit_jax.analysis.maps import check_query, init_maps
+    from convit_jax.evaluate import run_config
     from convit_jax.models.variants import model_settings
     from convit_jax.training.plan import model_arguments
     from convit_jax.weight_formats import Preprocessing
@@ -115,7 +140,9 @@ def draw_init(directory):
     config = flags.FLAGS.config
     if flags.FLAGS.checkpoint:
         loaded = load_weights()
-        settings, how, seed = loaded.settings, loaded.preprocessing, 0
+        settings, how = loaded.settings, loaded.preprocessing
+        checkpoint = Path(flags.FLAGS.checkpoint).expanduser()
+        seed = run_config(checkpoint).seed if (checkpoint / "checkpoints").is_dir() else 0
     else:
         settings = model_settings(**model_arguments(config, config.data.num_classes or 1000))
         how = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
@@ -157,12 +184,15 @@ def read_image(settings, how):
     if settings["in_chans"] != 3:
         raise UserError(f"these weights take images of {settings['in_chans']} channels: pictures have 3.")
     given = flags.FLAGS.image
-    if given.isdigit() and not Path(given).exists():
-        record = test_image(int(given))
-    else:
-        record = read_bytes(Path(given).expanduser())
+    record = test_image(int(given)) if numbered() else read_bytes(Path(given).expanduser())
     image = centre_crop(decode(record, given), settings["image_size"], how.crop_ratio, how.interpolation)
     return image, jax.device_get(normalize(image[None], how.mean, how.std))[0]
+
+
+def numbered():
+    """Whether --image is the number of an image."""
+    given = flags.FLAGS.image
+    return given is not None and given.isdigit() and not Path(given).exists()
 
 
 def test_image(number):
@@ -171,9 +201,13 @@ def test_image(number):
     from convit_jax.evaluate import run_config
 
     values = flags.FLAGS
-    checkpoint = values.checkpoint and Path(values.checkpoint).expanduser()
-    own = checkpoint and (checkpoint / "checkpoints").is_dir() and not values["config"].present
-    source = open_source((run_config(checkpoint) if own else values.config).data, "test")
+    config = values.config
+    if values.checkpoint and not values["config"].present:
+        for name in values:
+            if name.startswith("config.") and values[name].present:
+                raise UserError(f"--{name} changes a config: add --config=FILE before it.")
+        config = run_config(values.checkpoint)
+    source = open_source(config.data, "test")
     if number >= len(source):
         raise UserError(f"--image is {number}, but the test split has the images 0 to {len(source) - 1}.")
     return source[number]

@@ -1,5 +1,7 @@
 """python -m convit_jax.visualize as a user starts it."""
 
+import types
+
 import numpy as np
 import pytest
 from absl import flags
@@ -7,6 +9,7 @@ from conftest import ROOT, run_python, says
 from PIL import Image
 
 from convit_jax import visualize as command
+from convit_jax.analysis import map_figures, maps
 from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings
 from convit_jax.training.loop import train
@@ -55,6 +58,21 @@ def test_the_init_of_a_config_at_a_photo(tmp_path):
     assert done.stdout.split() == [f"{tmp_path}/init.png", f"{tmp_path}/init.pdf"]
 
 
+def test_the_init_of_a_run_is_of_its_seed(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text('{"seed": 3}')
+    given = {"checkpoint": str(tmp_path), "image": None, "query": None, "config": None}
+    monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(**given))
+    settings = model_settings("convit_tiny", image_size=32, depth=2, local_up_to_layer=1)
+    loaded = types.SimpleNamespace(settings=settings, preprocessing=None)
+    monkeypatch.setattr(command, "load_weights", lambda: loaded)
+    seeds = []
+    monkeypatch.setattr(maps, "init_maps", lambda _, seed, *rest: seeds.append(seed) or (None, []))
+    monkeypatch.setattr(map_figures, "init_page", lambda *arguments: [])
+    command.draw_init(tmp_path / "maps")
+    assert seeds == [3]
+
+
 def test_the_image_is_what_the_network_sees(tmp_path, monkeypatch):
     pixels = np.zeros((30, 60, 3), np.uint8)
     pixels[:, 20:40] = 255
@@ -82,13 +100,19 @@ def test_a_query_is_two_numbers():
 
 def test_what_is_missing_is_said_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    weights, out = f"--checkpoint={GOLDEN}", f"--output={tmp_path}"
+    weights, digits, out = f"--checkpoint={GOLDEN}", "--config=configs/digits.py", f"--output={tmp_path}"
     for arguments, sentence in (
         ((), "say what to draw: --checkpoint=PATH --image=IMAGE for"),
         (("--init",), "say where to draw it: --output=DIR."),
+        (("--init", "--run=x", out), "--init and --run are different pictures: ask for one at a time."),
+        (("--run=x", "--image=7", out), "--image would change nothing of what --run draws: leave it out."),
+        (("--init", "--heads=3", out), "--heads would change nothing of what --init draws: leave it"),
+        ((weights, "--image=x.png", digits, out), "--config would change nothing of what --checkpoint"),
         (("--augmentations", f"--output={tmp_path}/file/x.png"), "cannot make the folder"),
         ((weights, "--image=nothing.jpg", out), "cannot read the image nothing.jpg"),
         ((weights, "--image=1", "--query=9,0", out), "query is 9,0, but the images have"),
-        ((weights, "--image=360", out), "--image is 360, but the test split has the images 0 to 359."),
+        ((weights, "--image=360", out), f"{GOLDEN} is no run directory and says nothing of images: add"),
+        ((weights, "--image=3", "--config.data.dir=x", out), "--config.data.dir changes a config: add"),
+        ((weights, "--image=360", digits, out), "--image is 360, but the test split has the images 0 to 359"),
     ):
         assert says("-m", "convit_jax.visualize", *arguments).startswith(f"visualize: {sentence}")

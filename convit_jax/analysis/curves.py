@@ -3,7 +3,7 @@
 from convit_jax.analysis.figures import COLORS, STYLE, save
 from convit_jax.training.metrics import read_metrics
 
-HELD_OUT, TRAIN = COLORS[:2]
+HELD_OUT, TRAIN, AVERAGED = COLORS[:3]
 
 
 def draw_curves(run, directory):
@@ -21,13 +21,14 @@ def curves(lines):
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
     for panel, title, train, held_out in (
-        (panels[0], "loss", "train_loss", "val_loss"),
-        (panels[1], "top-1 (%)", "train_top1", "val_top1"),
+        (panels[0], "loss", "train_loss", "loss"),
+        (panels[1], "top-1 (%)", "train_top1", "top1"),
         (panels[2], "learning rate", "lr", None),
     ):
         for name, label, color, marker in (
             (train, "training", TRAIN, None),
-            (held_out, "test", HELD_OUT, "o"),
+            (f"val_{held_out}", "test", HELD_OUT, "o"),
+            (f"val_ema_{held_out}", "test, EMA of the weights", AVERAGED, "s"),
         ):
             points = [(line["epoch"], line[name]) for line in lines if name in line]
             if points:

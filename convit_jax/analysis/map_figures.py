@@ -1,9 +1,9 @@
 """Attention maps as figures: one page a kind, a row a layer, a column a head, as PDF and PNG.
 
 Every map of every page has the same scale, logarithmic from uniform attention (1/N, N patches; what is
-below is left white) to all attention on one patch, so that layers and heads can be compared. The map
-colours the image itself, faded; the query is framed. One sequential palette whose lightness falls all
-the way: it survives colour-blindness and a grey print.
+below is left to the image, faded) to all attention on one patch, so that layers and heads can be compared.
+Only untrained content attention, nowhere far from uniform, has a scale of its own. The query is framed.
+One sequential palette whose lightness falls all the way, which the colour-blind see too.
 """
 
 import math
@@ -22,6 +22,7 @@ FORMULAS = {
 }
 PIXELS = 112  # of the longer side of a map
 FADED = 0.8  # lightness of what is black in the image
+BAR, SCALE = 2.6, 3.6  # inches: of a scale's bar, and of its words
 GAP, CAPTION, LABEL, MARGIN = 0.07, 0.15, 0.62, 0.15  # inches: between maps, above one, left of a row
 
 
@@ -53,23 +54,26 @@ class Page:
             frame.set_path_effects([withStroke(linewidth=1.8, foreground="white")])
             self.axes.add_patch(frame)
 
-    def scale(self, x, y, width, patches):
-        """The colours' meaning: a bar from 1/N to 1, under a line of words."""
-        self.words(
-            x, y - 0.11, f"Attention, on a logarithmic scale; white: uniform (1/{patches}) or less.", 7.5
-        )
+    def scale(self, x, y, width, words, names):
+        """The colours' meaning: a bar under a line of words; names: {place in 0..1: what stands below it}."""
+        self.words(x, y - 0.11, words, 7.5)
         self.axes.imshow(
             (colours(np.linspace(0, 1, 256)[None]) * 255).astype(np.uint8),
             extent=(x, x + width, y + 0.11, y),
             interpolation="none",
             aspect="auto",
         )
-        names = {1 / patches: f"1/{patches}", 0.01: "1 %", 0.1: "10 %", 1: "100 %"}
-        for value, name in names.items():
-            at = width * float(strength(value, patches))
-            if at > 0.4 or value == 1 / patches:  # apart from the first
-                self.axes.plot([x + at, x + at], [y + 0.11, y + 0.15], color="black", lw=0.6)
-                self.words(x + at, y + 0.22, name, 6.5, ha="center" if at > 0 else "left")
+        for place, name in names.items():
+            at = x + place * width
+            self.axes.plot([at, at], [y + 0.11, y + 0.15], color="black", lw=0.6)
+            self.words(at, y + 0.22, name, 6.5, ha="center" if place > 0 else "left")
+
+    def common_scale(self, x, y, patches, *, below, what="Attention"):
+        """The bar of `strength`; below: how uniform attention or less looks. what: is drawn on this scale."""
+        words = f"{what}, on a logarithmic scale; {below}: uniform (1/{patches}) or less."
+        names = {float(strength(value, patches)): f"{100 * value:g} %" for value in (0.01, 0.1, 1)}
+        names = {place: name for place, name in names.items() if place * BAR > 0.4}  # apart from the first
+        self.scale(x, y, BAR, words, {0.0: f"1/{patches}", **names})
 
 
 def strength(attention, patches):
@@ -85,14 +89,22 @@ def colours(values):
     return np.where(values[..., None] > 0, colormaps[PALETTE](values)[..., :3], 1.0)
 
 
-def over_image(attention, image):
-    """A map [rows, columns] multiplied over the faded image uint8 [H, W, 3] (None: white): uint8."""
-    rows, columns = attention.shape
+def over_image(values, image):
+    """A map of values in 0..1 [rows, columns]; where it is 0, the faded image uint8 [H, W, 3] (None: white).
+
+    The image is nowhere under the colours, which are those of the bar.
+
+    Returns:
+      uint8, of at most PIXELS a side.
+    """
+    rows, columns = values.shape
     size = max(2, PIXELS // max(rows, columns))
-    pixels = colours(strength(attention, attention.size)).repeat(size, 0).repeat(size, 1)
+    values = values.repeat(size, 0).repeat(size, 1)
+    pixels = colours(values)
     if image is not None:
         grey = Image.fromarray(image).convert("L").resize((columns * size, rows * size), Image.Resampling.BOX)
-        pixels = pixels * (FADED + (1 - FADED) * np.asarray(grey)[..., None] / 255)
+        faded = FADED + (1 - FADED) * np.asarray(grey)[..., None] / 255
+        pixels = np.where(values[..., None] > 0, pixels, faded)
     return np.round(255 * pixels).astype(np.uint8)
 
 
@@ -126,7 +138,7 @@ def draw_page(stem, title, explanation, rows, image, query):
     page.words(x, MARGIN + 0.08, title, 11, weight="bold")
     for number, line in enumerate(explanation):
         page.words(x, MARGIN + 0.32 + 0.15 * number, line, 7.5)
-    page.scale(x, MARGIN + 0.91, 2.6, grid[0] * grid[1])
+    page.common_scale(x, MARGIN + 0.91, grid[0] * grid[1], below="the faded image")
 
     for head in range(heads):
         page.words(MARGIN + LABEL + head * (w + GAP) + w / 2, top - 0.1, f"head {head + 1}", 7.5, ha="center")
@@ -136,7 +148,7 @@ def draw_page(stem, title, explanation, rows, image, query):
         for head, (values, caption) in enumerate(zip(maps, captions, strict=True)):
             x = MARGIN + LABEL + head * (w + GAP)
             page.words(x + w / 2, y - CAPTION / 2 + 0.01, caption, 6.2, ha="center")
-            page.picture(x, y, w, h, over_image(values, image), grid, query)
+            page.picture(x, y, w, h, over_image(strength(values, values.size), image), grid, query)
     return save(page.figure, stem)
 
 
@@ -202,27 +214,37 @@ def init_page(directory, content, positions, strengths, image, query):
 
     content: [H, rows, columns] or None. positions: one [H, rows, columns] for each of `strengths`; with
     strengths None one of the ordinary init. image: uint8 [H, W, 3], or None. Heads stand as the pixels of
-    the k x k filter that they start as; heads beyond it below.
+    the k x k filter that they start as; heads beyond it below. Content is drawn from its least to its most
+    attention: on the common scale it would be nearly white.
     """
     heads, *grid = positions[0].shape
-    k = math.isqrt(heads)
-    groups = [] if content is None else [("content, untrained", content)]
+    k, patches = math.isqrt(heads), grid[0] * grid[1]
+    positions = [strength(maps, patches) for maps in positions]
     if strengths is None:
-        groups.append(("position, ordinary init", positions[0]))
+        groups = [("position, ordinary init", positions[0])]
     else:
-        groups += [
+        groups = [
             (rf"position, $\alpha$ = {a:g}", maps) for a, maps in zip(strengths, positions, strict=True)
         ]
+    if content is not None:
+        low, high = content.min(), content.max()
+        shown = np.maximum((content - low) / max(high - low, 1e-12), 1e-12)  # 0 would be white
+        groups.insert(0, ("content, untrained", shown))
     side = min(1.0, 2.6 / k)
     w, h = side * grid[1] / max(grid), side * grid[0] / max(grid)
     lines = math.ceil(heads / k)
     group_w, group_h = k * (w + GAP) - GAP, lines * (h + CAPTION + GAP)
     photo_h = group_w * grid[0] / grid[1] if image is not None else 0
     columns, top, space = len(groups) + (image is not None), MARGIN + 0.95, 0.3
-    width = max(2 * MARGIN + columns * (group_w + space) - space, 5.5)
+    bars_w = (1 if content is None else 2) * SCALE + 2 * MARGIN
+    width = max(2 * MARGIN + columns * (group_w + space) - space, bars_w)
     page = Page(width, top + 0.12 + max(group_h, photo_h + CAPTION) + MARGIN)
     page.words(MARGIN, MARGIN + 0.08, f"{heads} heads of a GPSA layer before training", 11, weight="bold")
-    page.scale(MARGIN, MARGIN + 0.4, 2.6, grid[0] * grid[1])
+    page.common_scale(MARGIN, MARGIN + 0.4, patches, below="white", what="Position")
+    if content is not None:
+        ends = {place: f"{value * patches:.2f}/{patches}" for place, value in ((0.0, low), (1.0, high))}
+        words = "Content, on a linear scale of its own, from its least to its most."
+        page.scale(MARGIN + SCALE, MARGIN + 0.4, BAR, words, ends)
 
     x = MARGIN
     if image is not None:  # as large as a group
@@ -235,6 +257,6 @@ def init_page(directory, content, positions, strengths, image, query):
             column, row = divmod(head, k) if head < k * k else (head % k, head // k)
             left, upper = x + column * (w + GAP), top + 0.12 + row * (h + CAPTION + GAP)
             page.words(left + w / 2, upper + CAPTION / 2 + 0.01, f"head {head + 1}", 6.2, ha="center")
-            page.picture(left, upper + CAPTION, w, h, over_image(values, image), grid, query)
+            page.picture(left, upper + CAPTION, w, h, over_image(values, None), grid, query)
         x += group_w + space
     return save(page.figure, directory / "init")

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from convit_jax.commands import launch
@@ -44,6 +45,7 @@ def main(arguments, changes):
         for run in plan.runs:
             print(f"# {run.name}\n{shlex.join(train_command(run, output))}")
         return 0
+    jax.config.update("jax_platforms", "cpu")  # to look at a teacher: a GPU's memory is for the runs
     work = check(plan)
     claim(output, plan)
     with Signals() as signals:

@@ -1,7 +1,8 @@
 """The figure of a study: lines over an axis of numbers, or dots by row where the columns are names.
 
-Each seed is a small point, the mean a large one with a bar of one standard deviation. Rows differ in
-colour and marker, are named where they end, and the colours are told apart by the colour-blind.
+Each seed is a small point, the mean a large one with a bar of one standard deviation; what bars are stands
+below the axis. Rows differ in colour and marker, are named where they end, and the colours are told apart
+by the colour-blind.
 """
 
 import itertools
@@ -42,7 +43,7 @@ def _lines(plan, cells, Figure):
     figure.get_layout_engine().set(w_pad=0.12)
     panels = figure.subplots(1, 2 if gaps else 1, squeeze=False, width_ratios=(3, 2) if gaps else None)[0]
     rows, columns = plan.row_names(), plan.column_names()
-    ends = []
+    ends, marks, errors = [], set(), []
     for number, (row, look) in enumerate(zip(rows, _looks(rows), strict=True)):
         shown = [(column, cells[row, column]) for column in columns if cells.get((row, column))]
         means = [statistics.fmean(numbers) for _, numbers in shown]
@@ -51,8 +52,14 @@ def _lines(plan, cells, Figure):
             continue
         if sum((row, column) in cells for column in columns) == 1:  # a level to compare with, not a line
             panels[0].axhline(means[0], color=GREY, ls="--", lw=1, zorder=1)
+            around = spread(shown[0][1])
+            if around is not None:
+                low, high = means[0] - around, means[0] + around
+                panels[0].axhspan(low, high, color=GREY, alpha=0.15, lw=0, zorder=0)
+                marks.add("band")
             ends.append((means[0], label, GREY))
         else:
+            marks.update("bars" for _, numbers in shown if spread(numbers) is not None)
             aside = 5 * (number - (len(rows) - 1) / 2)
             _with_bars(panels[0], [x for x, _ in shown], [n for _, n in shown], look, lw=1.6, aside=aside)
             ends.append((means[-1], label, look["color"]))
@@ -61,6 +68,7 @@ def _lines(plan, cells, Figure):
             panels[0].plot(paper.keys(), paper.values(), color=look["color"], **PAPER)
         if gaps and row != plan.baseline:
             of_row = [(c, relative_gap(n, cells.get((plan.baseline, c), []))) for c, n in shown]
+            errors += [gap[1] for _, gap in of_row if gap is not None]
             of_row = [(c, gap[0], gap[1] or 0.0) for c, gap in of_row if gap is not None]
             if of_row:
                 panels[1].errorbar(*zip(*of_row, strict=True), **look, lw=1.6, ms=6, capsize=3)
@@ -75,7 +83,7 @@ def _lines(plan, cells, Figure):
         panel.xaxis.set_major_locator(FixedLocator(columns))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xticklabels([plan.column_label(column) for column in columns])
-        panel.set_xlabel(plan.columns)
+    panels[0].set_xlabel(_named(plan.columns, marks, "standard deviation over seeds"))
     panels[0].set_title(plan.title, loc="left", fontweight="bold", fontsize=11)
     panels[0].set_ylabel(METRICS[metric])
     _name_ends(panels[0], ends)
@@ -85,6 +93,8 @@ def _lines(plan, cells, Figure):
     if gaps:
         panels[1].axhline(0, color="black", lw=0.8)
         panels[1].set_ylabel(f"relative gap to {plan.label(plan.baseline)} (%)")
+        bars = {"bars" for error in errors if error is not None}
+        panels[1].set_xlabel(_named(plan.columns, bars, "standard error"))
     return figure
 
 
@@ -93,8 +103,9 @@ def _dots(plan, cells, Figure):
     rows, columns = plan.row_names(), plan.column_names()
     size = (3.0 + 3.2 * len(columns), 1.3 + 0.33 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
     metric, handles = plan.metrics[0], []
+    bars = {"bars" for numbers in cells.values() if spread(numbers) is not None}
     for panel, column in zip(panels, columns, strict=True):
         for place, row in enumerate(rows):
             look = {"color": COLORS[1], "marker": "o"}
@@ -107,7 +118,7 @@ def _dots(plan, cells, Figure):
         panel.set_yticks(range(len(rows)), [plan.label(row, long=True) for row in rows])
         panel.set_ylim(len(rows) - 0.5, -0.5)
         panel.grid(alpha=0.3)
-        panel.set_xlabel(METRICS[metric])
+        panel.set_xlabel(_named(METRICS[metric], bars, "standard deviation over seeds"))
         if plan.columns is not None:
             panel.set_title(f"{plan.columns}: {plan.column_label(column)}", fontsize=10)
     figure.suptitle(plan.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
@@ -115,6 +126,12 @@ def _dots(plan, cells, Figure):
         handles += panels[0].plot([], [], color=COLORS[1], marker="o", ls="", label="here")
         figure.legend(handles=handles, frameon=False, loc="upper right", borderaxespad=0, ncols=2)
     return figure
+
+
+def _named(axis, marks, what):
+    """The name of an axis, and below it what the marks of a spread, as {"bars"}, are, if there are any."""
+    spread_of = f"{' and '.join(sorted(marks, reverse=True))}: {what}" if marks else None
+    return "\n".join(filter(None, (axis, spread_of)))
 
 
 def _with_bars(panel, places, cells, look, *, across=False, lw=0.0, aside=0.0):

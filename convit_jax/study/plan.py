@@ -26,8 +26,10 @@ from ml_collections import ConfigDict
 
 from convit_jax.commands import ROOT, load_config
 from convit_jax.errors import UserError, nearest
-from convit_jax.models.variants import count_macs, model_settings
+from convit_jax.models.variants import abstract_model, count_macs, model_settings
 from convit_jax.pretrained import fetch
+from convit_jax.training.distill import load_teacher
+from convit_jax.training.optimizer import frozen_mask
 from convit_jax.training.plan import check as check_config
 from convit_jax.training.plan import make_plan, model_arguments
 from convit_jax.training.rundir import MAY_CHANGE, flatten
@@ -151,19 +153,32 @@ def check(plan):
     Raises:
       UserError: names the run.
     """
-    plans, work, fetched = {}, {}, {None}
+    plans, work, met = {}, {}, set()
+
+    def new(*what):
+        """Whether this was not met yet: runs share their data, their models and their teacher."""
+        known = str(what) in met
+        met.add(str(what))
+        return not known
+
     for run in plan.runs:
         config, fields = run.config, flatten(run.config)
         with _of_run(run.name):
             check_config(config, devices=1)
             macs = count_macs(_model(config))
-            for source in {config.init_from, config.distill.teacher} - fetched:
-                fetch(source)
-                fetched.add(source)
+            if config.init_from and new(config.init_from):
+                fetch(config.init_from)
             # Runs that differ in other fields, as the seed, have as many images: data is read once for them.
             key = str([item for item in fields.items() if item[0] in LENGTH or item[0].startswith("data.")])
             if key not in plans:
                 plans[key] = make_plan(config, devices=1)
+            model = model_settings(**model_arguments(config, plans[key].model["num_classes"]))
+            if config.optim.frozen and new(model, config.optim.frozen):
+                frozen_mask(abstract_model(model)[1], config.optim.frozen)
+            inputs = [model[name] for name in ("image_size", "in_chans", "num_classes")]
+            teacher = config.distill.teacher
+            if teacher and new(teacher, config.data.name, config.data.dir, inputs):
+                load_teacher(config, dataclasses.replace(plans[key], model=model))
         work[run.name] = plans[key].total_steps * plans[key].batch_size * macs
     return work
 

@@ -78,8 +78,12 @@ def claim(output, plan):
     """Make the directory of a study, or take up the one of the same plan, which may have grown by some runs.
 
     Raises:
-      UserError: it holds another plan, and what differs, or cannot be written.
+      UserError: it holds another plan, and what differs, or a run, or cannot be written.
     """
+    if (output / "config.json").exists():
+        raise UserError(
+            f"{output} is the directory of a run of train.py, not of a study: give another --output."
+        )
     with hold(output, "study.lock", wait=True), disk_errors(output):
         (output / "runs").mkdir(exist_ok=True)
         saved = _read(output / "study.json")
@@ -239,5 +243,10 @@ def _why(code, said):
 
 
 def _read(path):
-    """A JSON file; {} if it is not there."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """A JSON file; {} if it is not there. UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): remove it and start the same command again, the training is kept."
+        ) from error

@@ -31,8 +31,15 @@ def test_learning_curves_of_a_log():
         {"step": 10, "epoch": 1.0, "train_loss": 1.0, "train_top1": 60.0, "lr": 0.2},
         {"step": 10, "epoch": 1.0, "val_loss": 1.5, "val_top1": 50.0},
     ]
-    points = [[line.get_xydata().tolist() for line in panel.lines] for panel in curves(log).axes]
+
+    def drawn():
+        return [[line.get_xydata().tolist() for line in panel.lines] for panel in curves(log).axes]
+
+    points = drawn()
     np.testing.assert_array_equal(points[0][0], [[0.5, 2.0], [1.0, 1.0]])
     assert points[0][1] == [[1.0, 1.5]]
     assert points[1] == [[[0.5, 20.0], [1.0, 60.0]], [[1.0, 50.0]]]
     assert points[2] == [[[0.5, 0.1], [1.0, 0.2]]]
+    log[2] |= {"val_ema_loss": 1.25, "val_ema_top1": 55.0}  # of a run that averages its weights
+    of_ema = [[[1.0, 1.25]]], [[[1.0, 55.0]]], []
+    assert drawn() == [before + added for before, added in zip(points, of_ema, strict=True)]

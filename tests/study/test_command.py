@@ -94,7 +94,7 @@ def test_a_study_outlives_a_failure_and_a_signal_and_skips_what_is_done(plan, tm
         (["{plan}", "--output={tmp}/file/out"], "cannot write {tmp}/file/out (Not a directory)"),
         (
             ["{plan}", "--output={tmp}/out", "--config.distill.teacher={tmp}/none.pth"],
-            "run first-seed0: there is no file or directory {tmp}/none.pth",
+            "run first-seed0: distill.teacher: there is no file or directory {tmp}/none.pth",
         ),
         (["--output={tmp}/out"], "give one PLAN, as studies/digits.py:sample_efficiency"),
     ],

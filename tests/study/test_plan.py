@@ -19,6 +19,7 @@ from convit_jax.training.plan import model_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections on Python 3.11
 
+GOLDEN = ROOT / "tests/golden/convit_golden.pth"
 ENTRY = {"row": "a", "config": "configs/digits.py", "seeds": [0, 1]}
 WHOLE = {"title": "Two", "question": "Do they differ?", "rows": "model", "runs": [ENTRY]}
 
@@ -52,6 +53,7 @@ def written(tmp_path, plan, changes=()):
         ("imagenet.py:sample_efficiency", 2 * 5),
         ("imagenet.py:ablations", 7 * 2),
         ("imagenet.py:locality", 10),
+        ("imagenet.py:locality_early", 10),
         ("imagenet.py:distillation", 3),
     ],
 )
@@ -84,6 +86,15 @@ def test_table_2_shows_as_many_images_on_every_fraction():
     for run in read_plan("studies/imagenet.py:sample_efficiency", []).runs:
         assert run.config.data.keep_total_images
         assert run.config.data.sampling_ratio == run.column
+
+
+def test_the_early_accuracy_of_fig_8_is_that_of_the_whole_schedule():
+    whole, early = (
+        [run.config.to_dict() for run in read_plan(f"studies/imagenet.py:{name}", []).runs]
+        for name in ("locality", "locality_early")
+    )
+    assert [config["epochs"] for config in early] == [300] * 10
+    assert early == [config | {"steps": 2539} for config in whole]  # 20 epochs of 130,000 images
 
 
 def test_the_small_ablations_change_what_those_of_the_paper_change():
@@ -158,8 +169,14 @@ def test_a_mistake_in_a_plan_is_named(plan, sentence, tmp_path, monkeypatch):
         ({"optim.schedule_per": "day"}, "optim.schedule_per is 'day': choose epoch or step"),
         ({"distill.kind": "firm"}, "distill.kind is 'firm': choose hard or soft"),
         ({"init_from": "none.pth"}, "there is no file or directory none.pth"),
-        ({"distill.teacher": "runs/a/none"}, "there is no file or directory runs/a/none"),
-        ({"distill.teacher": "runs/none"}, "there is no file or directory runs/none"),
+        ({"optim.frozen": ("gates",)}, "optim.frozen has 'gates', which names no parameter of "),
+        ({"distill.teacher": "runs/a/none"}, "distill.teacher: there is no file or directory runs/a/none"),
+        ({"distill.teacher": "runs/none"}, "distill.teacher: there is no file or directory runs/none"),
+        ({"distill.teacher": "empty"}, "distill.teacher: the run in empty has saved no checkpoint yet"),
+        (
+            {"distill.teacher": str(GOLDEN), "data.num_classes": 9},
+            f"distill.teacher: {GOLDEN} tells 10 classes apart and does not say which, but the data has 9",
+        ),
     ],
 )
 def test_what_cannot_be_is_named_before_the_first_run_also_of_the_second(
@@ -167,6 +184,8 @@ def test_what_cannot_be_is_named_before_the_first_run_also_of_the_second(
 ):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
     second = ENTRY | {"row": "b", "overrides": overrides}
     with pytest.raises(UserError) as raised:
         check(written(tmp_path, WHOLE | {"runs": [ENTRY, second]}))
@@ -226,6 +245,37 @@ def test_a_run_directory_of_another_config_is_refused(tmp_path):
         UserError, match=r"runs/a-seed0 holds a run with another config \(optim.lr was 0.5, is"
     ):
         claim(output, plan)
+
+
+def test_the_directory_of_a_run_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"run is the directory of a run of train.py, not of a study: give an"
+    ):
+        claim(tmp_path / "run", written(tmp_path, WHOLE))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "name", ["study.json", "runs/a-seed0/config.json", "runs/a-seed0/run.json", "runs/a-seed0/outcome.json"]
+)
+@pytest.mark.parametrize("damage", [b"", b'{"seconds": 3', b"\xff\xff"])
+def test_a_damaged_file_is_named_and_may_be_removed(name, damage, tmp_path):
+    plan, output = written(tmp_path, WHOLE), tmp_path / "out"
+    (output / "runs/a-seed0").mkdir(parents=True)
+    (output / name).write_bytes(damage)
+
+    def look():
+        claim(output, plan)
+        return outcome(output, plan.runs[0]).state
+
+    with pytest.raises(UserError) as raised:
+        look()
+    assert str(raised.value).startswith(f"{output / name} is damaged (")
+    assert "remove it and start the same command again" in str(raised.value)
+    (output / name).unlink()
+    assert look() == "to do"
 
 
 def test_commands_share_the_runs_and_do_not_repeat_each_others_failures(tmp_path):

@@ -112,10 +112,13 @@ def test_the_lines_are_means_by_fraction_and_their_gap(drawn):
     seeds = [each for each in means.collections if isinstance(each, PathCollection)]
     assert [len(of_row.get_offsets()) for of_row in seeds] == [25, 25]
     assert [label.get_text() for label in means.get_xticklabels()] == ["2%", "5%", "10%", "30%", "100%"]
+    assert means.get_xlabel() == "fraction of each class\nbars: standard deviation over seeds"
+    assert gaps.get_xlabel() == "fraction of each class\nbars: standard error"
 
 
 def test_the_papers_lines_and_gap_stand_beside_ours(drawn):
     means, gaps = drawn("imagenet.py:sample_efficiency", lambda run: 50.0).axes
+    assert means.get_xlabel() == gaps.get_xlabel() == "fraction of each class"  # one seed has no spread
     fractions = (0.05, 0.1, 0.3, 0.5, 1.0)
     theirs = {"DeiT-S": (34.8, 48.0, 66.1, 74.6, 79.9), "ConViT-S": (47.8, 59.6, 73.7, 78.2, 81.4)}
     for numbers in theirs.values():
@@ -127,10 +130,17 @@ def test_the_papers_lines_and_gap_stand_beside_ours(drawn):
 
 
 def test_a_row_of_one_number_is_a_level_and_names_make_dots(drawn):
-    (panel,) = drawn("digits.py:locality", lambda run: 40.0 if run.row == "no GPSA" else 60.0).axes
+    (panel,) = drawn(
+        "digits.py:locality", lambda run: (40.0 if run.row == "no GPSA" else 60.0) + run.seed - 2
+    ).axes
     assert [[0, 40.0], [1, 40.0]] in lines(panel)  # in fractions of the axis
     assert [[1, 60.0], [3, 60.0], [5, 60.0]] in lines(panel)
-    panels = drawn("imagenet.py:ablations", lambda run: 50.0).axes
+    (band,) = panel.patches
+    assert (band.get_y(), band.get_height()) == (pytest.approx(40 - 2.5**0.5), pytest.approx(2 * 2.5**0.5))
+    assert panel.get_xlabel() == "number of GPSA layers\nbars and band: standard deviation over seeds"
+    panels = drawn("imagenet.py:ablations", lambda run: 50.0 if run.column == "all" else 20.0).axes
+    assert panels[0].get_xlim() == panels[1].get_xlim()
+    assert panels[0].get_xlabel() == "top-1 (%)"
     assert [panel.get_title() for panel in panels] == [
         "images of each class: all",
         "images of each class: 10%",
