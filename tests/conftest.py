@@ -34,10 +34,15 @@ def compiled_once(tmp_path_factory):
 
 
 @pytest.fixture
-def digits_config(compiled_once):
-    """configs/digits.py with a model so small that a step takes milliseconds: 18 steps an epoch."""
-    from configs import digits
+def digits_config(compiled_once, monkeypatch):
+    """configs/digits.py with a model so small that a step takes milliseconds: 18 steps an epoch.
 
+    Curves, which take longer than its training, are not drawn; `monkeypatch.undo()` draws them.
+    """
+    from configs import digits
+    from convit_jax.training import loop
+
+    monkeypatch.setattr(loop, "draw_curves", lambda run, directory: [directory / "curves.png"])
     config = digits.get_config()
     config.batch_size = 80
     config.epochs = 2

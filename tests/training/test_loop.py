@@ -101,7 +101,8 @@ def test_evaluation_is_exact_at_any_batch_size(digits_config, tmp_path, eval_bat
     np.testing.assert_allclose(result["val_loss"], loss, rtol=1e-5)
 
 
-def test_what_a_run_leaves_behind(digits_config, tmp_path, capsys):
+def test_what_a_run_leaves_behind(digits_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()  # draws curves
     result = train(digits_config, tmp_path)
     printed = capsys.readouterr().out
     run = json.loads((tmp_path / "run.json").read_text())
