@@ -6,6 +6,7 @@ A command defines its own flags, may take --config with overrides of any field, 
 
 import contextlib
 import gc
+import json
 import os
 import re
 import signal
@@ -13,11 +14,12 @@ import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
-from convit_jax.errors import UserError, nearest
+from convit_jax.errors import UserError, explained, nearest, out_of_memory
 
-ROOT = Path(__file__).parents[1]  # where configs/ is
+ROOT = Path(__file__).parents[1]  # where configs/ is in a clone; a package that is installed has none
 
 
 def launch(
@@ -49,6 +51,8 @@ def launch(
 
     def run(argv):
         import_jax()
+        import jax
+
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # else Orbax tells of every file it writes
         try:
@@ -57,6 +61,10 @@ def launch(
             sentence = str(error)
         except KeyboardInterrupt:
             sentence = None
+        except jax.errors.JaxRuntimeError as error:
+            sentence = out_of_memory(error)
+            if sentence is None:
+                raise
         except BrokenPipeError:  # who reads our output, as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -134,23 +142,81 @@ def config_file():
 
 def _parse(argv, define, config, arguments):
     """Define and read the flags: argv without them. Raises UserError for what is wrong with them."""
+    alone = bool(config) and not (ROOT / config).exists()
+    if alone:
+        config = ""
     with _flag_errors_explained(argv, config):
         if config is not None:
             # Not at import: ml_collections reads the command line as soon as the flag is defined.
-            config_flags.DEFINE_config_file(
-                "config",
-                os.path.relpath(ROOT / config) if config else None,
-                "Config file; --config.FIELD=VALUE changes a field of it.",
-            )
+            words = "Config file; --config.FIELD=VALUE changes a field of it."
+            own = _own_config(argv)
+            if own is None:
+                path = os.path.relpath(ROOT / config) if config else None
+                config_flags.DEFINE_config_file("config", path, words)
+            else:
+                config_flags.DEFINE_config_dict("config", own, words)
         define()
         for flag in flags.FLAGS.get_flags_for_module(__name__):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help shows it
         rest = flags.FLAGS(argv)
         if config is not None and flags.FLAGS.config is not None:
             flags.FLAGS.config.lock()  # raises if the file could not be loaded
+        elif alone:
+            flags.FLAGS["config"].value = NoConfig()
     if len(rest) > 1 and not arguments:
         raise UserError(f"unexpected argument {rest[1]!r}: flags look like --config.epochs=10.")
     return rest
+
+
+class NoConfig:
+    """In place of the config that a command has by default, where the package is installed without it."""
+
+    def __getattr__(self, field):
+        raise UserError(
+            "this needs a config: add --config=FILE, one of those in configs/ of the clone of the repository."
+        )
+
+
+def _own_config(argv):
+    """The config of the run in --checkpoint, where it stands for a --config; None elsewhere."""
+    values = flags.FlagValues()
+    for name in ("config", "checkpoint"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    values(argv, known_only=True)
+    return run_config(values.checkpoint) if values.config is None and is_run(values.checkpoint) else None
+
+
+def is_run(checkpoint):
+    """Whether weights are given as a run directory."""
+    return bool(checkpoint) and (Path(checkpoint).expanduser() / "checkpoints").is_dir()
+
+
+def run_config(checkpoint):
+    """The config of a run directory, but for its devices: all at hand, whatever the training had.
+
+    Raises:
+      UserError: it is no run directory, or its config.json cannot be read.
+    """
+    from convit_jax.training.rundir import default_fields, flatten
+
+    if not is_run(checkpoint):
+        raise UserError(
+            f"{checkpoint} is no run directory and says nothing of images: add --config=configs/convit_s.py "
+            "--config.data.dir=IMAGES, or another config with a data section."
+        )
+    file = Path(checkpoint).expanduser() / "config.json"
+    with explained(file):
+        try:
+            saved = flatten(json.loads(file.read_text()))
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"it is not as train.py writes it ({error}).") from error
+    fields = {**default_fields(), **saved, "mesh.data": -1, "mesh.fsdp": 1}
+    config = ConfigDict({name.partition(".")[0]: {} for name in fields if "." in name})
+    for name, value in fields.items():
+        section, _, field = name.rpartition(".")
+        value = tuple(value) if isinstance(value, list) else value  # as the flags know it
+        (config[section] if section else config)[field] = placeholder(object) if value is None else value
+    return config
 
 
 def load_config(arguments):
@@ -175,12 +241,18 @@ def _flag_errors_explained(argv, config):
         if sentence is None:
             raise
         raise UserError(sentence) from error
+    except ModuleNotFoundError as error:
+        if error.name != "configs":
+            raise
+        raise UserError(
+            "the config file builds on others in configs/: start the command in the clone of the repository, "
+            "where they are."
+        ) from error
     except OSError as error:
         path = re.search(r"--?config[= ](\S+)", " ".join(argv))[1]
         files = sorted(os.path.relpath(file) for file in ROOT.glob("configs/[!_]*.py"))
-        raise UserError(
-            f"there is no config file {path!r}{nearest(path, files)} The files are: {', '.join(files)}."
-        ) from error
+        known = f"The files are: {', '.join(files)}." if files else "They are in the clone of the repository."
+        raise UserError(f"there is no config file {path!r}{nearest(path, files)} {known}") from error
     except flags.Error as error:
         message = str(error).strip()
         own = re.search(r"UserError: (.*)", message)  # raised by a config file itself
@@ -193,11 +265,10 @@ def _flag_errors_explained(argv, config):
 
 
 def _fields():
-    """Names of all config fields, as "optim.lr"."""
-    from configs import default
-    from convit_jax.training.rundir import flatten
+    """Names of all config fields, as "optim.lr"; none where the package is installed without configs/."""
+    from convit_jax.training.rundir import default_fields
 
-    return list(flatten(default.get_config()))
+    return list(default_fields())
 
 
 def _unknown_field(argv):
@@ -205,7 +276,7 @@ def _unknown_field(argv):
     known = _fields()
     fields = [arg.removeprefix("--config.").split("=")[0] for arg in argv if arg.startswith("--config.")]
     for unknown in fields:
-        if unknown not in known:
+        if known and unknown not in known:
             inside = [name for name in known if name.endswith(f".{unknown}")]
             hint = f", did you mean {inside[0]!r}?" if inside else nearest(unknown, known)
             return f"the config has no field {unknown!r}{hint} configs/default.py explains all of them."

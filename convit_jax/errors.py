@@ -25,6 +25,17 @@ def explained(path):
         raise UserError(f"cannot read {path}: there is not enough memory for it.") from error
 
 
+def out_of_memory(error):
+    """The sentence for a JaxRuntimeError that says that a device has no memory left; None for another one."""
+    first = str(error).partition("\n")[0]
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    return (
+        f"the device has not enough memory ({first}): lower batch_size, or eval_batch_size if it was an "
+        "evaluation, raise accumulate, set model.remat=True, or with several devices mesh.fsdp."
+    )
+
+
 def nearest(name, known):
     """The end of a sentence about an unknown name: ', did you mean X?' if one is close, else '.'."""
     close = difflib.get_close_matches(name, list(known), n=1)

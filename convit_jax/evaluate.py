@@ -7,19 +7,18 @@
     python -m convit_jax.evaluate --checkpoint=runs/convit_s --gates=content --gpsa_layers=5
 
 Preprocessing (crop, interpolation, mean, std) comes with the weights, the images from the `data` section
-of --config; a run directory's own config serves if none is given. The last two are Tables 5 and 6 of the
-paper: what is lost without the position embedding, and with gates forced to position or content only.
+of --config; a run directory's own config serves if none is given, on all devices at hand, and
+--config.data.dir=IMAGES, or another field, changes it. The last two are Tables 5 and 6 of the paper: what is
+lost without the position embedding, and with gates forced to position or content only.
 """
 
-import json
 import math
 import sys
 import time
-from pathlib import Path
 
 from absl import flags
 
-from convit_jax.commands import define_weights, launch, load_weights
+from convit_jax.commands import define_weights, launch, load_weights, run_config
 from convit_jax.errors import UserError
 
 
@@ -122,19 +121,6 @@ def intervene(params):
             "--gpsa_layers says in how many layers --gates holds: add --gates=position or content."
         )
     return params, changes
-
-
-def run_config(checkpoint):
-    """The config of a run directory."""
-    from ml_collections import ConfigDict
-
-    file = Path(checkpoint).expanduser() / "config.json"
-    if not (file.parent / "checkpoints").is_dir():
-        raise UserError(
-            f"{checkpoint} is no run directory and says nothing of images: add --config=configs/convit_s.py "
-            "--config.data.dir=IMAGES, or another config with a data section."
-        )
-    return ConfigDict(json.loads(file.read_text()))
 
 
 class Progress:

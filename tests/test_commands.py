@@ -1,7 +1,14 @@
 """What the commands say of mistakes in their flags."""
 
+import shutil
+import subprocess
+import sys
+
+import jax
 import pytest
 from conftest import ROOT, run_python, says
+
+from convit_jax.errors import out_of_memory
 
 WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
 
@@ -36,6 +43,63 @@ def test_help_shows_the_flags_of_a_command():
     done = run_python("-m", "convit_jax.evaluate", "--help")
     for flag in ("--checkpoint:", "--config:", "--which:", "--heads:"):
         assert flag in done.stdout
+
+
+def test_a_device_without_memory_is_one_sentence_and_other_errors_of_devices_are_not():
+    code = """if True:
+        import jax
+        from convit_jax.commands import launch
+
+        def main(arguments):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 GiB.\\nA long list")
+
+        launch("fake", main)
+    """
+    assert says("-c", code) == (
+        "fake: the device has not enough memory (RESOURCE_EXHAUSTED: Out of memory: 9 GiB.): lower "
+        "batch_size, or eval_batch_size if it was an evaluation, raise accumulate, set model.remat=True, "
+        "or with several devices mesh.fsdp."
+    )
+    assert out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: a bug")) is None
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """Runs a command in a copy of the package, without configs/ and all else of the clone."""
+    without = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "convit_jax", tmp_path / "convit_jax", ignore=without)
+
+    def run(command, *arguments):
+        module = ["-m", f"convit_jax.{command}"]
+        return subprocess.run(
+            [sys.executable, *module, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=100
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "sentence"),
+    [
+        ("evaluate", ["--checkpont=x"], "Unknown command line flag 'checkpont'. Did you mean: checkpoint"),
+        ("evaluate", ["--config=own.py"], "there is no config file 'own.py'. They are in the clone of"),
+        ("evaluate", [f"--config={ROOT}/configs/convit_s.py"], "the config file builds on others"),
+        ("visualize", ["--init", "--output=o"], "this needs a config: add --config=FILE, one of those in"),
+        ("visualize", ["--init", "--config.seed=1"], "--config.seed changes a config: add --config=FILE"),
+    ],
+)
+def test_the_package_alone_says_where_configs_are(alone, command, arguments, sentence):
+    done = alone(command, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(f"{command}: {sentence}")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_package_alone_draws_attention_maps(alone, tmp_path):
+    image = f"--image={ROOT}/docs/digits.png"
+    done = alone("visualize", WEIGHTS, image, "--output=maps")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "maps").glob("*.png"))
 
 
 def test_ctrl_c_while_jax_compiles_ends_without_a_crash():

@@ -1,5 +1,6 @@
 """python -m convit_jax.evaluate: the numbers of the training, labels matched, unreadable images."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -27,6 +28,15 @@ def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(digits
     result = train(digits_config, tmp_path / "run")
     expected = "top-1 {val_top1:.3f}  top-5 {val_top5:.3f}  loss {val_loss:.3f}  images 360".format(**result)
     assert last_line(f"--checkpoint={tmp_path}/run") == expected
+    # Also where the training had other devices, its data lay elsewhere, and a field was not there yet.
+    file = tmp_path / "run/config.json"
+    saved = json.loads(file.read_text())
+    saved["mesh"] = {"data": 1, "fsdp": 8}
+    saved["data"].update(name="folder", dir="gone")
+    del saved["data"]["max_unreadable"]
+    file.write_text(json.dumps(saved))
+    changed = ["--config.data.name=digits", "--config.data.dir=", "--config.eval_batch_size=50"]
+    assert last_line(f"--checkpoint={tmp_path}/run", *changed) == expected
     save(pretrained.load(tmp_path / "run"), tmp_path / "w")
     config = ["--config=configs/digits.py", "--config.eval_batch_size=77"]
     assert last_line(f"--checkpoint={tmp_path}/w", *config) == expected
@@ -51,6 +61,15 @@ def test_what_is_changed_for_an_evaluation_is_said(digits_config, tmp_path):
     logits = nnx.merge(loaded.network[0], params)(normalised)
     top1 = 100 * np.mean(logits.argmax(-1) == digits.labels)
     assert last.startswith(f"top-1 {top1:.3f} ")
+
+
+def test_a_config_of_a_run_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for content in ("{", "[]"):
+        (tmp_path / "config.json").write_text(content)
+        said = says("-m", "convit_jax.evaluate", f"--checkpoint={tmp_path}")
+        sentence = f"evaluate: cannot read {tmp_path}/config.json: it is not as train.py writes it"
+        assert said.startswith(sentence)
 
 
 def test_interventions_that_do_not_fit_are_refused():

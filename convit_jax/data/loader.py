@@ -66,7 +66,7 @@ class TrainExample:
     source: object
     slots: Slots
     size: tuple
-    crop: str  # "resized": random resized crop here; "pad": whole images, shifted later on the device
+    crop: str  # "resized": random resized crop here; "pad": the centre, shifted later on the device
 
     def __call__(self, slots):
         batch = empty(len(slots), self.size)
@@ -79,9 +79,9 @@ class TrainExample:
             if self.crop == "resized":
                 rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
                 box = random_resized_crop_box(*width_height(image), rng)
+                batch["image"][row] = crop_resize(image, self.size, box)
             else:
-                box = (0, 0, *width_height(image))
-            batch["image"][row] = crop_resize(image, self.size, box)
+                batch["image"][row] = centre_crop(image, self.size, 1.0)
             batch["label"][row] = self.source.labels[shown]
             batch["unreadable"][row] = -1 if shown == wanted else wanted
         return batch

@@ -199,8 +199,9 @@ class Progress:
             f"  checkpoints  {workdir}/checkpoints (latest and best)\n"
             f"  curves       {curves}\n"
             f"  TensorBoard  tensorboard --logdir={workdir}/tensorboard (after pip install tensorboard)\n"
-            f"  next         your own images: {python} train.py --config=configs/cifar10.py "
-            "--config.data.dir=FOLDER with FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"
+            f"  next         your own images: {python} train.py --config=configs/convit_ti.py "
+            "--config.init_from=convit_tiny --config.data.name=folder --config.data.dir=FOLDER "
+            "with FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"
         )
 
     def say(self, text):

@@ -67,13 +67,18 @@ def dotted(path):
 def frozen_mask(params, patterns):
     """Tree of bool: which parameters have one of the patterns in their dotted name.
 
+    An empty pattern, as --config.optim.frozen= gives it, names none.
+
     Raises:
-      UserError: a pattern that names no parameter.
+      UserError: a pattern that names no parameter, or patterns that leave none to train.
     """
+    patterns = [pattern for pattern in patterns if pattern]
     names = [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in patterns:
         if not any(pattern in name for name in names):
             raise UserError(f"optim.frozen has {pattern!r}, which names no parameter of {', '.join(names)}.")
+    if all(any(pattern in name for pattern in patterns) for name in names):
+        raise UserError(f"optim.frozen is {patterns}, which leaves no parameter to train: freeze fewer.")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(pattern in dotted(path) for pattern in patterns), params
     )

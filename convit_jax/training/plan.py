@@ -8,6 +8,9 @@ from convit_jax.data.sources import open_source
 from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError
 from convit_jax.models.variants import check_seed, model_settings
+from convit_jax.training.rundir import default_fields
+
+CHANNELS = 3  # of images as they are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,15 +135,52 @@ def check(config, *, devices):
         "magnitude_std": (0, 10),
         "color_jitter": (0, 1),
         "erase_prob": (0, 1),
+        "mix_prob": (0, 1),
+        "mix_switch_prob": (0, 1),
     }
     for name, (low, high) in limits.items():
         if not low <= config.augment[name] <= high:
             raise UserError(f"augment.{name} is {config.augment[name]}: it must be between {low} and {high}.")
-    if not 0 <= config.distill.alpha <= 1:
-        raise UserError(f"distill.alpha is {config.distill.alpha}: it must be between 0 and 1.")
-    if not 0 < config.distill.temperature < math.inf:
-        raise UserError(f"distill.temperature is {config.distill.temperature}: it must be above 0.")
+    for name in ("mixup", "cutmix"):
+        if not 0 <= config.augment[name] < math.inf:
+            raise UserError(f"augment.{name} is {config.augment[name]}: it must be at least 0, which is off.")
+    shares = {
+        "optim.ema_decay": config.optim.ema_decay,
+        "augment.label_smoothing": config.augment.label_smoothing,
+    }
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 0 and below 1.")
+    if not 0 < config.data.crop_ratio <= 1:
+        raise UserError(f"data.crop_ratio is {config.data.crop_ratio}: it must be above 0 and at most 1.")
+    for name in ("mean", "std"):
+        if len(config.data[name]) != CHANNELS:
+            raise UserError(
+                f"data.{name} is {config.data[name]}: it must have {CHANNELS} numbers: red, green and blue."
+            )
+    if not all(value > 0 for value in config.data.std):
+        raise UserError(f"data.std is {config.data.std}: its numbers must be above 0.")
+    check_distillation(config.distill)
     if config.data.name == "digits" and config.data.dir:
         raise UserError("data.dir is set but data.name is digits, which needs none: set data.name=folder.")
     if config.data.repeats < 1 or config.data.workers < 0:
         raise UserError("data.repeats must be at least 1, data.workers at least 0.")
+
+
+def check_distillation(distill):
+    """Refuse values of a config's section that cannot work, or that nothing would come of."""
+    if not 0 <= distill.alpha <= 1:
+        raise UserError(f"distill.alpha is {distill.alpha}: it must be between 0 and 1.")
+    if not 0 < distill.temperature < math.inf:
+        raise UserError(f"distill.temperature is {distill.temperature}: it must be above 0.")
+    if distill.kind == "hard" and distill.temperature != 1:
+        raise UserError(
+            f"distill.temperature is {distill.temperature}, but only kind=soft has one: add "
+            "distill.kind=soft, or leave it out."
+        )
+    for name, usual in default_fields().items():
+        section, _, field = name.partition(".")
+        if section == "distill" and not distill.teacher and distill[field] != usual:
+            raise UserError(
+                f"{name} is {distill[field]!r}, but there is no teacher: add distill.teacher or leave it out."
+            )

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convit_jax.errors import UserError
+from convit_jax.errors import UserError, out_of_memory
 
 COMMAND = Path(sys.argv[0]).name
 SENTENCE = 1000  # bytes of an error that other processes are told
@@ -214,11 +214,14 @@ def ends_all():
         if not several():
             raise
         who = f"{COMMAND}: process {jax.process_index()} of {jax.process_count()}"
+        device_error = isinstance(error, jax.errors.JaxRuntimeError)
         if isinstance(error, UserError):
             print(f"{who}: {error}", file=sys.stderr)
         elif isinstance(error, KeyboardInterrupt):
             print(f"{who}: interrupted", file=sys.stderr)
-        elif isinstance(error, jax.errors.JaxRuntimeError):
+        elif device_error and (sentence := out_of_memory(error)):
+            print(f"{who}: {sentence}", file=sys.stderr)
+        elif device_error:
             reason = str(error).partition("\n")[0]
             print(
                 f"{who}: an operation on the devices failed ({reason}); if another process has ended, its "

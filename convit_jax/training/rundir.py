@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from convit_jax.errors import UserError
 
-# What may differ when a run continues: it changes no number of the training, or only how far it goes.
+# What may differ when a run continues: it changes no number of the training but for rounding (mesh,
+# model.remat, model.scan_unroll), or only how far it goes.
 MAY_CHANGE = (
     "steps",
     "data.dir",
@@ -19,7 +20,10 @@ MAY_CHANGE = (
     "distill.teacher",  # its path; the weights are compared
     "mesh.data",
     "mesh.fsdp",
+    "model.remat",
+    "model.scan_unroll",
     "eval_batch_size",
+    "eval_every",
     "locality.images",
     "locality.as_logged",
     "checkpoint_every",
@@ -38,15 +42,20 @@ class Held(UserError):
 def claim(workdir, config, facts):
     """Make a run directory, or take up the one of the same run; write config.json and run.json.
 
+    A run that has saved no checkpoint is begun anew, with whatever config.
+
     Raises:
       UserError: the directory holds another run, or one on other data or with another teacher, or cannot
         be written.
     """
+    from convit_jax.training.checkpoint import any_in  # which imports this module
+
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        if (workdir / "config.json").exists():
+        begun = any_in(workdir / "checkpoints")
+        if begun and (workdir / "config.json").exists():
             check_same_run(config, json.loads((workdir / "config.json").read_text()), workdir)
-        if (workdir / "run.json").exists():
+        if begun and (workdir / "run.json").exists():
             saved = json.loads((workdir / "run.json").read_text())
             check_same_data(facts, saved, workdir)
             check_same_teacher(facts, saved, workdir)
@@ -114,9 +123,23 @@ def flatten(config):
     return flat
 
 
+def default_fields():
+    """{"optim.lr": 0.0005, ...} of configs/default.py; {} where the package is installed without it."""
+    try:
+        from configs import default
+    except ImportError:
+        return {}
+    return flatten(default.get_config())
+
+
 def check_same_run(config, saved, workdir):
-    """Raise UserError if a run directory holds another config; saved is the one in its config.json."""
+    """Raise UserError if a run directory holds another config; saved is the one in its config.json.
+
+    A field that it lacks, since the code had none then, was at its default.
+    """
     now, then = flatten(config), flatten(saved)
+    added = {*now} - {*then}
+    then.update({name: value for name, value in default_fields().items() if name in added})
     changed = [
         f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
         for name in sorted({*now, *then})

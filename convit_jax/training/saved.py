@@ -11,8 +11,10 @@ def read_run(directory, which="best", ema=False):
     """The parameters in a run directory, a nested dict of numpy arrays.
 
     Args:
-      which: "best", by val_top1 among the checkpoints that are there, or "latest".
-      ema: take the moving average of the parameters; the best is then by its own top-1.
+      which: "latest", or "best": by val_top1 among the checkpoints that are there, which are the latest
+        and the best by val_top1.
+      ema: take the moving average of the parameters; "best" is then that of these two with the better
+        val_ema_top1, though another step, which was not kept, may have had a better one.
 
     Raises:
       UserError: no checkpoint yet, or no average was kept.

@@ -4,11 +4,12 @@ import math
 import textwrap
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from convit_jax.models.variants import count_macs, count_params
-from convit_jax.training.optimizer import peak_learning_rate
+from convit_jax.training.optimizer import make_schedule, peak_learning_rate
 
 
 def facts(config, plan, params, mesh_shape, device_kind, teacher):
@@ -39,7 +40,7 @@ def facts(config, plan, params, mesh_shape, device_kind, teacher):
         "batch_size": config.batch_size,
         "images": images,
         "epochs": plan.epoch(plan.total_steps),
-        "peak_learning_rate": peak_learning_rate(config.optim, config.batch_size),
+        "peak_learning_rate": largest_rate(config, plan),
         "devices": math.prod(mesh_shape.values()),
         "mesh": dict(mesh_shape),
         "device_kind": device_kind,
@@ -63,7 +64,7 @@ def describe(config, run, workdir):
             f"{each} in each of {run['classes']} classes, {run['test_images']:,} for the test",
         ),
         ("Training", f"{run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs"),
-        ("Rate", f"{run['peak_learning_rate']:.4g} at its peak, {config.optim.lr:g} x batch / 512"),
+        ("Rate", f"{run['peak_learning_rate']:.4g} at its peak{_of_rate(config, run)}"),
         ("Devices", f"{run['devices']} x {run['device_kind']} ({mesh}), jax {run['jax']}"),
         ("Run", f"{workdir}"),
     ]
@@ -83,6 +84,26 @@ def describe(config, run, workdir):
         for prefix, fields in sections
     )
     return "\n".join(f"{name:9}{text}" for name, text in rows) + f"\nConfig\n{settings}"
+
+
+def largest_rate(config, plan):
+    """The largest learning rate of the steps of a run: about the configured peak, or less in a short run."""
+    schedule = make_schedule(
+        config.optim,
+        epochs=plan.epochs,
+        batch_size=config.batch_size,
+        epoch_length=plan.train.slots.epoch_length,
+    )
+    return float(jnp.max(jax.vmap(schedule)(jnp.arange(plan.total_steps))))
+
+
+def _of_rate(config, run):
+    """The end of the line about the rate: what the config asks for, and whether the run gets near it."""
+    asked = peak_learning_rate(config.optim, config.batch_size)
+    words = f", of {asked:.4g} = {config.optim.lr:g} x batch / 512"
+    if run["peak_learning_rate"] > 0.9 * asked:  # at the end of the warm-up the cosine is a little below it
+        return words
+    return f"{words} that the warm-up of {config.optim.warmup_epochs:g} epochs leads to in a longer run"
 
 
 def _short(value):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from convit_jax.commands import load_config
 from convit_jax.training import metrics
 from convit_jax.training.metrics import Clock, MetricsLog, Progress, duration, read_metrics
 
@@ -96,6 +97,15 @@ def test_a_file_gets_plain_lines(clock):
         "step 100/1000  epoch 2.5  loss 1.2346  top-1 61.5  lr 5.00e-04  1234 img/s  data 2%  left 15:00",
         "step 100/1000  epoch 2.5  val_top1 61.2346",
     ]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections on Python 3.11
+def test_the_command_for_your_own_images_starts_from_weights_of_its_own_model():
+    stream = io.StringIO()
+    Progress(9, 0, stream).finished({"val_top1": 1.0, "val_top5": 2.0, "val_loss": 3.0}, "run", "curves.png")
+    config = load_config(re.search(r"train\.py (.*) with FOLDER/train", stream.getvalue())[1].split())
+    assert config.init_from == config.model.name
+    assert (config.data.name, config.data.dir, config.model.image_size) == ("folder", "FOLDER", 224)
 
 
 @pytest.mark.parametrize("columns", [60, 100, 140])

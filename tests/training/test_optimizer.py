@@ -15,6 +15,7 @@ from convit_jax.models.variants import abstract_model, model_settings
 from convit_jax.training.optimizer import (
     dotted,
     ema_update,
+    frozen_mask,
     make_optimizer,
     make_schedule,
     peak_learning_rate,
@@ -138,6 +139,12 @@ def test_a_frozen_name_that_does_not_exist_is_refused():
     optim.frozen = ("gates",)
     with pytest.raises(UserError, match="'gates', which names no parameter"):
         make_optimizer(optim, lambda step: 0.1, toy_params())
+
+
+def test_an_empty_frozen_name_freezes_nothing_and_everything_is_refused():
+    assert not any(jax.tree.leaves(frozen_mask(toy_params(), ("",))))
+    with pytest.raises(UserError, match=r"\['pos_embed', 'blocks'\], which leaves no parameter to train"):
+        frozen_mask(toy_params(), ("pos_embed", "blocks"))
 
 
 def test_clipping_bounds_the_gradient_of_all_parameters_together():

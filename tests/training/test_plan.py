@@ -1,10 +1,12 @@
 """What a config amounts to, and what is said of one that cannot work."""
 
+import json
+
 import pytest
 
 from convit_jax.errors import UserError
-from convit_jax.training.plan import make_plan
-from convit_jax.training.rundir import claim, flatten
+from convit_jax.training.plan import check, make_plan
+from convit_jax.training.rundir import check_same_run, claim, flatten
 
 
 def test_steps_epochs_and_evaluations(digits_config):
@@ -69,6 +71,20 @@ def test_fewer_classes_make_a_smaller_head_and_a_smaller_test(digits_config):
         ("augment.magnitude_std", -0.5, 1, "augment.magnitude_std is -0.5: it must be between 0 and 10"),
         ("augment.color_jitter", 1.5, 1, "augment.color_jitter is 1.5: it must be between 0 and 1"),
         ("augment.erase_prob", float("nan"), 1, "augment.erase_prob is nan: it must be between 0 and 1"),
+        ("augment.mixup", -0.1, 1, "augment.mixup is -0.1: it must be at least 0, which is off"),
+        ("augment.cutmix", float("nan"), 1, "augment.cutmix is nan: it must be at least 0, which is off"),
+        ("augment.mix_prob", 1.5, 1, "augment.mix_prob is 1.5: it must be between 0 and 1"),
+        ("augment.mix_switch_prob", -1.0, 1, "augment.mix_switch_prob is -1.0: it must be between 0 and 1"),
+        ("augment.label_smoothing", 1.0, 1, "label_smoothing is 1.0: it must be at least 0 and below 1"),
+        ("optim.ema_decay", 9.9, 1, "optim.ema_decay is 9.9: it must be at least 0 and below 1"),
+        ("data.crop_ratio", 0.0, 1, "data.crop_ratio is 0.0: it must be above 0 and at most 1"),
+        ("data.crop_ratio", 1.1, 1, "data.crop_ratio is 1.1: it must be above 0 and at most 1"),
+        ("data.mean", (0.5,), 1, r"data.mean is \(0.5,\): it must have 3 numbers: red, green and blue"),
+        ("data.std", (0.5,) * 4, 1, "it must have 3 numbers: red, green and blue"),
+        ("data.std", (0.5, 0.0, 0.5), 1, r"data.std is \(0.5, 0.0, 0.5\): its numbers must be above 0"),
+        ("distill.kind", "soft", 1, "distill.kind is 'soft', but there is no teacher: add distill.teacher"),
+        ("distill.alpha", 0.9, 1, "distill.alpha is 0.9, but there is no teacher: add distill.teacher"),
+        ("distill.temperature", 3.0, 1, "distill.temperature is 3.0, but only kind=soft has one: add"),
         ("distill.kind", "head", 1, "distill.kind is 'head': choose hard or soft"),
         ("distill.alpha", 1.5, 1, "distill.alpha is 1.5: it must be between 0 and 1"),
         ("distill.temperature", 0.0, 1, "distill.temperature is 0.0: it must be above 0"),
@@ -82,10 +98,17 @@ def test_what_cannot_work_is_said_before_anything_starts(digits_config, field, v
         make_plan(digits_config, devices=devices)
 
 
+def test_a_distilled_run_may_leave_its_teacher_idle(digits_config):
+    digits_config.distill.teacher, digits_config.distill.alpha = "anything", 0.0
+    check(digits_config, devices=1)
+
+
 def test_a_run_directory_belongs_to_one_config(digits_config, tmp_path):
     images = dict(train_images=1437, test_images=360, classes=10)
     claim(tmp_path, digits_config, images)
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
     digits_config.steps, digits_config.data.workers, digits_config.mesh.fsdp = 99, 5, 2
+    digits_config.model.remat, digits_config.eval_every = True, 3.0
     claim(tmp_path, digits_config, images)  # none of these changes a number
     digits_config.optim.lr, digits_config.seed = 1.0, 5
     with pytest.raises(UserError, match=r"another config \(optim.lr was 0.008, is 1.0; seed was 0, is 5\)"):
@@ -93,6 +116,24 @@ def test_a_run_directory_belongs_to_one_config(digits_config, tmp_path):
     digits_config.optim.lr, digits_config.seed = 0.008, 0
     with pytest.raises(UserError, match="had train_images 1,437, now there are 1,436"):
         claim(tmp_path, digits_config, {**images, "train_images": 1436})
+
+
+def test_a_run_that_saved_nothing_takes_another_config(digits_config, tmp_path):
+    claim(tmp_path, digits_config, dict(train_images=1437, test_images=360, classes=10))
+    (tmp_path / "checkpoints").mkdir()
+    digits_config.batch_size = 40
+    claim(tmp_path, digits_config, dict(train_images=99, test_images=360, classes=10))
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 40
+    assert json.loads((tmp_path / "run.json").read_text())["train_images"] == 99
+
+
+def test_a_field_that_a_run_did_not_know_was_at_its_default(digits_config, tmp_path):
+    saved = json.loads(digits_config.to_json_best_effort())
+    del saved["optim"]["clip_norm"], saved["locality"]
+    check_same_run(digits_config, saved, tmp_path)
+    digits_config.optim.clip_norm = 1.0
+    with pytest.raises(UserError, match=r"another config \(optim.clip_norm was 0.0, is 1.0\)"):
+        check_same_run(digits_config, saved, tmp_path)
 
 
 def test_a_run_directory_that_cannot_be_made(digits_config, tmp_path):

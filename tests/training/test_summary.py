@@ -1,0 +1,36 @@
+"""What is printed and kept of a run before its first step."""
+
+import jax
+import numpy as np
+import pytest
+
+from convit_jax.models.variants import abstract_model
+from convit_jax.training.plan import make_plan
+from convit_jax.training.summary import describe, facts
+
+
+def rate_line(config):
+    """(the line about the learning rate, the largest one as run.json has it)."""
+    plan = make_plan(config, devices=1)
+    params = abstract_model(plan.model)[1]
+    run = facts(config, plan, params, {"data": 1, "fsdp": 1}, jax.devices()[0].device_kind, None)
+    (line,) = [line for line in describe(config, run, "run").splitlines() if line.startswith("Rate")]
+    return line.split(maxsplit=1)[1], run["peak_learning_rate"]
+
+
+def test_the_peak_of_the_rate_is_that_of_the_runs_own_steps(digits_config):
+    digits_config.steps, digits_config.epochs = None, 100
+    digits_config.optim.warmup_epochs = 5.0
+    line, rate = rate_line(digits_config)
+    assert line == "0.001242 at its peak, of 0.00125 = 0.008 x batch / 512"
+    cosine = 1e-5 + 0.5 * (0.00125 - 1e-5) * (1 + np.cos(np.pi * 5 / 100))
+    assert rate == pytest.approx(cosine, rel=1e-3)
+
+    digits_config.optim.schedule_per = "epoch"
+    digits_config.epochs = 2  # both at warmup_lr: the original's schedule is an epoch late
+    line, rate = rate_line(digits_config)
+    assert line == (
+        "1e-06 at its peak, of 0.00125 = 0.008 x batch / 512 that the warm-up of 5 epochs leads to "
+        "in a longer run"
+    )
+    assert rate == pytest.approx(1e-6)
