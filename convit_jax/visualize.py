@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from convit_jax.commands import define_weights, launch, load_weights
+from convit_jax.commands import define_weights, is_run, launch, load_weights, run_config
 from convit_jax.errors import UserError
 
 OF_WEIGHTS = ("checkpoint", "image_size", "heads", "which", "dtype", "ema")
@@ -132,7 +132,6 @@ def draw_init(directory):
     """The first GPSA layer of the weights' model, or of the config's, before training."""
     from convit_jax.analysis.map_figures import init_page
     from convit_jax.analysis.maps import check_query, init_maps
-    from convit_jax.evaluate import run_config
     from convit_jax.models.variants import model_settings
     from convit_jax.training.plan import model_arguments
     from convit_jax.weight_formats import Preprocessing
@@ -141,8 +140,7 @@ def draw_init(directory):
     if flags.FLAGS.checkpoint:
         loaded = load_weights()
         settings, how = loaded.settings, loaded.preprocessing
-        checkpoint = Path(flags.FLAGS.checkpoint).expanduser()
-        seed = run_config(checkpoint).seed if (checkpoint / "checkpoints").is_dir() else 0
+        seed = run_config(flags.FLAGS.checkpoint).seed if is_run(flags.FLAGS.checkpoint) else 0
     else:
         settings = model_settings(**model_arguments(config, config.data.num_classes or 1000))
         how = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
@@ -198,16 +196,11 @@ def numbered():
 def test_image(number):
     """The record of an image of the test split, of the run's data or of --config's."""
     from convit_jax.data.sources import open_source
-    from convit_jax.evaluate import run_config
 
     values = flags.FLAGS
-    config = values.config
     if values.checkpoint and not values["config"].present:
-        for name in values:
-            if name.startswith("config.") and values[name].present:
-                raise UserError(f"--{name} changes a config: add --config=FILE before it.")
-        config = run_config(values.checkpoint)
-    source = open_source(config.data, "test")
+        run_config(values.checkpoint)  # or says that there is none; with changes it is in --config
+    source = open_source(values.config.data, "test")
     if number >= len(source):
         raise UserError(f"--image is {number}, but the test split has the images 0 to {len(source) - 1}.")
     return source[number]

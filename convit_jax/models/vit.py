@@ -128,8 +128,9 @@ class VisionTransformer(nnx.Module):
       distilled: a distillation token with its own head; logits are the mean of both heads.
       conv_init, locality_strength, gate_init: see GatedPositionalSelfAttention.
       drop_rate, attn_drop_rate: dropout. drop_path_rate: of the last block, rising linearly from 0.
-      dtype: "float32" or "bfloat16", of the arithmetic; parameters, softmax, gates, norms and
-        logits are float32.
+      dtype: "float32" or "bfloat16", of the arithmetic and of the tokens between blocks, with the scale and
+        bias of the blocks' norms; parameters, softmax, gates, the statistics of norms, the last norm and the
+        logits are float32, and so are sums over tokens in gradients.
       remat: recompute whole blocks in the backward pass, for memory; without it only what is cheap.
       scan_unroll: how many blocks the scan lays out in a row; depth unrolls it.
     """

@@ -303,10 +303,10 @@ def check_finite(sums, checkpoints):
     if bad_step != FINE:
         latest = checkpoints.latest
         kept = f"step {latest.step} is saved" if latest else "no checkpoint was saved before it"
+        again = "Start again with another --workdir and" if latest else "Start again with"
         raise Everywhere(
             f"The loss or its gradient stopped being finite at step {bad_step + 1}; {kept} in "
-            f"{checkpoints.directory}. Start again with another --workdir and a lower optim.lr, "
-            "optim.clip_norm=1, or model.dtype=float32."
+            f"{checkpoints.directory}. {again} a lower optim.lr, optim.clip_norm=1, or model.dtype=float32."
         )
 
 
