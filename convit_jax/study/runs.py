@@ -20,7 +20,7 @@ from convit_jax.commands import ROOT
 from convit_jax.errors import UserError
 from convit_jax.study.plan import identity
 from convit_jax.training.metrics import read_metrics
-from convit_jax.training.rundir import Held, disk_errors, hold, write_whole
+from convit_jax.training.rundir import Held, default_fields, disk_errors, hold, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,8 @@ def _differences(plan, saved):
 
 
 def _changes(now, then):
-    """["optim.lr was 0.1, is 0.2", ...] of two flat dicts."""
+    """["optim.lr was 0.1, is 0.2", ...] of two flat dicts; what the older code had not was at its default."""
+    then = {**{name: value for name, value in default_fields().items() if name in now}, **then}
     return [
         f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
         for name in sorted({*now, *then})
