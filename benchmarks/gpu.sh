@@ -22,7 +22,8 @@ step() {
         echo "No time left for: $*"
         return
     fi
-    echo "--- ${*#"$python" -m } (after $SECONDS s)"
+    local words="$*"
+    echo "--- ${words#"$python" -m } (after $SECONDS s)"
     timeout "$((left < most ? left : most))" "$@" || echo "It ended with $?."
 }
 model() { # model SECONDS NAME ARGUMENTS...
@@ -39,6 +40,7 @@ if [ -n "${TINY:-}" ]; then
     loop=(--config.model.embed_dim=16 --config.model.num_heads=4 --config.model.depth=3 --config.model.local_up_to_layer=2
         --config.model.image_size=32 --config.model.dtype=float32 --config.steps=6 --config.log_every=2)
 else
+    command -v nvidia-smi >/dev/null || { echo "There is no nvidia-smi, so no GPU: TINY=1 tries the script."; exit 1; }
     memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
     batch=$([ "$memory" -gt 120000 ] && echo 512 || echo 256) # timm's ConViT-S keeps every map for its gradient
@@ -47,9 +49,9 @@ else
     loop=(--config.steps=80 --config.log_every=20)
 fi
 "$python" -c 'import jax; print("jax", jax.__version__, *jax.devices())' || exit 1
-peers=()
+compare=
 if "$peer" -c 'import timm, torch' 2>/dev/null; then
-    peers=(--peer="$peer")
+    compare="--peer=$peer"
 else
     echo "No PyTorch with timm in $peer: no comparison."
 fi
@@ -58,8 +60,10 @@ case $part in
 table)
     # Training first: its first step is then cold in the first round, and warm in the second.
     model 200 small --models="convit_small@$size" --batch="$full" --rounds=2 --tasks=training,inference --programs=convit,plain
-    model 200 timm --models="convit_small@$size" --batch="$batch" --rounds=1 \
-        --programs="convit,timm convit,timm convit compiled" "${peers[@]}"
+    if [ -n "$compare" ]; then
+        model 200 timm --models="convit_small@$size" --batch="$batch" --rounds=1 --peer="$peer" \
+            --programs="convit,timm convit,timm convit compiled"
+    fi
     model 90 large --models="convit_small@$large" --batch="$large_batch" --rounds=1 --programs=convit,plain
     if "$python" -c 'import benchmarks.loop'; then
         step 150 "$python" -m benchmarks.loop --config=configs/convit_s.py --rounds=1 --config.batch_size="$full" \
@@ -77,8 +81,8 @@ choose)
     done
     ;;
 rest)
-    model 260 tiny --models="convit_tiny@$size" --batch="$ti" --rounds=1 --programs="convit,plain,timm convit" "${peers[@]}"
-    model 260 base --models="convit_base@$size" --batch="$b" --rounds=1 --programs="convit,plain,timm convit" "${peers[@]}"
+    model 260 tiny --models="convit_tiny@$size" --batch="$ti" --rounds=1 --programs="convit,plain,timm convit" ${compare:+"$compare"}
+    model 260 base --models="convit_base@$size" --batch="$b" --rounds=1 --programs="convit,plain,timm convit" ${compare:+"$compare"}
     ;;
 *)
     echo "There are table, choose and rest; this was $part."

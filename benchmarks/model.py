@@ -268,6 +268,8 @@ def main():
     known = [*OURS, *PEERS, *(f"convit: {way}" for way in WAYS)]
     if unknown := set(options.programs) - set(known):
         parser.error(f"--programs has {', '.join(sorted(unknown))}: there are {', '.join(known)}.")
+    if not set(options.programs) - {*PEERS}:
+        parser.error("--programs has none of ours to compare with: add convit.")
     models, batches = options.models.split(","), [int(number) for number in options.batch.split(",")]
     if len(models) != len(batches):
         parser.error(f"--batch has {len(batches)} numbers for {len(models)} models: give one for each.")

@@ -4,7 +4,8 @@
     python -m benchmarks.where --model=convit_tiny --batch=16
 
 An operation of the compiled program belongs to the first of KINDS that its text or its place in our code
-says; a fusion to that of its result. Times are sums over operations: on a CPU several run at once.
+says; to matrix products a fusion that holds one. Loops count by what is inside them. Times are sums over
+operations: on a CPU several run at once.
 """
 
 import argparse
@@ -24,20 +25,22 @@ from convit_jax.models.variants import abstract_model, initial_params, model_set
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.step import make_train_step, new_state, train_metrics
 
+PRODUCTS = "matrix products"
 KINDS = {  # kind: what is looked for in an operation's line and the computation that it calls
     "augmentation": r"/augmentation/",
     "optimizer": r"/optimizer/",
     "attention, position": r"[/(]position[/)]",
     "attention, content": r"[/(]content[/)]",
-    "matrix products": r" dot\(|gemm|cublas|/dot_general",
+    PRODUCTS: r" dot\(|gemm|cublas|/dot_general",
     "copies and transpositions": r" (copy|transpose|copy-start|copy-done)\(",
     "loop: what is kept, written and read": r"dynamic[-_]update[-_]slice|dynamic[-_]slice",
     "the rest: norms, GELU, softmax of the loss, sums": r"",
 }
+LOOP = r" (while|call|conditional)\("  # what is inside them counts
 
 
 def kinds(text):
-    """{operation: kind} of all operations of a compiled program's text."""
+    """{operation: kind, or None of a loop} of all operations of a compiled program's text."""
     lines, called, computation = {}, collections.defaultdict(list), ""
     for line in text.splitlines():
         if begins := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
@@ -48,13 +51,13 @@ def kinds(text):
 
     def kind(line):
         inside = re.search(r"calls=%?([\w.\-]+)", line)
-        whole = "\n".join([line, *(called[inside[1]] if inside else [])])
-        scope = re.search(r'op_name="([^"]*)"', line)
+        fused = called[inside[1]] if inside else []
+        result = "\n".join([line, *(each for each in fused if "ROOT" in each)])
         for name, pattern in KINDS.items():
-            if re.search(pattern, scope[1] if scope and pattern.startswith(("/", "[")) else whole):
+            if re.search(pattern, "\n".join([line, *fused]) if name == PRODUCTS else result):
                 return name
 
-    return {name: kind(line) for name, line in lines.items()}
+    return {name: None if re.search(LOOP, line) else kind(line) for name, line in lines.items()}
 
 
 def times(folder):
@@ -107,7 +110,9 @@ def main():
         found = times(folder)
     of, sums = kinds(compiled.as_text()), collections.Counter()
     for operation, milliseconds in found.items():
-        sums[of.get(operation, "not in the program's text")] += milliseconds / options.steps
+        kind = of.get(operation, "not in the program's text")
+        if kind is not None:
+            sums[kind] += milliseconds / options.steps
     whole = sum(sums.values())
     print(f"{options.model}@{options.image_size}, batch {options.batch}, {jax.devices()[0].device_kind}")
     print(f"{wall:9.1f} ms a step by the clock, {whole:.1f} ms as the sum of its operations, of which")

@@ -197,7 +197,7 @@ def run_config(checkpoint):
     Raises:
       UserError: it is no run directory, or its config.json cannot be read.
     """
-    from convit_jax.training.rundir import default_fields, flatten
+    from convit_jax.training.rundir import default_config, flatten
 
     if not is_run(checkpoint):
         raise UserError(
@@ -210,12 +210,17 @@ def run_config(checkpoint):
             saved = flatten(json.loads(file.read_text()))
         except (ValueError, AttributeError) as error:
             raise UserError(f"it is not as train.py writes it ({error}).") from error
-    fields = {**default_fields(), **saved, "mesh.data": -1, "mesh.fsdp": 1}
-    config = ConfigDict({name.partition(".")[0]: {} for name in fields if "." in name})
-    for name, value in fields.items():
-        section, _, field = name.rpartition(".")
-        value = tuple(value) if isinstance(value, list) else value  # as the flags know it
-        (config[section] if section else config)[field] = placeholder(object) if value is None else value
+    config = default_config()  # knows the type of what the run left open
+    with config.ignore_type():
+        for name, value in {**saved, "mesh.data": -1, "mesh.fsdp": 1}.items():
+            section, _, field = name.rpartition(".")
+            if section and section not in config:
+                config[section] = ConfigDict()
+            part = config[section] if section else config
+            if value is not None:
+                part[field] = tuple(value) if isinstance(value, list) else value  # as the flags know it
+            elif part.get(field) is not None or field not in part:
+                part[field] = placeholder(object)
     return config
 
 

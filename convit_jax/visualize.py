@@ -96,9 +96,6 @@ def draw_augmentations(path):
 
 def draw_training(directory):
     """Learning curves, gates and non-locality of a run, by epoch."""
-    import json
-
-    from ml_collections import ConfigDict
 
     from convit_jax.analysis.curves import draw_curves
     from convit_jax.analysis.locality_figures import draw_locality
@@ -111,7 +108,7 @@ def draw_training(directory):
         raise UserError(
             f"{run} lacks config.json, or a line in metrics.jsonl: give the directory of a run that trains."
         )
-    config = ConfigDict(json.loads((run / "config.json").read_text()))
+    config = run_config(run)
     model = model_settings(**model_arguments(config, config.data.num_classes or 1000))
     return [*draw_curves(run, directory), *draw_locality(run, directory, model)]
 

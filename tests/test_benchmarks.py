@@ -15,6 +15,7 @@ from flax import nnx
 from benchmarks.model import Program, summary
 from benchmarks.model_jax import as_in, network
 from benchmarks.reproducibility import differences
+from benchmarks.where import kinds
 from convit_jax.models.variants import model_settings
 from convit_jax.training.loop import train
 
@@ -67,6 +68,30 @@ def test_another_way_computes_the_same(way):
         with as_in(program, settings) as of_it:
             outputs.append(nnx.merge(*network(of_it))(images))
     np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+def test_operations_belong_to_what_they_are_or_do():
+    text = """
+%fused (p: f32[2]) -> f32[2] {
+  %copy.1 = f32[2] copy(%p)
+  ROOT %add.1 = f32[2] add(%copy.1, %p), metadata={op_name="jit(step)/add"}
+}
+%body (p: f32[2]) -> f32[2] {
+  %dot.1 = f32[2] dot(%p, %p), metadata={op_name="jit(step)/while/dot_general"}
+  ROOT %fusion.1 = f32[2] fusion(%p), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/add"}
+}
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %exp.1 = f32[2] exponential(%p), metadata={op_name="jit(step)/transpose(jvp(content))/exp"}
+  %copy.2 = f32[2] copy(%p)
+  ROOT %while.1 = f32[2] while(%p), body=%body
+}
+"""
+    found = kinds(text)
+    assert found["while.1"] is None
+    assert found["dot.1"] == "matrix products"
+    assert found["fusion.1"].startswith("the rest")
+    assert found["exp.1"] == "attention, content"
+    assert found["copy.2"] == "copies and transpositions"
 
 
 def test_a_ratio_is_the_median_over_neighbouring_turns():

@@ -48,8 +48,8 @@ class Linear(nnx.Linear):
     The bias is added in float32, so that its gradient, a sum over all tokens of a batch, is one of float32.
     """
 
-    def __init__(self, dim_in, dim_out, **settings):
-        super().__init__(dim_in, dim_out, kernel_init=TRUNC_NORMAL, **settings)
+    def __init__(self, dim_in, dim_out, *, use_bias=True, dtype, rngs):
+        super().__init__(dim_in, dim_out, use_bias=use_bias, dtype=dtype, kernel_init=TRUNC_NORMAL, rngs=rngs)
 
     def __call__(self, x):
         out = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))

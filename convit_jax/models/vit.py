@@ -130,7 +130,7 @@ class VisionTransformer(nnx.Module):
       drop_rate, attn_drop_rate: dropout. drop_path_rate: of the last block, rising linearly from 0.
       dtype: "float32" or "bfloat16", of the arithmetic and of the tokens between blocks, with the scale and
         bias of the blocks' norms; parameters, softmax, gates, the statistics of norms, the last norm and the
-        logits are float32, and so are sums over tokens in gradients.
+        logits are float32, and so are the sums in gradients of what is added to all tokens.
       remat: recompute whole blocks in the backward pass, for memory; without it only what is cheap.
       scan_unroll: how many blocks the scan lays out in a row; depth unrolls it.
     """

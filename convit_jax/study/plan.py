@@ -34,6 +34,7 @@ from convit_jax.training.plan import check as check_config
 from convit_jax.training.plan import make_plan, model_arguments
 from convit_jax.training.rundir import MAY_CHANGE, flatten
 
+FREE = frozenset(MAY_CHANGE) - {"steps", "distill.teacher"}  # what makes no config another run
 NEEDED = ("title", "question", "rows", "runs")
 OPTIONAL = {"columns": None, "scale": "linear", "labels": {}, "baseline": None, "metrics": ("top1",)}
 OF_A_RUN = ("row", "column", "config", "overrides", "seeds", "paper")
@@ -185,8 +186,7 @@ def check(plan):
 
 def identity(config):
     """The fields that make a config another run, {"optim.lr": 0.0005, ...}; others may differ by machine."""
-    free = {*MAY_CHANGE} - {"steps", "distill.teacher"}
-    return {name: value for name, value in flatten(config).items() if name not in free}
+    return {name: value for name, value in flatten(config).items() if name not in FREE}
 
 
 def _get_plan(source):

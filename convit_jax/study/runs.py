@@ -18,9 +18,9 @@ import time
 
 from convit_jax.commands import ROOT
 from convit_jax.errors import UserError
-from convit_jax.study.plan import identity
+from convit_jax.study.plan import FREE, identity
 from convit_jax.training.metrics import read_metrics
-from convit_jax.training.rundir import Held, default_fields, disk_errors, hold, write_whole
+from convit_jax.training.rundir import Held, default_fields, disk_errors, hold, read_json, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +56,9 @@ def outcome(output, run):
     where = folder(output, run)
     lines = read_metrics(where / "metrics.jsonl")
     evaluations = [line for line in lines if "val_top1" in line]
-    facts, ended = _read(where / "run.json"), _read(where / "outcome.json")
+    facts, ended = read_json(where / "run.json"), read_json(where / "outcome.json")
     steps = facts.get("steps")
-    # The last line is there before the last checkpoint is.
+    # Of the last line and the last checkpoint either may be there before the other.
     done = bool(evaluations) and evaluations[-1]["step"] == steps
     done = done and (ended.get("status") == 0 or (where / "checkpoints" / str(steps)).is_dir())
     failure = None if done else ended.get("failure")
@@ -86,7 +86,7 @@ def claim(output, plan):
         )
     with hold(output, "study.lock", wait=True), disk_errors(output):
         (output / "runs").mkdir(exist_ok=True)
-        saved = _read(output / "study.json")
+        saved = read_json(output / "study.json")
         different = _differences(plan, saved.get("runs", {}))
         if different:
             theirs = " ".join([saved["plan"], *saved["changes"]])
@@ -96,7 +96,7 @@ def claim(output, plan):
                 "--output, or the old plan to go on with it."
             )
         for run in plan.runs:
-            config = _read(folder(output, run) / "config.json")
+            config = read_json(folder(output, run) / "config.json")
             changes = _changes(identity(run.config), identity(config)) if config else []
             if changes:
                 raise UserError(
@@ -125,11 +125,14 @@ def _differences(plan, saved):
 
 
 def _changes(now, then):
-    """["optim.lr was 0.1, is 0.2", ...] of two flat dicts; what the older code had not was at its default."""
+    """["optim.lr was 0.1, is 0.2", ...] of two identities, the saved one perhaps by older code.
+
+    What that had not was at its default; what it counted and today's does not is left out.
+    """
     then = {**{name: value for name, value in default_fields().items() if name in now}, **then}
     return [
         f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted({*now, *then})
+        for name in sorted({*now, *then} - FREE)
         if now.get(name) != then.get(name)
     ]
 
@@ -194,7 +197,7 @@ def train(run, output, ours, signals, show):
       Its Outcome, which is on the disk as well.
     """
     where = folder(output, run)
-    before, began = _read(where / "outcome.json").get("seconds", 0.0), time.monotonic()
+    before, began = read_json(where / "outcome.json").get("seconds", 0.0), time.monotonic()
     with disk_errors(where / "output.log"), (where / "output.log").open("a+", errors="replace") as log:
         log.write(f"$ {shlex.join(train_command(run, output))}\n")
         log.flush()
@@ -241,13 +244,3 @@ def _why(code, said):
     own = [line.removeprefix("train.py: ") for line in said if line.startswith("train.py: ")]
     raised = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return [*(own or raised or said or [f"exit status {code}"])][-1].strip()
-
-
-def _read(path):
-    """A JSON file; {} if it is not there. UserError if it is damaged."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): remove it and start the same command again, the training is kept."
-        ) from error

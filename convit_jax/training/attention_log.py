@@ -1,6 +1,6 @@
 """What attention looks at, measured before training and at every evaluation (analysis/locality.py says how).
 
-The images lie evenly over the test, whose order is that of its classes; they are the same ones every time,
+The images lie evenly over the test, which a folder sorts by class; they are the same ones every time,
 whatever the evaluation's batch, the devices and the processes; few, for this shall cost little next to the
 evaluation.
 """

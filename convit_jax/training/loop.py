@@ -217,8 +217,8 @@ def train(config, workdir):
             return results and {f"{m}_{name}": results[m][name] for m in models for name in names}
 
         # ---- Training ----------------------------------------------------------------------
-        if step == 0:
-            log.write(0, 0.0, attention_log(state["params"]))
+        if step == 0 and (looks := attention_log(state["params"])):
+            log.write(0, 0.0, looks)
         phase("the first step, which is compiled")
         while True:
             # Where it is due, evaluate and save. A signal saves at once; what it left without an

@@ -67,7 +67,8 @@ class MetricsLog(Evaluations):
             self.file = self.path.open("a", buffering=1)
             # The writer below SummaryWriter: that one's thread would die of a full disk and block us.
             self.board = EventsWriter(str(directory / "tensorboard" / "events"))
-            self._event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+            first = start_step + 1 if start_step else 0  # what an earlier start wrote from here on is void
+            self._event(step=first, session_log=SessionLog(status=SessionLog.START))
 
     def _event(self, **fields):
         self.board.write_event(Event(wall_time=time.time(), **fields))

@@ -42,21 +42,22 @@ class Held(UserError):
 def claim(workdir, config, facts):
     """Make a run directory, or take up the one of the same run; write config.json and run.json.
 
-    A run that has saved no checkpoint is begun anew, with whatever config.
+    A run that has neither saved a checkpoint nor been evaluated is begun anew, with whatever config.
 
     Raises:
       UserError: the directory holds another run, or one on other data or with another teacher, or cannot
         be written.
     """
-    from convit_jax.training.checkpoint import any_in  # which imports this module
+    from convit_jax.training.checkpoint import any_in  # which imports this module, as the next does
+    from convit_jax.training.metrics import read_metrics
 
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        begun = any_in(workdir / "checkpoints")
-        if begun and (workdir / "config.json").exists():
-            check_same_run(config, json.loads((workdir / "config.json").read_text()), workdir)
-        if begun and (workdir / "run.json").exists():
-            saved = json.loads((workdir / "run.json").read_text())
+        log = read_metrics(workdir / "metrics.jsonl")
+        if any_in(workdir / "checkpoints") or any("val_top1" in line for line in log):
+            if saved := read_json(workdir / "config.json"):
+                check_same_run(config, saved, workdir)
+            saved = read_json(workdir / "run.json")
             check_same_data(facts, saved, workdir)
             check_same_teacher(facts, saved, workdir)
         write_whole(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
@@ -110,6 +111,16 @@ def write_whole(path, text):
     os.replace(beside, path)
 
 
+def read_json(path):
+    """What a JSON file of a run holds; {} if it is not there. UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): remove it and start the same command again, the training is kept."
+        ) from error
+
+
 def flatten(config):
     """{"optim.lr": 0.0005, ...} of a nested dict or ConfigDict as JSON gives it back."""
     if isinstance(config, ConfigDict):
@@ -123,13 +134,18 @@ def flatten(config):
     return flat
 
 
-def default_fields():
-    """{"optim.lr": 0.0005, ...} of configs/default.py; {} where the package is installed without it."""
+def default_config():
+    """The ConfigDict of configs/default.py; an empty one where the package is installed without it."""
     try:
         from configs import default
     except ImportError:
-        return {}
-    return flatten(default.get_config())
+        return ConfigDict()
+    return default.get_config()
+
+
+def default_fields():
+    """{"optim.lr": 0.0005, ...} of it."""
+    return flatten(default_config())
 
 
 def check_same_run(config, saved, workdir):

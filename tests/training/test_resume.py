@@ -88,6 +88,21 @@ def test_a_signal_at_an_evaluation_saves_first_and_evaluates_when_continued(
     assert curves(tmp_path / "whole") == curves(tmp_path / "stopped")
 
 
+def test_what_fails_in_an_evaluation_loses_no_step(digits_config, tmp_path, monkeypatch):
+    train(digits_config, tmp_path / "whole")
+
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(digits_config, tmp_path / "broken")
+    assert saved(tmp_path / "broken")["state"]["step"] == 12
+    train(digits_config, tmp_path / "broken")
+    assert curves(tmp_path / "whole") == curves(tmp_path / "broken")
+
+
 def test_a_signal_during_an_evaluation_stops_it(digits_config, tmp_path, monkeypatch):
     digits_config.eval_batch_size = 20
     put_batch, seen = evaluation.put_batch, []
