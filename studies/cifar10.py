@@ -2,7 +2,7 @@
 
 python -m convit_jax.study studies/cifar10.py:sample_efficiency --config.data.dir=CIFAR10
 # or :models, :ablations, :locality; :distillation, whose teacher is the largest ConViT of :models;
-# without a GPU :sample_efficiency_cpu and :ablations_cpu, a narrower model, few images, no mixing
+# without a GPU :sample_efficiency_cpu and :ablations_cpu, a narrower model, fewer images, no mixing
 """
 
 from studies import ablations, chosen, sample_efficiency, small_ablations, small_models, small_plans
@@ -19,7 +19,7 @@ GPU = RANDOM | {
     "model.dtype": "bfloat16",
     "data.workers": 8,
 }
-CPU = RANDOM | {  # 100,000 images
+CPU = RANDOM | {  # 100,000 images, ten minutes on a core
     "epochs": 2,
     "optim.warmup_epochs": 0.2,
     "optim.lr": 12e-3,
@@ -35,6 +35,7 @@ CPU = RANDOM | {  # 100,000 images
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,
 }
+LONG = CPU | {"epochs": 6, "eval_every": 1.0}  # with fewer DeiT does not come to overfit larger parts
 TEACHER = "runs/cifar10_models/runs/convit-b+-seed0"
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)
@@ -53,7 +54,7 @@ def get_plan(name=""):
     )
     without = {
         "sample_efficiency_cpu": sample_efficiency(
-            "CIFAR-10", small_models(CONFIG), FRACTIONS[:3], SEEDS, baseline="DeiT", overrides=CPU
+            "CIFAR-10", small_models(CONFIG), FRACTIONS[:3], SEEDS, baseline="DeiT", overrides=LONG
         ),
         "ablations_cpu": ablations(
             "CIFAR-10", small_ablations(CONFIG), SEEDS, fractions={"10%": 0.1}, overrides=CPU
