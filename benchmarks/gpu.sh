@@ -12,9 +12,9 @@ cd "$(dirname "$0")/.."
 part=${1:-table} out=$(realpath -m "${2:-gpu-results}") python=${PYTHON:-python3} peer=${PEER:-python3}
 mkdir -p "$out"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
-limit=${LIMIT:-520} # seconds for all
+limit=520 # seconds for all
 
-# step SECONDS COMMAND...: what ends by itself gets the minutes as --minutes, and everything is stopped at the limit.
+# step SECONDS COMMAND...: run it, at most so long, and never beyond the limit.
 step() {
     local most=$1 left=$((limit - SECONDS))
     shift
@@ -26,7 +26,7 @@ step() {
     echo "--- ${words#"$python" -m } (after $SECONDS s)"
     timeout "$((left < most ? left : most))" "$@" || echo "It ended with $?."
 }
-model() { # model SECONDS NAME ARGUMENTS...
+model() { # model SECONDS NAME ARGUMENTS...: benchmarks.model, which starts nothing in its last 20 seconds
     local most=$1 name=$2
     shift 2
     local minutes=$(((most < limit - SECONDS ? most : limit - SECONDS) - 20))
@@ -61,7 +61,7 @@ table)
     # Training first: its first step is then cold in the first round, and warm in the second.
     model 200 small --models="convit_small@$size" --batch="$full" --rounds=2 --tasks=training,inference --programs=convit,plain
     if [ -n "$compare" ]; then
-        model 200 timm --models="convit_small@$size" --batch="$batch" --rounds=1 --peer="$peer" \
+        model 200 timm --models="convit_small@$size" --batch="$batch" --rounds=1 "$compare" \
             --programs="convit,timm convit,timm convit compiled"
     fi
     model 90 large --models="convit_small@$large" --batch="$large_batch" --rounds=1 --programs=convit,plain

@@ -26,7 +26,7 @@ from absl import flags
 from convit_jax.commands import launch
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.training import loop, plan
-from convit_jax.training.optimizer import make_optimizer, make_schedule
+from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.step import make_train_step, new_state, train_metrics
 
 TITLES = {"loop": "the whole training loop", "step": "the bare jitted step"}
@@ -80,12 +80,7 @@ def whole_loop(config, settings):
 def bare_step(config, settings):
     """Images/s of each window of the step alone."""
     graphdef, shapes = abstract_model(settings.model)
-    schedule = make_schedule(
-        config.optim,
-        epochs=settings.epochs,
-        batch_size=config.batch_size,
-        epoch_length=settings.train.slots.epoch_length,
-    )
+    schedule = run_schedule(config, settings)
     optimizer = make_optimizer(config.optim, schedule, shapes)
     step = jax.jit(
         make_train_step(graphdef, optimizer, schedule, config, settings.model["num_classes"]),

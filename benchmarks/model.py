@@ -34,7 +34,13 @@ PEERS = {  # program: (timm's model of a size, compiled)
     "timm deit compiled": ("deit_{}_patch16_224", True),
 }
 OURS = ("convit", "plain")
-WAYS = ("cuDNN", "position over heads only", "position dense", "unrolled", "remat")  # ConViT in other ways
+WAYS = (  # ConViT in other ways
+    "convit: cuDNN",
+    "convit: position over heads only",
+    "convit: position dense",
+    "convit: unrolled",
+    "convit: remat",
+)
 # What is asked for: task, numerator, denominator, least ratio of images/s on (CPU, GPU).
 RATIOS = [
     ("inference", "convit", "plain", (0.95, 0.95)),
@@ -47,7 +53,7 @@ RATIOS = [
     ("training", "convit", "timm deit", None),
     ("inference", "convit", "other", None),
     ("training", "convit", "other", None),
-    *((task, f"convit: {way}", "convit", None) for way in WAYS for task in TASKS),
+    *((task, way, "convit", None) for way in WAYS for task in TASKS),
 ]
 MEMORY, MFU, FIRST_STEP = 1.10, "40% (GPU, ConViT-S, batch 512)", "20 s, 5 s (CPU), 40 s, 8 s (GPU)"
 
@@ -115,7 +121,7 @@ def programs(model, image_size, batch, options, cache):
     }
     result = [
         Program(name, [*ours, f"--program={name}"], environment)
-        for name in (*OURS, *(f"convit: {way}" for way in WAYS))
+        for name in (*OURS, *WAYS)
         if name in options.programs
     ]
     if options.other:  # this benchmark, that package
@@ -257,7 +263,7 @@ def main():
     parser.add_argument(
         "--programs",
         default=",".join((*OURS, *PEERS)),
-        help="also " + ", ".join(f"'convit: {w}'" for w in WAYS),
+        help="also " + ", ".join(map(repr, WAYS)),
     )
     parser.add_argument("--other", help="another checkout, compared as the program `other`")
     parser.add_argument("--fresh", action="store_true", help="a new process for each turn")
@@ -265,7 +271,7 @@ def main():
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
     options.tasks, options.programs = options.tasks.split(","), options.programs.split(",")
-    known = [*OURS, *PEERS, *(f"convit: {way}" for way in WAYS)]
+    known = [*OURS, *PEERS, *WAYS]
     if unknown := set(options.programs) - set(known):
         parser.error(f"--programs has {', '.join(sorted(unknown))}: there are {', '.join(known)}.")
     if not set(options.programs) - {*PEERS}:

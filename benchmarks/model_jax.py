@@ -36,7 +36,7 @@ class PlainAttention(SelfAttention):
 def as_in(program, settings):
     """While it lasts models are those of a program: yields its settings.
 
-    Programs: "convit"; "plain", the same with plain attention everywhere; "convit: WAY" of model.py's WAYS.
+    Programs: "convit"; "plain", the same with plain attention everywhere; one of model.py's WAYS.
     """
     way = program.partition(": ")[2]
     changed = {"unrolled": {"scan_unroll": settings["depth"]}, "remat": {"remat": True}}

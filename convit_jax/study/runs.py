@@ -20,7 +20,7 @@ from convit_jax.commands import ROOT
 from convit_jax.errors import UserError
 from convit_jax.study.plan import FREE, identity
 from convit_jax.training.metrics import read_metrics
-from convit_jax.training.rundir import Held, default_fields, disk_errors, hold, read_json, write_whole
+from convit_jax.training.rundir import Held, changes, disk_errors, hold, read_json, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +97,10 @@ def claim(output, plan):
             )
         for run in plan.runs:
             config = read_json(folder(output, run) / "config.json")
-            changes = _changes(identity(run.config), identity(config)) if config else []
-            if changes:
+            changed = changes(identity(run.config), identity(config), FREE) if config else []
+            if changed:
                 raise UserError(
-                    f"{folder(output, run)} holds a run with another config ({'; '.join(changes)}): "
+                    f"{folder(output, run)} holds a run with another config ({'; '.join(changed)}): "
                     "give another --output."
                 )
         whole = {
@@ -118,23 +118,10 @@ def _differences(plan, saved):
     fields = {}  # in the order in which they are met, each once
     for name in saved:
         if name in now:
-            fields.update(dict.fromkeys(_changes(identity(now[name].config), saved[name])))
+            fields.update(dict.fromkeys(changes(identity(now[name].config), saved[name], FREE)))
     gone = [name for name in saved if name not in now]
     more = f" and {len(gone) - 1} more" if gone[1:] else ""
     return [*fields, *([f"its run {gone[0]}{more} is not in this plan"] if gone else [])]
-
-
-def _changes(now, then):
-    """["optim.lr was 0.1, is 0.2", ...] of two identities, the saved one perhaps by older code.
-
-    What that had not was at its default; what it counted and today's does not is left out.
-    """
-    then = {**{name: value for name, value in default_fields().items() if name in now}, **then}
-    return [
-        f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted({*now, *then} - FREE)
-        if now.get(name) != then.get(name)
-    ]
 
 
 def train_command(run, output, python="python"):

@@ -24,7 +24,7 @@ from convit_jax.training.attention_log import make_attention_log
 from convit_jax.training.distill import load_teacher
 from convit_jax.training.evaluation import AHEAD, evaluate
 from convit_jax.training.metrics import Clock, Evaluations, MetricsLog, Progress
-from convit_jax.training.optimizer import make_optimizer, make_schedule
+from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.plan import make_plan
 from convit_jax.training.processes import (
     Everywhere,
@@ -88,12 +88,7 @@ def train(config, workdir):
 
     # ---- Model, optimizer, compiled steps --------------------------------------------------
     graphdef, abstract_params = abstract_model(plan.model)
-    schedule = make_schedule(
-        config.optim,
-        epochs=plan.epochs,
-        batch_size=config.batch_size,
-        epoch_length=plan.train.slots.epoch_length,
-    )
+    schedule = run_schedule(config, plan)
     optimizer = make_optimizer(config.optim, schedule, abstract_params)
 
     def empty_window():

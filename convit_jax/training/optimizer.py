@@ -30,6 +30,16 @@ def cosine_schedule(t, xp, *, epochs, peak, min_lr, warmup_lr, warmup_epochs):
     return xp.where(t < warmup_epochs, warmup, xp.where(t < epochs, cosine, min_lr))
 
 
+def run_schedule(config, plan):
+    """The schedule of a run, of its config and its training.plan.Plan."""
+    return make_schedule(
+        config.optim,
+        epochs=plan.epochs,
+        batch_size=config.batch_size,
+        epoch_length=plan.train.slots.epoch_length,
+    )
+
+
 def make_schedule(optim, *, epochs, batch_size, epoch_length):
     """Step (int array) -> learning rate (float32).
 

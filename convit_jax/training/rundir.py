@@ -57,9 +57,9 @@ def claim(workdir, config, facts):
         if any_in(workdir / "checkpoints") or any("val_top1" in line for line in log):
             if saved := read_json(workdir / "config.json"):
                 check_same_run(config, saved, workdir)
-            saved = read_json(workdir / "run.json")
-            check_same_data(facts, saved, workdir)
-            check_same_teacher(facts, saved, workdir)
+            if saved := read_json(workdir / "run.json"):
+                check_same_data(facts, saved, workdir)
+                check_same_teacher(facts, saved, workdir)
         write_whole(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
         write_whole(workdir / "run.json", json.dumps(facts, indent=1) + "\n")
 
@@ -148,20 +148,22 @@ def default_fields():
     return flatten(default_config())
 
 
-def check_same_run(config, saved, workdir):
-    """Raise UserError if a run directory holds another config; saved is the one in its config.json.
+def changes(now, then, free):
+    """["optim.lr was 0.1, is 0.2", ...] of two flat dicts, `then` perhaps saved by older code.
 
-    A field that it lacks, since the code had none then, was at its default.
+    A field that older code had not was at its default. free: names that do not count.
     """
-    now, then = flatten(config), flatten(saved)
-    added = {*now} - {*then}
-    then.update({name: value for name, value in default_fields().items() if name in added})
-    changed = [
+    then = {**{name: value for name, value in default_fields().items() if name in now}, **then}
+    return [
         f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
         for name in sorted({*now, *then})
-        if now.get(name) != then.get(name) and name not in MAY_CHANGE
+        if now.get(name) != then.get(name) and name not in free
     ]
-    if changed:
+
+
+def check_same_run(config, saved, workdir):
+    """Raise UserError if a run directory holds another config; saved is the one in its config.json."""
+    if changed := changes(flatten(config), flatten(saved), MAY_CHANGE):
         raise UserError(
             f"{workdir} holds a run with another config ({'; '.join(changed)}): give another --workdir, "
             "or the old values to continue that run."

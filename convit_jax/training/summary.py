@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from convit_jax.models.variants import count_macs, count_params
-from convit_jax.training.optimizer import make_schedule, peak_learning_rate
+from convit_jax.training.optimizer import peak_learning_rate, run_schedule
 
 
 def facts(config, plan, params, mesh_shape, device_kind, teacher):
@@ -88,12 +88,7 @@ def describe(config, run, workdir):
 
 def largest_rate(config, plan):
     """The largest learning rate of the steps of a run: about the configured peak, or less in a short run."""
-    schedule = make_schedule(
-        config.optim,
-        epochs=plan.epochs,
-        batch_size=config.batch_size,
-        epoch_length=plan.train.slots.epoch_length,
-    )
+    schedule = run_schedule(config, plan)
     return float(jnp.max(jax.vmap(schedule)(jnp.arange(plan.total_steps))))
 
 

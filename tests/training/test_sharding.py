@@ -13,7 +13,7 @@ from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model
 from convit_jax.training.loop import train
 from convit_jax.training.metrics import SPEEDS, read_metrics
-from convit_jax.training.optimizer import make_optimizer, make_schedule
+from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.plan import make_plan
 from convit_jax.training.sharding import batch_sharding, gather, make_mesh, replicated, state_shardings
 from convit_jax.training.step import make_train_step, new_state, train_metrics
@@ -52,10 +52,7 @@ def compiled_step(config, data, fsdp):
     mesh = make_mesh(data, fsdp)
     plan = make_plan(config, devices=mesh.size)
     graphdef, params = abstract_model(plan.model)
-    length = plan.train.slots.epoch_length
-    schedule = make_schedule(
-        config.optim, epochs=plan.epochs, batch_size=config.batch_size, epoch_length=length
-    )
+    schedule = run_schedule(config, plan)
     optimizer = make_optimizer(config.optim, schedule, params)
     state = jax.eval_shape(lambda params: new_state(params, optimizer, ema=False), params)
     metrics = jax.eval_shape(train_metrics)
