@@ -36,13 +36,13 @@ ARCHITECTURE = (
 
 
 def load_pretrained(
-    source, *, num_classes=None, image_size=None, num_heads=None, which="best", ema=False, seed=0, **behaviour
+    path, *, num_classes=None, image_size=None, num_heads=None, which="best", ema=False, seed=0, **behaviour
 ):
     """A trained model.
 
     Args:
-      source: path of a .pth, .pt or .safetensors file, of a converted directory or of a run directory, a
-        Hub id as "timm/convit_tiny.fb_in1k", or the authors' name as "convit_tiny".
+      path: of a .pth, .pt or .safetensors file, of a converted directory or of a run directory; or a Hub id
+        as "timm/convit_tiny.fb_in1k", or the authors' name as "convit_tiny".
       num_classes: replace the head by a new one with so many classes, initialised from `seed`.
       image_size: pixels, an int or (height, width): resize the position embedding for such images.
       num_heads: of a DeiT whose width is not in its table.
@@ -57,7 +57,7 @@ def load_pretrained(
       UserError: nothing usable there, or weights that do not fit; the sentence says what and why.
     """
     loaded = load(
-        source,
+        path,
         num_classes=num_classes,
         image_size=image_size,
         num_heads=num_heads,
