@@ -30,6 +30,7 @@ def get_config():
     config.model.mlp_ratio = placeholder(float)  # 4
     config.model.qkv_bias = placeholder(bool)  # ConViT no, DeiT yes
     config.model.local_up_to_layer = placeholder(int)  # number of GPSA blocks: ConViT 10, DeiT 0
+    config.model.pos_embed_class_token = placeholder(bool)  # ConViT no, DeiT yes: it has an entry
     config.model.distilled = placeholder(bool)  # no: a distillation token beside the class token (DeiT)
     config.model.conv_init = placeholder(bool)  # start GPSA as a convolution
     config.model.locality_strength = placeholder(float)  # 1: alpha of the convolutional init

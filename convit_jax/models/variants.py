@@ -52,7 +52,7 @@ OVERRIDES = ("embed_dim", "num_heads", *COMMON, *FAMILIES["convit"])
 
 
 def list_models():
-    """Names of all models, in the order of Table 1."""
+    """Names of all models of Table 1: ConViT, then DeiT, by size."""
     return list(SIZES)
 
 
