@@ -42,11 +42,12 @@ class Held(UserError):
 def claim(workdir, config, facts):
     """Make a run directory, or take up the one of the same run; write config.json and run.json.
 
-    A run that has neither saved a checkpoint nor been evaluated is begun anew, with whatever config.
+    A run that has neither saved a checkpoint nor been evaluated is begun anew, with whatever config. One that
+    was evaluated had a checkpoint then: without it nothing can be continued, and its log is not given up.
 
     Raises:
-      UserError: the directory holds another run, or one on other data or with another teacher, or cannot
-        be written.
+      UserError: the directory holds another run, or one on other data or with another teacher, or one whose
+        checkpoints are gone, or cannot be written.
     """
     from convit_jax.training.checkpoint import any_in  # which imports this module, as the next does
     from convit_jax.training.metrics import read_metrics
@@ -54,12 +55,18 @@ def claim(workdir, config, facts):
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         log = read_metrics(workdir / "metrics.jsonl")
-        if any_in(workdir / "checkpoints") or any("val_top1" in line for line in log):
+        has_checkpoint = any_in(workdir / "checkpoints")
+        if has_checkpoint or any("val_top1" in line for line in log):
             if saved := read_json(workdir / "config.json"):
                 check_same_run(config, saved, workdir)
             if saved := read_json(workdir / "run.json"):
                 check_same_data(facts, saved, workdir)
                 check_same_teacher(facts, saved, workdir)
+            if not has_checkpoint:
+                raise UserError(
+                    f"{workdir} holds a run without its checkpoints, and to begin anew would lose its log: "
+                    "bring the checkpoints back, give another --workdir, or remove metrics.jsonl."
+                )
         write_whole(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
         write_whole(workdir / "run.json", json.dumps(facts, indent=1) + "\n")
 

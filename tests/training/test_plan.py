@@ -127,6 +127,16 @@ def test_a_run_that_saved_nothing_takes_another_config(digits_config, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["train_images"] == 99
 
 
+def test_a_run_that_has_lost_its_checkpoints_keeps_its_log(digits_config, tmp_path):
+    facts = dict(train_images=1437, test_images=360, classes=10)
+    claim(tmp_path, digits_config, facts)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "train_loss": 2.3}\n')
+    claim(tmp_path, digits_config, facts)  # never saved, so nothing is lost
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "val_top1": 50.0}\n')
+    with pytest.raises(UserError, match=r"holds a run without its checkpoints.* remove metrics.jsonl"):
+        claim(tmp_path, digits_config, facts)
+
+
 def test_a_field_that_a_run_did_not_know_was_at_its_default(digits_config, tmp_path):
     saved = json.loads(digits_config.to_json_best_effort())
     del saved["optim"]["clip_norm"], saved["locality"]
