@@ -25,6 +25,7 @@ from convit_jax.training.distill import load_teacher
 from convit_jax.training.evaluation import AHEAD, evaluate
 from convit_jax.training.metrics import Clock, Evaluations, MetricsLog, Progress
 from convit_jax.training.optimizer import make_optimizer, run_schedule
+from convit_jax.training.peaks import peak_flops
 from convit_jax.training.plan import make_plan
 from convit_jax.training.processes import (
     Everywhere,
@@ -185,7 +186,7 @@ def train(config, workdir):
                 clock.count(config.batch_size)
 
         def report(last_step, sums, images_per_second, data_wait):
-            """Log a closed window, whose last step is done."""
+            """Log a window whose last step is done."""
             sums = jax.device_get(sums)
             check_finite(sums, checkpoints)
             values = {
@@ -195,6 +196,8 @@ def train(config, workdir):
                 "images_per_second": images_per_second,
                 "data_wait": data_wait,
             }
+            if peak := peak_flops(run["device_kind"], run["dtype"]):
+                values["mfu"] = 3 * run["flops"] * images_per_second / (peak * mesh.size)
             if teacher:
                 values["train_distill_loss"] = float(sums["distill_loss"]) / int(sums["images"])
             if unreadable.seen:
@@ -267,9 +270,10 @@ def train(config, workdir):
             settle(AHEAD)
 
             # Report, late.
-            if step % config.log_every == 0:
+            full = step % config.log_every == 0
+            if full or step == plan.total_steps:
                 windows.append((step, metrics, *clock.read()))
-                metrics = no_metrics
+                metrics = no_metrics if full else metrics  # what a longer run goes on with
             while windows and windows[0][0] <= step - AHEAD and not stop.given_up:
                 report(*windows.popleft())
 

@@ -14,7 +14,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from convit_jax.training.rundir import disk_errors, write_whole
 
-SPEEDS = ("images_per_second", "data_wait")  # of a line of metrics.jsonl: what the clock decides
+SPEEDS = ("images_per_second", "data_wait", "mfu")  # of a line of metrics.jsonl: what the clock decides
 
 
 class Evaluations:
@@ -161,7 +161,11 @@ class Progress:
         self.start, self.since = self.start + 1, time.monotonic()
 
     def update(self, step, epoch, values):
-        """Show a step. values: train_loss, train_top1, lr, images_per_second, data_wait (a share)."""
+        """Show a step.
+
+        values: train_loss, train_top1, lr, images_per_second, data_wait (a share), and where the device's
+        peak is known mfu (a share of it).
+        """
         left = (time.monotonic() - self.since) / max(step - self.start, 1) * (self.total - step)
         parts = {
             "step": f"step {step}/{self.total}",
@@ -170,16 +174,18 @@ class Progress:
             "top-1": f"top-1 {values['train_top1']:.1f}",
             "lr": f"lr {values['lr']:.2e}",
             "rate": f"{values['images_per_second']:.0f} img/s",
+            "mfu": f"MFU {values['mfu']:.0%}" if "mfu" in values else "",
             "data": f"data {values['data_wait']:.0%}",
             "left": f"left {duration(left)}",
         }
+        parts = {name: part for name, part in parts.items() if part}
         if not self.live:
             self.say("  ".join(parts.values()))
             return
         width = shutil.get_terminal_size().columns - 1
-        for spare in ("lr", "epoch", "data", "rate"):  # what a narrow terminal can do without
+        for spare in ("lr", "epoch", "mfu", "data", "rate"):  # what a narrow terminal can do without
             if len("  ".join(parts.values())) > width:
-                del parts[spare]
+                parts.pop(spare, None)
         line = "  ".join(parts.values())
         bar = min(24, width - len(line) - 3)
         done = math.floor(bar * step / self.total)

@@ -10,6 +10,7 @@ from tensorboardX.proto.event_pb2 import Event
 from convit_jax.commands import load_config
 from convit_jax.training import metrics
 from convit_jax.training.metrics import Clock, MetricsLog, Progress, duration, read_metrics
+from convit_jax.training.peaks import peak_flops
 
 VALUES = {
     "train_loss": 1.23456,
@@ -91,12 +92,30 @@ def test_a_file_gets_plain_lines(clock):
     progress.first_step(12.34)
     clock[0] += 99
     progress.update(100, 2.5, VALUES)
+    progress.update(100, 2.5, VALUES | {"mfu": 0.4251})
     progress.evaluated(100, 2.5, {"val_top1": 61.23456})
     assert stream.getvalue().splitlines() == [
         "First step after 12.3 s, compilation included",
         "step 100/1000  epoch 2.5  loss 1.2346  top-1 61.5  lr 5.00e-04  1234 img/s  data 2%  left 15:00",
+        "step 100/1000  epoch 2.5  loss 1.2346  top-1 61.5  lr 5.00e-04  1234 img/s  MFU 43%  data 2%"
+        "  left 15:00",
         "step 100/1000  epoch 2.5  val_top1 61.2346",
     ]
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "dtype", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA L40", "bfloat16", None),
+        ("TPU v5 lite", "bfloat16", 197e12),
+        ("NVIDIA H200", "float32", None),
+        ("cpu", "bfloat16", None),
+    ],
+)
+def test_the_peak_of_a_device_is_known_by_its_name(device_kind, dtype, flops):
+    assert peak_flops(device_kind, dtype) == flops
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections on Python 3.11
@@ -115,6 +134,7 @@ def test_a_terminal_gets_one_live_line_that_fits(clock, monkeypatch, columns):
     progress = Progress(1000, 0, stream)
     progress.update(100, 2.5, VALUES)
     progress.update(500, 12.5, VALUES)
+    progress.update(900, 22.5, VALUES | {"mfu": 0.4251})
     progress.say("done")
     parts = re.split(r"\r\x1b\[K", stream.getvalue())
     assert parts[0] == ""
@@ -126,6 +146,7 @@ def test_a_terminal_gets_one_live_line_that_fits(clock, monkeypatch, columns):
     assert "step 500/1000" in parts[2]
     assert "left " in parts[2]
     assert ("lr " in parts[2]) == (columns >= 100)
+    assert ("MFU 43%" in parts[3]) == (columns >= 100)
 
 
 def test_the_clock_counts_what_is_done_and_not_the_pauses(clock):

@@ -42,6 +42,12 @@ def test_stopped_at_any_step_and_continued_with_any_number_of_workers(undisturbe
     config.steps, config.data.workers = 12, 0
     train(config, tmp_path / "parts")
     assert_same(saved(whole), saved(tmp_path / "parts"))
+    losses, of_parts = (
+        {line["step"]: line["train_loss"] for line in curves(run) if "train_loss" in line}
+        for run in (whole, tmp_path / "parts")
+    )
+    assert list(of_parts) == [3, 4, 7, 8, 12]  # at the end of a run its last, short window too
+    assert losses.items() <= of_parts.items()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
