@@ -1,4 +1,4 @@
-"""Orbax behind four functions: open, save, restore, close.
+"""Orbax behind a few functions: open, save, wait, restore, close.
 
 A checkpoint is written to the side and renamed when it is whole, in the background; the latest
 and the one with the best val_top1 are kept. Restoring goes into an abstract tree with today's
@@ -71,6 +71,12 @@ def restore(checkpoints, shapes, shardings, step=None):
     return checkpoints.load(step, abstract)
 
 
+def wait(checkpoints):
+    """Until what was saved is on disk. Raises UserError if it could not be written."""
+    with _storage_errors(checkpoints):
+        checkpoints.wait()
+
+
 def close(checkpoints):
     """Wait until everything is on disk. Raises UserError if it could not be written."""
     with _storage_errors(checkpoints):
@@ -90,7 +96,8 @@ def _storage_errors(checkpoints):
         # A checkpoint takes its name, the step, when it is whole.
         whole = [int(path.name) for path in Path(checkpoints.directory).iterdir() if path.name.isdigit()]
         kept = f"the last good one is of step {max(whole)}" if whole else "there is no earlier one"
+        remedy = "it continues from there" if whole else "it begins anew"
         raise UserError(
             f"A checkpoint could not be written to {checkpoints.directory} ({cause}); {kept}. "
-            "Make room and start the same command again: it continues from there."
+            f"Make room and start the same command again: {remedy}."
         ) from error

@@ -236,6 +236,7 @@ def train(config, workdir):
                         saved = step
                     values = evaluate_now(state) if due and not stopping else None
                     if values is not None:
+                        checkpoint.wait(checkpoints)  # a log must not tell of weights that were lost
                         log.write(step, plan.epoch(step), values | attention_log(state["params"]))
                         progress.evaluated(step, plan.epoch(step), values)
                 if due and values is None and not stopping:  # a signal came during the evaluation

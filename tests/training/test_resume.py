@@ -109,6 +109,16 @@ def test_what_fails_in_an_evaluation_loses_no_step(digits_config, tmp_path, monk
     assert curves(tmp_path / "whole") == curves(tmp_path / "broken")
 
 
+def test_an_evaluation_is_logged_only_when_its_weights_are_safe(digits_config, tmp_path, monkeypatch):
+    def full(_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(loop.checkpoint, "wait", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        train(digits_config, tmp_path)
+    assert not any("val_top1" in line for line in curves(tmp_path))
+
+
 def test_a_signal_during_an_evaluation_stops_it(digits_config, tmp_path, monkeypatch):
     digits_config.eval_batch_size = 20
     put_batch, seen = evaluation.put_batch, []
