@@ -30,6 +30,7 @@ def define():
 def main(arguments):
     """Convert SOURCE to TARGET."""
     from convit_jax.pretrained import describe
+    from convit_jax.pytorch.architecture import told_heads
     from convit_jax.pytorch.writer import write
     from convit_jax.weight_formats import save
 
@@ -37,12 +38,18 @@ def main(arguments):
         raise UserError(f"give SOURCE and TARGET, not {len(arguments)} arguments; --help explains them.")
     source, target = arguments[0], Path(arguments[1]).expanduser()
     check_target(target, flags.FLAGS.overwrite)
+    to_file = target.suffix in FILES
+    if to_file and flags.FLAGS.dtype:
+        raise UserError(
+            f"--dtype is what a converted directory is run in; {target} would keep the numbers as they are: "
+            "leave it out, or give a directory."
+        )
     began = time.monotonic()
     loaded = load_weights(source)
     print("\n".join([describe(loaded), *loaded.changes]), flush=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix in FILES:
+        if to_file:
             write(target, loaded.tensors)
         else:
             save(loaded, target)
@@ -50,8 +57,14 @@ def main(arguments):
         raise UserError(
             f"cannot write {target} ({error.strerror}): make room, or check the path and its permissions."
         ) from error
-    kind = "" if target.suffix in FILES else "the directory "
+    kind = "" if to_file else "the directory "
     print(f"Written to {kind}{target} in {time.monotonic() - began:.1f} s")
+    heads = loaded.settings["num_heads"]
+    if to_file and told_heads(loaded.settings) != heads:
+        print(
+            f"The file does not tell that it has {heads} heads: say so to what reads it, here with "
+            f"--heads={heads}."
+        )
 
 
 def check_target(target, overwrite):

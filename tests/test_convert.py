@@ -6,12 +6,16 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, assert_same, run_python, says
 
 from convit_jax import pretrained
 from convit_jax.convert import check_target
 from convit_jax.errors import UserError
+from convit_jax.models.variants import abstract_model, model_settings
+from convit_jax.pytorch.weights import shapes
+from convit_jax.pytorch.writer import write
 from convit_jax.weight_formats import save
 
 GOLDEN = ROOT / "tests/golden"
@@ -30,6 +34,20 @@ def test_a_training_checkpoint_becomes_a_directory_and_goes_back(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pth", "back.safetensors", "weights"]
 
 
+def test_a_file_that_does_not_tell_the_heads_is_said(tmp_path):
+    settings = model_settings("deit_tiny", num_classes=3, image_size=16, depth=1)  # of 3 heads by its width
+    tensors = {
+        name: np.zeros(shape, np.float32) for name, shape in shapes(abstract_model(settings)[1]).items()
+    }
+    write(tmp_path / "it.pth", tensors)
+    done = run_python(
+        "-m", "convit_jax.convert", tmp_path / "it.pth", tmp_path / "x.safetensors", "--heads=4"
+    )
+    assert done.stdout.endswith(
+        "does not tell that it has 4 heads: say so to what reads it, here with --heads=4.\n"
+    )
+
+
 def test_a_new_head_and_larger_images(tmp_path):
     arguments = [GOLDEN / "convit_golden.pth", tmp_path / "weights", "--num_classes=3", "--image_size=48x64"]
     done = run_python("-m", "convit_jax.convert", *arguments)
@@ -43,6 +61,10 @@ def test_a_new_head_and_larger_images(tmp_path):
         (["only.pth"], "give SOURCE and TARGET, not 1 arguments"),
         (["missing.pth", "new"], "there is no file or directory missing.pth"),
         ([GOLDEN / "README.md", "new"], f"cannot read {GOLDEN}/README.md: "),
+        (
+            ["convit_tiny", "new.pth", "--dtype=bfloat16"],
+            "--dtype is what a converted directory is run in; new.pth",
+        ),
         (["convit_tiny", "new", "--image_size=large"], "--image_size is 'large': give 384, or HEIGHTxWIDTH"),
         (["convit_tiny", GOLDEN / "convit_golden.pth"], f"{GOLDEN}/convit_golden.pth exists: give another"),
     ],

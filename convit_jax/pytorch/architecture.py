@@ -1,8 +1,9 @@
 """What a network is, read off the names and shapes of its state dict.
 
 Sizes stand in the shapes: blocks with a positional projection are GPSA, and it tells the number of
-heads. What no shape tells: the heads of a DeiT (its table of sizes does, or the caller), and the
-shape of a grid that is not square (the caller).
+heads. What no shape tells: the heads of a network without any (a table of sizes does: ConViT's if it has
+neither biases nor a position of the class token, else DeiT's; or the caller), and the shape of a grid that
+is not square (the caller).
 """
 
 import math
@@ -52,15 +53,17 @@ def infer(tensors, source, *, trained_at=None, num_heads=None, num_classes=None,
     hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
     ratio = hidden / embed_dim
     distilled = "dist_token" in tensors
-    extras = (0,) if local else (2, 0) if distilled else (1, 0)
+    tokens = 2 if distilled else 1
+    extras = (0, tokens) if local else (tokens, 0)
     positions, known = tensors["pos_embed"].shape[1], [trained_at] if trained_at else [None, image_size]
     grid, extra = _grid(positions, extras, patch_size, known, source)
     if "head.weight" in tensors and _size(tensors["head.weight"], 2):
         num_classes = tensors["head.weight"].shape[0]
     elif num_classes is None:
         raise UserError(f"{source} has no head: say with num_classes how many classes a new one shall have.")
-    family = "convit" if local else "deit"
-    num_heads = _heads(tensors, source, family, embed_dim, num_heads)
+    biased = any({"attn.qk.bias", "attn.v.bias", "attn.qkv.bias"} & names for names in inside.values())
+    family = "convit" if local or not (biased or extra) else "deit"  # a ConViT may have no GPSA block
+    num_heads = _heads(tensors, source, family, embed_dim, num_heads, shown=bool(local))
     sizes = {name: size for name, size in SIZES.items() if name.startswith(family)}
     name = next((name for name, size in sizes.items() if size == (embed_dim, num_heads)), f"{family}_tiny")
     return model_settings(
@@ -73,11 +76,24 @@ def infer(tensors, source, *, trained_at=None, num_heads=None, num_classes=None,
         depth=depth,
         num_heads=num_heads,
         mlp_ratio=ratio if int(embed_dim * ratio) == hidden else math.nextafter(ratio, math.inf),
-        qkv_bias=any({"attn.qk.bias", "attn.v.bias", "attn.qkv.bias"} & names for names in inside.values()),
+        qkv_bias=biased,
         local_up_to_layer=len(local),
         pos_embed_class_token=extra > 0,
         distilled=distilled,
     )
+
+
+def told_heads(settings):
+    """The number of heads that infer() takes a state dict of these model_settings() to have, or None."""
+    if settings["local_up_to_layer"]:
+        return settings["num_heads"]
+    convit = not (settings["qkv_bias"] or settings["pos_embed_class_token"])
+    return _table("convit" if convit else "deit").get(settings["embed_dim"])
+
+
+def _table(family):
+    """{width: heads} of a family."""
+    return {size[0]: size[1] for name, size in SIZES.items() if name.startswith(family)}
 
 
 def _size(tensor, axes):
@@ -85,9 +101,9 @@ def _size(tensor, axes):
     return tensor.size if tensor.ndim == axes else 0
 
 
-def _heads(tensors, source, family, embed_dim, given):
-    """Number of heads: of the positional projection, or of DeiT's table, or as given."""
-    if family == "convit":
+def _heads(tensors, source, family, embed_dim, given, shown):
+    """Number of heads: of the positional projection if that is shown, or of the table, or as given."""
+    if shown:
         telling = [name for name in tensors if name.endswith(("attn.pos_proj.weight", "attn.gating_param"))]
         known = {tensors[name].shape[0] for name in telling if tensors[name].ndim}
         if len(known) != 1 or given not in (None, *known):
@@ -98,11 +114,12 @@ def _heads(tensors, source, family, embed_dim, given):
                 "and a checkpoint in which all blocks agree."
             )
         return known.pop()
-    table = {size[0]: size[1] for name, size in SIZES.items() if name.startswith("deit")}
+    table = _table(family)
     if given is None and embed_dim not in table:
         raise UserError(
-            f"{source} is a plain vision transformer of width {embed_dim}, which is none of DeiT's "
-            f"({', '.join(map(str, table))}): say how many heads it has, with --heads."
+            f"{source} is a plain vision transformer of width {embed_dim}, which is none of "
+            f"{'ConViT' if family == 'convit' else 'DeiT'}'s ({', '.join(map(str, table))}): say how many "
+            "heads it has, with --heads."
         )
     return table[embed_dim] if given is None else given
 

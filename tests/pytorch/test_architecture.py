@@ -29,6 +29,8 @@ def test_every_model_of_the_table_is_recognised(name):
         ("deit_tiny", dict(qkv_bias=False, depth=2)),
         ("deit_base", dict(distilled=True)),
         ("deit_tiny", dict(pos_embed_class_token=False)),
+        ("convit_small", dict(local_up_to_layer=0)),
+        ("convit_tiny", dict(pos_embed_class_token=True, distilled=True)),
     ],
 )
 def test_other_sizes_are_recognised(name, settings):
