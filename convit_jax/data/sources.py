@@ -59,13 +59,15 @@ class Digits:
 class ImageFolder(Indexed):
     """Images below DIRECTORY/train/CLASS and DIRECTORY/val/CLASS (or test/CLASS), as torchvision reads them.
 
-    Classes are the sorted folders of the training split; a class's files are found at any depth. Records
+    Classes are the sorted folders of the training split, or of the test if there is no other, which is enough
+    to evaluate weights; a class's files are found at any depth. Records
     are the files' bytes. The list of a large folder is kept (see index.py) until a class folder changes.
     """
 
     def __init__(self, directory, split):
         self.root = _split_folder(Path(directory).expanduser(), split)
-        train_root = _split_folder(Path(directory).expanduser(), "train")
+        alone = split != "train" and not (Path(directory).expanduser() / "train").is_dir()
+        train_root = self.root if alone else _split_folder(Path(directory).expanduser(), "train")
         self.class_names = tuple(sorted(entry.name for entry in os.scandir(train_root) if entry.is_dir()))
         if not self.class_names:
             raise UserError(

@@ -216,6 +216,9 @@ def _keys(builder):
         [name for name, feature in features.items() if isinstance(feature, kind)]
         for kind in (kinds.Image, kinds.ClassLabel)
     )
+    meant = builder.info.supervised_keys
+    if len(label) > 1 and meant and meant[1] in label:  # as CIFAR-100, which has coarse ones too
+        label = [meant[1]]
     if len(image) != 1 or len(label) != 1:
         raise UserError(
             f"{builder.data_dir} has {len(image)} images and {len(label)} class labels an example: "

@@ -107,7 +107,8 @@ def scan(path, describe):
 
     size = os.path.getsize(path)
     with open(path, "rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # what lies between is not wanted
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # what lies between is not wanted
         read = _windows(file.fileno())
         position = 0
         while position < size:

@@ -197,6 +197,15 @@ def test_a_folder_that_cannot_be_used_is_refused_by_name_with_the_remedy(
     assert "\n" not in message
 
 
+def test_held_out_images_alone_are_enough_to_evaluate(folder):
+    remove(folder / "train")
+    assert ImageFolder(folder, "test").class_names == tuple(
+        sorted(path.name for path in (folder / "val").iterdir())
+    )
+    with pytest.raises(UserError, match="has no folder train"):
+        ImageFolder(folder, "train")
+
+
 def test_an_image_that_disappeared_after_listing_is_named(folder):
     source = ImageFolder(folder, "train")
     (folder / "train/B/10.png").unlink()

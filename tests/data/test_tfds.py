@@ -248,6 +248,19 @@ def test_its_open_files_are_allowed_in_the_process_and_in_a_loaders_worker(tfds_
     assert asked == [(257, "a data set of 1 shards", fewer)] * 2
 
 
+def test_of_several_labels_the_one_meant_to_be_learnt_is_taken(root):
+    folder = root / "cifar10/3.0.2"
+    features = json.loads((folder / "features.json").read_text())
+    features["featuresDict"]["features"]["coarse"] = features["featuresDict"]["features"]["label"]
+    (folder / "features.json").write_text(json.dumps(features))
+    assert len(TfdsImages("cifar10", root, "train")) > 0
+    info = json.loads((folder / "dataset_info.json").read_text())
+    del info["supervisedKeys"]
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="has 1 images and 2 class labels"):
+        TfdsImages("cifar10", root, "train")
+
+
 def test_a_data_set_of_another_kind_is_refused(root):
     features = root / "cifar10/3.0.2/features.json"
     text = json.loads(features.read_text())
