@@ -224,8 +224,10 @@ class GatedPositionalSelfAttention(nnx.Module):
         self.gating_param = nnx.Param(jnp.full(num_heads, gate_init, jnp.float32))
         if conv_init:
             local = local_positional_weights(num_heads, locality_strength)
-            kernel = self.pos_proj.kernel[...].at[:, : local.shape[1]].set(local)
-            self.pos_proj.kernel = nnx.Param(kernel)  # heads beyond k*k keep their random init
+            kernel = (
+                locality_strength * self.pos_proj.kernel[...]
+            )  # of the heads beyond k*k, which stay random
+            self.pos_proj.kernel = nnx.Param(kernel.at[:, : local.shape[1]].set(local))
             self.v.kernel = nnx.Param(jnp.eye(dim))
 
     def _qkv(self, x):

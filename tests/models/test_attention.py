@@ -159,6 +159,14 @@ def test_without_conv_init_position_and_values_start_as_any_layer():
     np.testing.assert_array_equal(layer.gating_param[...], 1)
 
 
+def test_the_strength_scales_the_heads_that_no_pixel_is_left_for():
+    def weights(strength):
+        attn = GatedPositionalSelfAttention(20, 5, (3, 3), locality_strength=strength, rngs=nnx.Rngs(0))
+        return attn.pos_proj.kernel[...]
+
+    np.testing.assert_allclose(weights(3.0), 3.0 * weights(1.0), rtol=1e-6)  # as the original does
+
+
 def test_at_large_locality_strength_and_gate_it_is_a_convolution():
     rows, columns, heads, dim = 5, 6, 9, 18
     layer = GatedPositionalSelfAttention(
