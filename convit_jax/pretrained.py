@@ -6,6 +6,7 @@ replaced and the position embedding resized.
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from convit_jax.models.positions import resize_pos_embed
 from convit_jax.models.variants import model_settings
 from convit_jax.pytorch import weights
 from convit_jax.pytorch.reader import EMA_PLACES, open_state_dict
+from convit_jax.pytorch.safetensors_file import pieces
 from convit_jax.weight_formats import from_converted, from_hub, from_run, from_tensors
 
 BEHAVIOUR = ("dtype", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
@@ -231,6 +233,17 @@ def _with_new_head(loaded, num_classes, seed):
         class_names=None,
         changes=(*loaded.changes, f"new head for {num_classes} classes"),
     )
+
+
+def fingerprint(tensors):
+    """SHA-256 of the names, dtypes, shapes and values of a nested dict of arrays, or of Stored ones."""
+    digest = hashlib.sha256()
+    for path, tensor in jax.tree_util.tree_leaves_with_path(tensors):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        for piece in pieces(tensor):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def describe(loaded):

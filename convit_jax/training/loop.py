@@ -18,7 +18,7 @@ from convit_jax.analysis.curves import draw_curves
 from convit_jax.data.loader import Unreadable, batches, empty
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
-from convit_jax.pretrained import load_into
+from convit_jax.pretrained import fingerprint, load_into
 from convit_jax.training import checkpoint
 from convit_jax.training.attention_log import make_attention_log
 from convit_jax.training.distill import load_teacher
@@ -39,7 +39,7 @@ from convit_jax.training.processes import (
     together,
     warn,
 )
-from convit_jax.training.rundir import MAY_DIFFER, claim, flatten, hold
+from convit_jax.training.rundir import claim, hold, to_agree_on
 from convit_jax.training.sharding import gather, make_mesh, put_batch, replicated, state_shardings
 from convit_jax.training.signals import AgreedStop, StopSignals, with_votes
 from convit_jax.training.step import (
@@ -74,17 +74,24 @@ def train(config, workdir):
     # ---- What to do, checked before anything expensive -------------------------------------
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     introduce(mesh)
+    check_same({"workdir": str(workdir), **to_agree_on(config)})
     phase("reading the lists of images")
     for turn in (True, False):  # process 0 makes an index, the others find it
         with together():
             if is_first() is turn:
                 plan = make_plan(config, devices=mesh.size)
-    data = {"training images": len(plan.train.slots.indices), "test images": len(plan.test.indices)}
-    settings = {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
+    check_same(
+        {
+            "the number of training images": len(plan.train.slots.indices),
+            "the number of test images": len(plan.test.indices),
+            "the digest of the images' classes, labels and names": plan.image_lists,
+        },
+        "give all processes the same images",
+    )
     with together():
         teacher, teacher_params = load_teacher(config, plan)
-    taught = {"the teacher's weights": teacher and teacher.facts["weights"]}
-    check_same({**data, "workdir": str(workdir), **settings, **taught})
+    taught = {"the digest of the teacher's weights": teacher and teacher.facts["weights"]}
+    check_same(taught, "give all processes the same teacher")
 
     # ---- Model, optimizer, compiled steps --------------------------------------------------
     graphdef, abstract_params = abstract_model(plan.model)
@@ -136,9 +143,11 @@ def train(config, workdir):
             if is_first():
                 stack.callback(hold(workdir).close)
         start_from, changes = None, ()
-        with together():  # before the config is written
-            if config.init_from and not from_first(checkpoint.any_in(workdir / "checkpoints")):
+        if config.init_from and not from_first(checkpoint.any_in(workdir / "checkpoints")):
+            with together():  # before the config is written
                 start_from, changes = load_into(config.init_from, plan.model, config.seed)
+            digest = {"the digest of the weights of init_from": fingerprint(start_from)}
+            check_same(digest, "give all processes the same weights")
         with together():
             if is_first():
                 claim(workdir, config, run)

@@ -121,6 +121,11 @@ def read_json(path):
         ) from error
 
 
+def to_agree_on(config):
+    """What of a config all processes must have alike, {"optim.lr": 0.0005, ...}."""
+    return {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
+
+
 def flatten(config):
     """{"optim.lr": 0.0005, ...} of a nested dict or ConfigDict as JSON gives it back."""
     if isinstance(config, ConfigDict):
@@ -178,6 +183,11 @@ def check_same_data(facts, saved, workdir):
                 f"the run in {workdir} had {name} {saved[name]:,}, now there are {facts[name]:,}: bring the "
                 "data back as it was to continue that run, or give another --workdir."
             )
+    if "image_lists" in saved and saved["image_lists"] != facts["image_lists"]:
+        raise UserError(
+            f"the run in {workdir} had images of other names, labels or classes than those now given: bring "
+            "the data back as it was to continue that run, or give another --workdir."
+        )
 
 
 def check_same_teacher(facts, saved, workdir):
