@@ -8,6 +8,7 @@ randomness in (seed, step), so a run that was cut off continues bit for bit.
 import collections
 import contextlib
 import io
+import secrets
 import time
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from convit_jax.training.processes import (
     together,
     warn,
 )
-from convit_jax.training.rundir import claim, hold, to_agree_on
+from convit_jax.training.rundir import check_shared, claim, hold, to_agree_on
 from convit_jax.training.sharding import gather, make_mesh, put_batch, replicated, state_shardings
 from convit_jax.training.signals import AgreedStop, StopSignals, with_votes
 from convit_jax.training.step import (
@@ -139,9 +140,13 @@ def train(config, workdir):
         # ---- The run directory is ours before anything in it is read or written ------------
         phase(f"taking {workdir}")
         run = facts(config, plan, abstract_params, mesh.shape, jax.devices()[0].device_kind, teacher)
+        mark = from_first(secrets.token_hex())
         with together():
             if is_first():
-                stack.callback(hold(workdir).close)
+                stack.callback(hold(workdir, mark=mark).close)
+        with together():
+            if not is_first():
+                check_shared(workdir, mark)
         start_from, changes = None, ()
         if config.init_from and not from_first(checkpoint.any_in(workdir / "checkpoints")):
             with together():  # before the config is written
