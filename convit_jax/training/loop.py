@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from convit_jax.analysis.curves import draw_curves
 from convit_jax.data.loader import Unreadable, batches, empty
@@ -70,7 +71,8 @@ def train(config, workdir):
       UserError: a config, data or disk that cannot work, or a loss that is not finite.
     """
     workdir = Path(workdir).expanduser()
-    use_compilation_cache(config.compilation_cache)
+    if not several():
+        use_compilation_cache(config.compilation_cache)
 
     # ---- What to do, checked before anything expensive -------------------------------------
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -147,6 +149,8 @@ def train(config, workdir):
         with together():
             if not is_first():
                 check_shared(workdir, mark)
+        if several() and config.compilation_cache:  # a folder of all: who compiles waits for the others to
+            use_compilation_cache(workdir / "compiled")
         start_from, changes = None, ()
         if config.init_from and not from_first(checkpoint.any_in(workdir / "checkpoints")):
             with together():  # before the config is written
@@ -323,3 +327,4 @@ def use_compilation_cache(folder):
     """Keep compiled programs in a folder, so that the next start of the same run takes seconds."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        compilation_cache.reset_cache()  # else the folder of the first compilation stays

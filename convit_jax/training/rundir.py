@@ -30,8 +30,8 @@ MAY_CHANGE = (
     "checkpoint_every",
     "compilation_cache",
 )
-# What each of several processes may have its own of.
-MAY_DIFFER = ("data.dir", "data.workers", "distill.teacher", "compilation_cache")
+# What each of several processes may have its own of; images and teacher are compared, their paths are not.
+MAY_DIFFER = ("data.dir", "data.workers", "distill.teacher")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -33,15 +33,25 @@ def free_port():
         return trial.getsockname()[1]
 
 
+def training(config, workdir):
+    """The command of a training, whose processes find in RUN/compiled what the suite has compiled before."""
+    compiled, suite = workdir / "compiled", os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if not compiled.is_symlink():
+        os.makedirs(suite, exist_ok=True)
+        workdir.mkdir(exist_ok=True)
+        compiled.symlink_to(suite)
+    fields = {n: v for n, v in flatten(config).items() if v is not None and not isinstance(v, list)}
+    settings = [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["train.py", f"--workdir={workdir}", *settings]
+
+
 class Two:
     """Two processes of train.py with two devices each, in a `with` that ends both."""
 
     def __init__(self, config, workdir, *flags, slurm=False, per_process=([], [])):
         port = free_port()
-        fields = {n: v for n, v in flatten(config).items() if v is not None and not isinstance(v, list)}
-        settings = [f"--config.{name}={value}" for name, value in fields.items()]
         warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
-        command = [sys.executable, *warnings, "train.py", f"--workdir={workdir}", *settings, *flags]
+        command = [sys.executable, *warnings, *training(config, workdir), *flags]
         self.processes, self.workdir = [], workdir
         for index in range(2):
             xla = f"--xla_force_host_platform_device_count=2 {QUICK}"
@@ -113,7 +123,8 @@ def whole(config, tmp_path_factory):
 
 
 def test_a_signal_to_one_of_two_saves_together_and_one_process_continues(config, whole, tmp_path):
-    with Two(config, tmp_path / "parts", slurm=True) as two:
+    own = tmp_path / "own"  # what was compiled is not kept where only one machine may see it
+    with Two(config, tmp_path / "parts", f"--config.compilation_cache={own}", slurm=True) as two:
         two.wait_for_step(4)
         two.processes[1].send_signal(signal.SIGTERM)
         (status, output, errors), other = two.ends()
@@ -122,6 +133,7 @@ def test_a_signal_to_one_of_two_saves_together_and_one_process_continues(config,
     assert "... joining the processes that Slurm has started" in output
     assert "2 processes with 2 devices each, 4 in all" in output
     assert "All-reduce of 4 MiB" in output
+    assert not own.exists()
     assert "Stopped by SIGTERM at step" in output
     step = int(saved(tmp_path / "parts")["state"]["step"])
     assert 4 < step < STEPS
