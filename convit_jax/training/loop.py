@@ -42,7 +42,14 @@ from convit_jax.training.processes import (
     warn,
 )
 from convit_jax.training.rundir import check_shared, claim, hold, to_agree_on
-from convit_jax.training.sharding import gather, make_mesh, put_batch, replicated, state_shardings
+from convit_jax.training.sharding import (
+    gather,
+    make_mesh,
+    put_batch,
+    put_same,
+    replicated,
+    state_shardings,
+)
 from convit_jax.training.signals import AgreedStop, StopSignals, with_votes
 from convit_jax.training.step import (
     FINE,
@@ -123,7 +130,7 @@ def train(config, workdir):
     )
     eval_step = jax.jit(make_eval_step(graphdef, config, gather(mesh)), out_shardings=replicated(mesh))
     no_metrics, no_eval = jax.jit(lambda: (empty_window(), eval_metrics()), out_shardings=replicated(mesh))()
-    teacher_params = jax.device_put(teacher_params, state_shardings(mesh, teacher_params))
+    teacher_params = put_same(teacher_params, state_shardings(mesh, teacher_params))
 
     def rows(example, batch_size, first, last):
         """This process's share of the batches of steps first .. last - 1."""
