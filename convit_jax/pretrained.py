@@ -48,8 +48,8 @@ def load_pretrained(
       num_classes: replace the head by a new one with so many classes, initialised from `seed`.
       image_size: pixels, an int or (height, width): resize the position embedding for such images.
       num_heads: of a DeiT whose width is not in its table.
-      which: "best" (by top-1 on the test split) or "latest" checkpoint of a run directory. ema: take its
-        moving average.
+      which: "best" (by top-1 on the test split) or "latest" checkpoint of a run directory, or that of a
+        step. ema: take its moving average.
       **behaviour: dtype, drop_path_rate, remat and the like, which change no weight.
 
     Returns:
@@ -137,11 +137,12 @@ def behaving(loaded, **behaviour):
     return dataclasses.replace(loaded, settings=settings)
 
 
-def load_into(source, settings, seed):
+def load_into(source, settings, seed, which="best"):
     """(parameters to start a training from, changes in words) of a source, for the settings of its model.
 
     The head is replaced if the number of classes differs, the position embedding resized if the size of
     images does. The parameters, a nested dict of float32 arrays, are read whole, so damage is found here.
+    which: of a run directory's checkpoints, as of load_pretrained.
 
     Raises:
       UserError: nothing usable there, or a network of another architecture.
@@ -151,6 +152,7 @@ def load_into(source, settings, seed):
         num_classes=settings["num_classes"],
         image_size=settings["image_size"],
         num_heads=None if settings["local_up_to_layer"] else settings["num_heads"],
+        which=which,
         seed=seed,
     )
     differing = [name for name in ARCHITECTURE if loaded.settings[name] != settings[name]]

@@ -79,10 +79,11 @@ def distillation_loss(logits, teacher_logits, *, kind, temperature):
     return temperature**2 * jnp.mean(jnp.exp(theirs) * (theirs - ours))
 
 
-def load_teacher(config, plan):
+def load_teacher(config, plan, which="best"):
     """The teacher of a run and its parameters, a nested dict of numpy arrays; (None, None) if it has none.
 
-    Its position embedding is resized to the student's images, its classes are matched by name.
+    Its position embedding is resized to the student's images, its classes are matched by name. which: of a
+    run directory's checkpoints, as saved.read_run takes it.
 
     Raises:
       UserError: nothing usable there, or a network that cannot teach this student.
@@ -98,7 +99,7 @@ def load_teacher(config, plan):
             "classes of the data apart: leave it out."
         )
     try:
-        loaded = load(source, image_size=student["image_size"])
+        loaded = load(source, image_size=student["image_size"], which=which)
         loaded = behaving(loaded, dtype=student["dtype"])
         columns = _columns(names, loaded)
         if loaded.settings["in_chans"] != student["in_chans"]:

@@ -42,6 +42,7 @@ from convit_jax.training.processes import (
     warn,
 )
 from convit_jax.training.rundir import check_shared, claim, hold, to_agree_on
+from convit_jax.training.saved import agree_on_checkpoint
 from convit_jax.training.sharding import (
     gather,
     make_mesh,
@@ -98,8 +99,11 @@ def train(config, workdir):
         },
         "give all processes the same images",
     )
+    if config.distill.teacher:
+        phase("reading the teacher")
+    which = agree_on_checkpoint(config.distill.teacher)
     with together():
-        teacher, teacher_params = load_teacher(config, plan)
+        teacher, teacher_params = load_teacher(config, plan, which)
     taught = {"the digest of the teacher's weights": teacher and teacher.facts["weights"]}
     check_same(taught, "give all processes the same teacher")
 
@@ -160,8 +164,10 @@ def train(config, workdir):
             use_compilation_cache(workdir / "compiled")
         start_from, changes = None, ()
         if config.init_from and not from_first(checkpoint.any_in(workdir / "checkpoints")):
+            phase("reading init_from")
+            which = agree_on_checkpoint(config.init_from)
             with together():  # before the config is written
-                start_from, changes = load_into(config.init_from, plan.model, config.seed)
+                start_from, changes = load_into(config.init_from, plan.model, config.seed, which)
             digest = {"the digest of the weights of init_from": fingerprint(start_from)}
             check_same(digest, "give all processes the same weights")
         with together():
