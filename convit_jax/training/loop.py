@@ -33,6 +33,7 @@ from convit_jax.training.processes import (
     check_same,
     ends_all,
     from_first,
+    in_turns,
     introduce,
     is_first,
     phase,
@@ -87,10 +88,7 @@ def train(config, workdir):
     introduce(mesh)
     check_same({"workdir": str(workdir), **to_agree_on(config)})
     phase("reading the lists of images")
-    for turn in (True, False):  # process 0 makes an index, the others find it
-        with together():
-            if is_first() is turn:
-                plan = make_plan(config, devices=mesh.size)
+    plan = in_turns(lambda: make_plan(config, devices=mesh.size))
     check_same(
         {
             "the number of training images": len(plan.train.slots.indices),

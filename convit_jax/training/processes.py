@@ -269,6 +269,15 @@ def together():
             raise Everywhere(f"process {failed[0]} of {len(told)}: {text}" if alone else text)
 
 
+def in_turns(work):
+    """What work() gives: first on process 0, then on the others, which find on the disk what it has made."""
+    for turn in (True, False):
+        with together():
+            if is_first() is turn:
+                result = work()
+    return result
+
+
 def check_same(facts, remedy="start all processes with the same command"):
     """Raise Everywhere if the processes have different facts, {name: value}; see `together`."""
     mine = json.loads(json.dumps(facts))

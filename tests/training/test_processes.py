@@ -46,12 +46,12 @@ def training(config, workdir):
 
 
 class Two:
-    """Two processes of train.py with two devices each, in a `with` that ends both."""
+    """Two processes of a command, by default train.py, with two devices each, in a `with` that ends both."""
 
-    def __init__(self, config, workdir, *flags, slurm=False, per_process=([], [])):
+    def __init__(self, config, workdir, *flags, command=None, slurm=False, per_process=([], [])):
         port = free_port()
         warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
-        command = [sys.executable, *warnings, *training(config, workdir), *flags]
+        command = [sys.executable, *warnings, *(command or training(config, workdir)), *flags]
         self.processes, self.workdir = [], workdir
         for index in range(2):
             xla = f"--xla_force_host_platform_device_count=2 {QUICK}"
@@ -189,6 +189,35 @@ def test_processes_that_were_started_differently_are_told(config, tmp_path):
         (status, _, errors), (other, _, silence) = two.ends()
     assert (status, other, silence) == (1, 1, "")
     assert errors.startswith("train.py: process 1 of 2: optim.lr is 2.0 here and 1.0 on process 0"), errors
+
+
+def test_two_evaluate_as_one_and_send_no_weights_to_each_other(whole, monkeypatch):
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
+    command = ["-m", "convit_jax.evaluate", f"--checkpoint={whole}", "--which=latest"]
+    with Two(None, None, command=command) as two:
+        (status, output, errors), (other, nothing, _) = two.ends()
+    assert (status, other, nothing) == (0, 0, ""), errors
+    last = read_metrics(whole / "metrics.jsonl")[-1]
+    expected = "top-1 {val_top1:.3f}  top-5 {val_top5:.3f}  loss {val_loss:.3f}  images 360".format(**last)
+    assert output.splitlines()[-1] == expected
+    gathered = [line for line in errors.splitlines() if "Compiling" in line and "_identity_fn" in line]
+    assert gathered  # JAX's all-gather of arrays that each process has: of sentences,
+    assert not any("float32" in line for line in gathered)
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--checkpoint=nowhere", "there is no file or directory nowhere"),
+        ("--mask=position_embedding", "the digest of the weights is "),
+    ],
+)
+def test_two_that_would_evaluate_different_weights_are_told(whole, flag, sentence):
+    command = ["-m", "convit_jax.evaluate", f"--checkpoint={whole}"]
+    with Two(None, None, command=command, per_process=([], [flag])) as two:
+        (status, _, errors), (other, _, silence) = two.ends()
+    assert (status, other, silence) == (1, 1, "")
+    assert errors.startswith(f"evaluate: process 1 of 2: {sentence}"), errors
 
 
 def test_a_process_that_waits_in_vain_says_so():
