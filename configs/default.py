@@ -104,5 +104,5 @@ def get_config():
     config.eval_every = 1.0  # epochs; of the whole set with data.keep_total_images
     config.checkpoint_every = 1000  # steps; evaluation and the end save as well
     config.log_every = 50  # steps
-    config.compilation_cache = "~/.cache/convit_jax/compiled"  # folder; empty: compile anew each time
+    config.compilation_cache = "~/.cache/convit_jax/compiled"  # empty: none; several processes: RUN/compiled
     return config.lock()  # a mistyped field, here or in another file, is an error

@@ -317,8 +317,8 @@ def define_weights(*, checkpoint=True, new_head=False):
     flags.DEFINE_bool("ema", False, "Take the moving average of the weights in a run or a checkpoint.")
 
 
-def load_weights(source=None):
-    """The Pretrained that the flags of define_weights ask for."""
+def load_weights(source=None, which=None):
+    """The Pretrained that the flags of define_weights ask for; which: instead of --which."""
     from convit_jax.pretrained import behaving, load
 
     values = flags.FLAGS
@@ -331,6 +331,11 @@ def load_weights(source=None):
         raise UserError(f"--image_size is {values.image_size!r}: give 384, or HEIGHTxWIDTH as 224x448.")
     size = size and (int(size[1]), int(size[2] or size[1]))
     loaded = load(
-        source, image_size=size, num_heads=values.heads, which=values.which, ema=values.ema, **new_head
+        source,
+        image_size=size,
+        num_heads=values.heads,
+        which=values.which if which is None else which,
+        ema=values.ema,
+        **new_head,
     )
     return behaving(loaded, dtype=values.dtype) if values.dtype else loaded

@@ -12,6 +12,7 @@ of --config; a run directory's own config serves if none is given, on all device
 lost without the position embedding, and with gates forced to position or content only.
 """
 
+import dataclasses
 import math
 import sys
 import time
@@ -34,38 +35,68 @@ def main(_):
     import jax
     from ml_collections import ConfigDict
 
+    from convit_jax.data.index import digest
     from convit_jax.data.loader import EvalExample, Unreadable, batches
     from convit_jax.data.sources import open_source
     from convit_jax.data.subsample import select
-    from convit_jax.pretrained import describe, match_classes
+    from convit_jax.pretrained import describe, fingerprint, match_classes
     from convit_jax.training.evaluation import evaluate
     from convit_jax.training.loop import use_compilation_cache
-    from convit_jax.training.processes import introduce, is_first, say, warn
-    from convit_jax.training.sharding import make_mesh, replicated
+    from convit_jax.training.processes import (
+        check_same,
+        in_turns,
+        introduce,
+        is_first,
+        phase,
+        say,
+        several,
+        together,
+        warn,
+    )
+    from convit_jax.training.rundir import to_agree_on
+    from convit_jax.training.saved import agree_on_checkpoint
+    from convit_jax.training.sharding import make_mesh, put_same, replicated
     from convit_jax.training.step import eval_metrics, make_eval_step
 
-    loaded = load_weights()
-    params, changes = intervene(loaded.params())
-    config = flags.FLAGS.config or run_config(flags.FLAGS.checkpoint)
-    use_compilation_cache(config.compilation_cache)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    introduce(mesh)
+    values = flags.FLAGS
+    introduce(make_mesh(-1, 1))  # all devices, which several processes must take
+    phase("reading the weights")
+    which = agree_on_checkpoint(values.checkpoint, values.which, values.ema)
+    with together():
+        loaded = load_weights(which=which)
+        params, changes = intervene(loaded.params())
+        config = values.config or run_config(values.checkpoint)
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    if not several():  # several would have to find the same programs, see clusters.md
+        use_compilation_cache(config.compilation_cache)
 
     # ---- The images, and what the weights call their classes -------------------------------
-    source = open_source(config.data, "test")
+    phase("reading the lists of images")
+    source = in_turns(lambda: open_source(config.data, "test"))
     names = source.class_names[: config.data.num_classes]
-    new_labels, remark = match_classes(names, loaded)
+    with together():
+        new_labels, remark = match_classes(names, loaded)
+        indices = select(
+            source.labels,
+            source.names,
+            classes=len(source.class_names),
+            num_classes=config.data.num_classes,
+            rule=config.data.subset_rule,
+            seed=config.seed,
+        )
     if remark:
         say(remark)
-    indices = select(
-        source.labels,
-        source.names,
-        classes=len(source.class_names),
-        num_classes=config.data.num_classes,
-        rule=config.data.subset_rule,
-        seed=config.seed,
-    )
     how = loaded.preprocessing
+    check_same(
+        {
+            **to_agree_on(config),
+            **{f"the weights' {name}": value for name, value in loaded.settings.items()},
+            **{f"the weights' {name}": value for name, value in dataclasses.asdict(how).items()},
+            "the digest of the weights": fingerprint({"labels": new_labels, "params": params}),
+            "the digest of the images' classes, labels and names": digest(source),
+        },
+        "start all processes with the same command, weights and images",
+    )
     example = EvalExample(source, indices, loaded.settings["image_size"], how.crop_ratio, how.interpolation)
     batch_size = math.ceil(min(config.eval_batch_size, len(indices)) / mesh.size) * mesh.size
     steps = math.ceil(len(indices) / batch_size)
@@ -88,13 +119,14 @@ def main(_):
     normalization = ConfigDict({"data": {"mean": how.mean, "std": how.std}})
     step = jax.jit(make_eval_step(graphdef, normalization), out_shardings=replicated(mesh))
     zero = jax.jit(eval_metrics, out_shardings=replicated(mesh))()
-    params = jax.device_put(params, replicated(mesh))
+    params = put_same(params, jax.tree.map(lambda _: replicated(mesh), params))
     unreadable = Unreadable(source, config.data.max_unreadable, say if is_first() else warn)
 
     def relabelled(batch):
         return {**unreadable.take(batch), "label": new_labels[batch["label"]]}
 
     progress = Progress(len(indices), batch_size) if is_first() else lambda batches: None
+    phase("the first batch, which is compiled")
     result = evaluate({"": params}, map(relabelled, rows), step, zero, mesh, progress=progress)[""]
     progress(steps)
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))

@@ -6,6 +6,7 @@ replaced and the position embedding resized.
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from convit_jax.models.positions import resize_pos_embed
 from convit_jax.models.variants import model_settings
 from convit_jax.pytorch import weights
 from convit_jax.pytorch.reader import EMA_PLACES, open_state_dict
+from convit_jax.pytorch.safetensors_file import pieces
 from convit_jax.weight_formats import from_converted, from_hub, from_run, from_tensors
 
 BEHAVIOUR = ("dtype", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
@@ -46,8 +48,8 @@ def load_pretrained(
       num_classes: replace the head by a new one with so many classes, initialised from `seed`.
       image_size: pixels, an int or (height, width): resize the position embedding for such images.
       num_heads: of a DeiT whose width is not in its table.
-      which: "best" (by top-1 on the test split) or "latest" checkpoint of a run directory. ema: take its
-        moving average.
+      which: "best" (by top-1 on the test split) or "latest" checkpoint of a run directory, or that of a
+        step. ema: take its moving average.
       **behaviour: dtype, drop_path_rate, remat and the like, which change no weight.
 
     Returns:
@@ -135,11 +137,12 @@ def behaving(loaded, **behaviour):
     return dataclasses.replace(loaded, settings=settings)
 
 
-def load_into(source, settings, seed):
+def load_into(source, settings, seed, which="best"):
     """(parameters to start a training from, changes in words) of a source, for the settings of its model.
 
     The head is replaced if the number of classes differs, the position embedding resized if the size of
     images does. The parameters, a nested dict of float32 arrays, are read whole, so damage is found here.
+    which: of a run directory's checkpoints, as of load_pretrained.
 
     Raises:
       UserError: nothing usable there, or a network of another architecture.
@@ -149,6 +152,7 @@ def load_into(source, settings, seed):
         num_classes=settings["num_classes"],
         image_size=settings["image_size"],
         num_heads=None if settings["local_up_to_layer"] else settings["num_heads"],
+        which=which,
         seed=seed,
     )
     differing = [name for name in ARCHITECTURE if loaded.settings[name] != settings[name]]
@@ -231,6 +235,17 @@ def _with_new_head(loaded, num_classes, seed):
         class_names=None,
         changes=(*loaded.changes, f"new head for {num_classes} classes"),
     )
+
+
+def fingerprint(tensors):
+    """SHA-256 of the names, dtypes, shapes and values of a nested dict of arrays, or of Stored ones."""
+    digest = hashlib.sha256()
+    for path, tensor in jax.tree_util.tree_leaves_with_path(tensors):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        for piece in pieces(tensor):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def describe(loaded):

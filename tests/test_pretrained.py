@@ -14,6 +14,7 @@ import convit_jax
 from convit_jax import hub, pretrained
 from convit_jax.errors import UserError
 from convit_jax.pytorch.writer import write
+from convit_jax.training import loop
 from convit_jax.training.loop import train
 from convit_jax.weight_formats import Preprocessing, save
 
@@ -195,12 +196,15 @@ def test_a_run_without_what_was_asked_for_says_so(digits_config, tmp_path):
         pretrained.load(tmp_path / "empty")
 
 
-def test_a_training_starts_from_weights(golden, golden_config, tmp_path, capsys):
+def test_a_training_starts_from_weights(golden, golden_config, tmp_path, capsys, monkeypatch):
     golden_config.init_from = str(GOLDEN)
     golden_config.optim.lr = golden_config.optim.min_lr = golden_config.optim.warmup_lr = 0.0
     golden_config.model.image_size = 40
+    compared = {}
+    monkeypatch.setattr(loop, "check_same", lambda facts, *_: compared.update(facts))
     train(golden_config, tmp_path)
     resized = pretrained.load(GOLDEN, image_size=40)
+    assert compared["the digest of the weights of init_from"] == pretrained.fingerprint(resized.params())
     assert_same(saved(tmp_path)["state"]["params"], resized.params())
     said = "position embedding resized from 6 x 6 to 5 x 5 patches"
     assert f"Starting from {GOLDEN}; {said}\n" in capsys.readouterr().out

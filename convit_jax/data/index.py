@@ -78,6 +78,14 @@ class Names:
         return np.frombuffer(b"".join(names), np.uint8), starts
 
 
+def digest(source):
+    """SHA-256 of a source's classes and of the label and name of every image: which one is where."""
+    whole = hashlib.sha256(json.dumps(source.class_names).encode())
+    for array in (source.labels, source.names.text, source.names.starts):
+        whole.update(np.ascontiguousarray(array))
+    return whole.hexdigest()
+
+
 def make_index(labels, names, **arrays):
     """An Index of records in any order: the arrays labels, text and starts (see Names), and further ones.
 

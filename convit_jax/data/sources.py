@@ -1,6 +1,6 @@
 """Where images come from: a Source gives records by index.
 
-A source has `labels` (int32 [n]), `names` (n strings CLASS/FILE, unique) and `class_names`;
+A source has `labels` (int32 [n]), `names` (n strings CLASS/FILE, unique; index.Names) and `class_names`;
 `source[i]` is either the bytes of an image file or a uint8 array [H, W, 3]. Its records are in the order
 (label, name), so that the same images give the same training from whatever they are read. Sources
 pickle, so that loader workers can hold them. Two kinds are here: scikit-learn's digits, which need no
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from convit_jax.data.index import Indexed, cached_index, make_index
+from convit_jax.data.index import Indexed, Names, cached_index, make_index
 from convit_jax.data.tfds import TfdsImages
 from convit_jax.errors import UserError
 
@@ -47,7 +47,8 @@ class Digits:
         grey = np.round(images[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
         self.images = np.repeat(grey, 3, axis=3)
         self.labels = labels[chosen].astype(np.int32)
-        self.names = [f"{label}/{index:04d}" for label, index in zip(self.labels, chosen, strict=True)]
+        names = [f"{label}/{index:04d}" for label, index in zip(self.labels, chosen, strict=True)]
+        self.names = Names(*Names.pack([name.encode() for name in names]))
 
     def __len__(self):
         return len(self.labels)

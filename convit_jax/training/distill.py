@@ -9,7 +9,6 @@ its one head, as in the paper's Table 4. The teacher sees the student's augmente
 """
 
 import dataclasses
-import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,7 @@ import numpy as np
 from flax import nnx
 
 from convit_jax.errors import UserError
-from convit_jax.pretrained import behaving, describe, load, match_classes
-from convit_jax.pytorch.safetensors_file import pieces
+from convit_jax.pretrained import behaving, describe, fingerprint, load, match_classes
 from convit_jax.training.processes import say
 from convit_jax.training.step import soft_cross_entropy
 
@@ -81,10 +79,11 @@ def distillation_loss(logits, teacher_logits, *, kind, temperature):
     return temperature**2 * jnp.mean(jnp.exp(theirs) * (theirs - ours))
 
 
-def load_teacher(config, plan):
+def load_teacher(config, plan, which="best"):
     """The teacher of a run and its parameters, a nested dict of numpy arrays; (None, None) if it has none.
 
-    Its position embedding is resized to the student's images, its classes are matched by name.
+    Its position embedding is resized to the student's images, its classes are matched by name. which: of a
+    run directory's checkpoints, as saved.read_run takes it.
 
     Raises:
       UserError: nothing usable there, or a network that cannot teach this student.
@@ -100,7 +99,7 @@ def load_teacher(config, plan):
             "classes of the data apart: leave it out."
         )
     try:
-        loaded = load(source, image_size=student["image_size"])
+        loaded = load(source, image_size=student["image_size"], which=which)
         loaded = behaving(loaded, dtype=student["dtype"])
         columns = _columns(names, loaded)
         if loaded.settings["in_chans"] != student["in_chans"]:
@@ -108,7 +107,9 @@ def load_teacher(config, plan):
                 f"{source} takes images of {loaded.settings['in_chans']} channels and the student of "
                 f"{student['in_chans']}: give another teacher."
             )
-        weights, params = fingerprint(loaded.tensors), loaded.params()  # both read the file
+        # Without the position embedding: it may have been resized, which rounds differently elsewhere.
+        as_trained = {name: tensor for name, tensor in loaded.tensors.items() if name != "pos_embed"}
+        weights, params = fingerprint(as_trained), loaded.params()  # both read the file
     except UserError as error:
         raise UserError(f"distill.teacher: {error}") from error
     changes, scale, shift = list(loaded.changes), None, None
@@ -139,17 +140,3 @@ def _columns(names, loaded):
     if remark:
         say(remark)
     return None if np.array_equal(columns, np.arange(known)) else columns
-
-
-def fingerprint(tensors):
-    """SHA-256 of the names, dtypes, shapes and values of {name: array or Stored}.
-
-    Without the position embedding: it may have been resized, which rounds differently on other machines.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        if name != "pos_embed":
-            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-            for piece in pieces(tensor):
-                digest.update(piece)
-    return digest.hexdigest()

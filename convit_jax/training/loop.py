@@ -8,17 +8,19 @@ randomness in (seed, step), so a run that was cut off continues bit for bit.
 import collections
 import contextlib
 import io
+import secrets
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from convit_jax.analysis.curves import draw_curves
 from convit_jax.data.loader import Unreadable, batches, empty
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
-from convit_jax.pretrained import load_into
+from convit_jax.pretrained import fingerprint, load_into
 from convit_jax.training import checkpoint
 from convit_jax.training.attention_log import make_attention_log
 from convit_jax.training.distill import load_teacher
@@ -32,6 +34,7 @@ from convit_jax.training.processes import (
     check_same,
     ends_all,
     from_first,
+    in_turns,
     introduce,
     is_first,
     phase,
@@ -40,8 +43,16 @@ from convit_jax.training.processes import (
     together,
     warn,
 )
-from convit_jax.training.rundir import MAY_DIFFER, claim, flatten, hold
-from convit_jax.training.sharding import gather, make_mesh, put_batch, replicated, state_shardings
+from convit_jax.training.rundir import check_shared, claim, hold, to_agree_on
+from convit_jax.training.saved import agree_on_checkpoint
+from convit_jax.training.sharding import (
+    gather,
+    make_mesh,
+    put_batch,
+    put_same,
+    replicated,
+    state_shardings,
+)
 from convit_jax.training.signals import AgreedStop, StopSignals, with_votes
 from convit_jax.training.step import (
     FINE,
@@ -70,22 +81,30 @@ def train(config, workdir):
       UserError: a config, data or disk that cannot work, or a loss that is not finite.
     """
     workdir = Path(workdir).expanduser()
-    use_compilation_cache(config.compilation_cache)
+    if not several():
+        use_compilation_cache(config.compilation_cache)
 
     # ---- What to do, checked before anything expensive -------------------------------------
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     introduce(mesh)
+    check_same({"workdir": str(workdir), **to_agree_on(config)})
     phase("reading the lists of images")
-    for turn in (True, False):  # process 0 makes an index, the others find it
-        with together():
-            if is_first() is turn:
-                plan = make_plan(config, devices=mesh.size)
-    data = {"training images": len(plan.train.slots.indices), "test images": len(plan.test.indices)}
-    settings = {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
+    plan = in_turns(lambda: make_plan(config, devices=mesh.size))
+    check_same(
+        {
+            "the number of training images": len(plan.train.slots.indices),
+            "the number of test images": len(plan.test.indices),
+            "the digest of the images' classes, labels and names": plan.image_lists,
+        },
+        "give all processes the same images",
+    )
+    if config.distill.teacher:
+        phase("reading the teacher")
+    which = agree_on_checkpoint(config.distill.teacher)
     with together():
-        teacher, teacher_params = load_teacher(config, plan)
-    taught = {"the teacher's weights": teacher and teacher.facts["weights"]}
-    check_same({**data, "workdir": str(workdir), **settings, **taught})
+        teacher, teacher_params = load_teacher(config, plan, which)
+    taught = {"the digest of the teacher's weights": teacher and teacher.facts["weights"]}
+    check_same(taught, "give all processes the same teacher")
 
     # ---- Model, optimizer, compiled steps --------------------------------------------------
     graphdef, abstract_params = abstract_model(plan.model)
@@ -114,7 +133,7 @@ def train(config, workdir):
     )
     eval_step = jax.jit(make_eval_step(graphdef, config, gather(mesh)), out_shardings=replicated(mesh))
     no_metrics, no_eval = jax.jit(lambda: (empty_window(), eval_metrics()), out_shardings=replicated(mesh))()
-    teacher_params = jax.device_put(teacher_params, state_shardings(mesh, teacher_params))
+    teacher_params = put_same(teacher_params, state_shardings(mesh, teacher_params))
 
     def rows(example, batch_size, first, last):
         """This process's share of the batches of steps first .. last - 1."""
@@ -133,13 +152,23 @@ def train(config, workdir):
         # ---- The run directory is ours before anything in it is read or written ------------
         phase(f"taking {workdir}")
         run = facts(config, plan, abstract_params, mesh.shape, jax.devices()[0].device_kind, teacher)
+        mark = from_first(secrets.token_hex())
         with together():
             if is_first():
-                stack.callback(hold(workdir).close)
+                stack.callback(hold(workdir, mark=mark).close)
+        with together():
+            if not is_first():
+                check_shared(workdir, mark)
+        if several() and config.compilation_cache:  # a folder of all: who compiles waits for the others to
+            use_compilation_cache(workdir / "compiled")
         start_from, changes = None, ()
-        with together():  # before the config is written
-            if config.init_from and not from_first(checkpoint.any_in(workdir / "checkpoints")):
-                start_from, changes = load_into(config.init_from, plan.model, config.seed)
+        if config.init_from and not from_first(checkpoint.any_in(workdir / "checkpoints")):
+            phase("reading init_from")
+            which = agree_on_checkpoint(config.init_from)
+            with together():  # before the config is written
+                start_from, changes = load_into(config.init_from, plan.model, config.seed, which)
+            digest = {"the digest of the weights of init_from": fingerprint(start_from)}
+            check_same(digest, "give all processes the same weights")
         with together():
             if is_first():
                 claim(workdir, config, run)
@@ -314,3 +343,4 @@ def use_compilation_cache(folder):
     """Keep compiled programs in a folder, so that the next start of the same run takes seconds."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        compilation_cache.reset_cache()  # else the folder of the first compilation stays

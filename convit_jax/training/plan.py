@@ -1,8 +1,10 @@
 """What a config amounts to, worked out and checked before anything expensive starts."""
 
 import dataclasses
+import functools
 import math
 
+from convit_jax.data.index import digest
 from convit_jax.data.loader import EvalExample, Slots, TrainExample
 from convit_jax.data.sources import open_source
 from convit_jax.data.subsample import select, training_subset
@@ -30,6 +32,11 @@ class Plan:
     eval_steps: int
     eval_at: frozenset
     batch_size: int
+
+    @functools.cached_property
+    def image_lists(self):
+        """[of the training split, of the test split]: a digest of all classes, labels and names."""
+        return [digest(self.train.source), digest(self.test.source)]
 
     def epoch(self, step):
         """Epochs done after a step, a fraction."""

@@ -269,16 +269,24 @@ def together():
             raise Everywhere(f"process {failed[0]} of {len(told)}: {text}" if alone else text)
 
 
-def check_same(facts):
-    """Raise Everywhere if the processes were started with different facts, {name: value}; see `together`."""
+def in_turns(work):
+    """What work() gives: first on process 0, then on the others, which find on the disk what it has made."""
+    for turn in (True, False):
+        with together():
+            if is_first() is turn:
+                result = work()
+    return result
+
+
+def check_same(facts, remedy="start all processes with the same command"):
+    """Raise Everywhere if the processes have different facts, {name: value}; see `together`."""
     mine = json.loads(json.dumps(facts))
     theirs = from_first(mine)
     with together():
         for name in sorted({*theirs, *mine}):
             if theirs.get(name) != mine.get(name):
                 raise UserError(
-                    f"{name} is {mine.get(name)!r} here and {theirs.get(name)!r} on process 0: start all "
-                    "processes with the same command."
+                    f"{name} is {mine.get(name)!r} here and {theirs.get(name)!r} on process 0: {remedy}."
                 )
 
 

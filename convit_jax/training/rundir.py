@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 
 from ml_collections import ConfigDict
 
@@ -29,8 +30,8 @@ MAY_CHANGE = (
     "checkpoint_every",
     "compilation_cache",
 )
-# What each of several processes may have its own of.
-MAY_DIFFER = ("data.dir", "data.workers", "distill.teacher", "compilation_cache")
+# What each of several processes may have its own of; images and teacher are compared, their paths are not.
+MAY_DIFFER = ("data.dir", "data.workers", "distill.teacher")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -71,13 +72,14 @@ def claim(workdir, config, facts):
         write_whole(workdir / "run.json", json.dumps(facts, indent=1) + "\n")
 
 
-def hold(workdir, lock="lock", *, wait=False):
+def hold(workdir, lock="lock", *, mark="", wait=False):
     """A handle that keeps a directory for this process until it is closed, or the process is gone.
 
     Two runs in one directory would remove each other's half-written checkpoints.
 
     Args:
       lock: the name of the file that is locked; each keeps those away that ask for the same.
+      mark: what is written into it, for check_shared.
       wait: until the other process is done, rather than raise.
 
     Raises:
@@ -85,7 +87,7 @@ def hold(workdir, lock="lock", *, wait=False):
     """
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        handle = (workdir / lock).open("w")
+        handle = (workdir / lock).open("a")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -95,7 +97,34 @@ def hold(workdir, lock="lock", *, wait=False):
         ) from error
     except OSError:  # a file system without locks
         pass
+    if mark:
+        with disk_errors(workdir):
+            handle.truncate(0)
+            handle.write(mark)
+            handle.flush()
+            os.fsync(handle.fileno())
     return handle
+
+
+def check_shared(workdir, mark, patience=10):
+    """Wait until the mark of the process that holds a directory is seen here.
+
+    patience: seconds; a network file system may show late what another machine has written.
+
+    Raises:
+      UserError: this process has another directory of that name.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        with contextlib.suppress(OSError):
+            if (workdir / "lock").read_text() == mark:
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{workdir.absolute()} is not the directory that process 0 writes to: give all processes one "
+                "--workdir on a file system that they share, as a whole path."
+            )
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager
@@ -126,6 +155,11 @@ def read_json(path):
         raise UserError(
             f"{path} is damaged ({error}): remove it and start the same command again, the training is kept."
         ) from error
+
+
+def to_agree_on(config):
+    """What of a config all processes must have alike, {"optim.lr": 0.0005, ...}."""
+    return {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
 
 
 def flatten(config):
@@ -185,6 +219,11 @@ def check_same_data(facts, saved, workdir):
                 f"the run in {workdir} had {name} {saved[name]:,}, now there are {facts[name]:,}: bring the "
                 "data back as it was to continue that run, or give another --workdir."
             )
+    if "image_lists" in saved and saved["image_lists"] != facts["image_lists"]:
+        raise UserError(
+            f"the run in {workdir} had images of other names, labels or classes than those now given: bring "
+            "the data back as it was to continue that run, or give another --workdir."
+        )
 
 
 def check_same_teacher(facts, saved, workdir):

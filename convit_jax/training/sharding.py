@@ -82,6 +82,18 @@ def gather(mesh):
     return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
+def put_same(tree, shardings):
+    """Numpy arrays that every process has alike -> global arrays on the devices.
+
+    jax.device_put would fetch every array from all processes, to compare them.
+    """
+    return jax.tree.map(
+        lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, array.__getitem__),
+        tree,
+        shardings,
+    )
+
+
 def put_batch(batch, mesh):
     """This process's rows of a batch (dict of numpy arrays) -> global arrays on the devices."""
     sharding = batch_sharding(mesh)

@@ -36,6 +36,7 @@ def facts(config, plan, params, mesh_shape, device_kind, teacher):
         "train_images_per_class": [int(per_class.min()), int(per_class.max())],
         "train_images_available": len(plan.train.source),
         "test_images": len(plan.test.indices),
+        "image_lists": plan.image_lists,
         "steps": plan.total_steps,
         "batch_size": config.batch_size,
         "images": images,

@@ -5,11 +5,12 @@ import pickle
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from convit_jax.data.index import Index, Names, cached_index, make_index
+from convit_jax.data.index import Index, Names, cached_index, digest, make_index
 
 LABELS, NAMES = [1, 0, 1, 0], ["b/10", "a/é", "b/1", "a/2"]
 IN_ORDER = [("a/2", 0, 3), ("a/é", 0, 1), ("b/1", 1, 2), ("b/10", 1, 0)]  # name, label, record
@@ -47,6 +48,17 @@ def test_names_come_out_as_they_went_in(names):
 
 def test_records_are_put_in_the_order_of_label_and_name():
     assert rows(build()) == IN_ORDER
+
+
+def test_a_digest_tells_apart_sources_with_as_many_images():
+    def of(labels, names, classes=("a", "b")):
+        index = make_index(labels, names)
+        return digest(SimpleNamespace(labels=index["labels"], names=index.names, class_names=classes))
+
+    this = of(LABELS, NAMES)
+    assert this == of(LABELS[::-1], NAMES[::-1])
+    others = of([0, 1, 0, 1], NAMES), of(LABELS, ["b/10", "a/e", "b/1", "a/2"]), of(LABELS, NAMES, ("b", "a"))
+    assert len({this, *others}) == 4
 
 
 def test_an_index_is_built_once_and_then_mapped_from_its_file(home):

@@ -64,7 +64,7 @@ def test_the_split_of_the_digits_is_the_one_that_results_are_reported_on(digits)
     numbers = sorted(int(name.split("/")[1]) for name in digits[1].names)
     assert numbers[180:184] == [905, 907, 915, 926]
     assert sum(numbers) == 323_155
-    assert Digits("test").names == digits[1].names
+    assert list(Digits("test").names) == list(digits[1].names)
 
 
 def test_a_digit_is_a_grey_uint8_rgb_image_and_carries_its_class_in_its_name(digits):

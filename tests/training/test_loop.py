@@ -40,6 +40,24 @@ def test_oblong_images(digits_config, image_folder, tmp_path):
     assert train(digits_config, tmp_path / "run")["step"] == 2
 
 
+def test_processes_and_restarts_are_to_have_images_of_the_same_names(
+    digits_config, image_folder, tmp_path, monkeypatch
+):
+    digits_config.data.name, digits_config.data.dir = "folder", str(image_folder)
+    digits_config.batch_size, digits_config.eval_batch_size, digits_config.steps = 6, 4, 2
+    compared = []
+    monkeypatch.setattr(loop, "check_same", lambda facts, *_: compared.append(facts))
+    train(digits_config, tmp_path / "run")
+    (image_folder / "train/bee/3.jpg").rename(image_folder / "train/bee/9.jpg")
+    with pytest.raises(UserError, match="had images of other names, labels or classes than those now given"):
+        train(digits_config, tmp_path / "run")
+    first, second = compared[:3], compared[3:]
+    assert first[::2] == second[::2]
+    assert [name for name in first[1] if first[1][name] != second[1][name]] == [
+        "the digest of the images' classes, labels and names"
+    ]
+
+
 def test_a_disk_that_fills_while_logging_is_said_and_the_run_does_not_hang(tmp_path):
     script = f"""
 import resource, signal, sys

@@ -116,6 +116,10 @@ def test_a_run_directory_belongs_to_one_config(digits_config, tmp_path):
     digits_config.optim.lr, digits_config.seed = 0.008, 0
     with pytest.raises(UserError, match="had train_images 1,437, now there are 1,436"):
         claim(tmp_path, digits_config, {**images, "train_images": 1436})
+    images["image_lists"] = ["a", "b"]  # which run.json has not had before
+    claim(tmp_path, digits_config, images)
+    with pytest.raises(UserError, match="had images of other names, labels or classes than those now given"):
+        claim(tmp_path, digits_config, {**images, "image_lists": ["a", "c"]})
 
 
 def test_a_run_that_saved_nothing_takes_another_config(digits_config, tmp_path):

@@ -33,15 +33,25 @@ def free_port():
         return trial.getsockname()[1]
 
 
-class Two:
-    """Two processes of train.py with two devices each, in a `with` that ends both."""
+def training(config, workdir):
+    """The command of a training, whose processes find in RUN/compiled what the suite has compiled before."""
+    compiled, suite = workdir / "compiled", os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if not compiled.is_symlink():
+        os.makedirs(suite, exist_ok=True)
+        workdir.mkdir(exist_ok=True)
+        compiled.symlink_to(suite)
+    fields = {n: v for n, v in flatten(config).items() if v is not None and not isinstance(v, list)}
+    settings = [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["train.py", f"--workdir={workdir}", *settings]
 
-    def __init__(self, config, workdir, *flags, slurm=False, per_process=([], [])):
+
+class Two:
+    """Two processes of a command, by default train.py, with two devices each, in a `with` that ends both."""
+
+    def __init__(self, config, workdir, *flags, command=None, slurm=False, per_process=([], [])):
         port = free_port()
-        fields = {n: v for n, v in flatten(config).items() if v is not None and not isinstance(v, list)}
-        settings = [f"--config.{name}={value}" for name, value in fields.items()]
         warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
-        command = [sys.executable, *warnings, "train.py", f"--workdir={workdir}", *settings, *flags]
+        command = [sys.executable, *warnings, *(command or training(config, workdir)), *flags]
         self.processes, self.workdir = [], workdir
         for index in range(2):
             xla = f"--xla_force_host_platform_device_count=2 {QUICK}"
@@ -113,7 +123,8 @@ def whole(config, tmp_path_factory):
 
 
 def test_a_signal_to_one_of_two_saves_together_and_one_process_continues(config, whole, tmp_path):
-    with Two(config, tmp_path / "parts", slurm=True) as two:
+    own = tmp_path / "own"  # what was compiled is not kept where only one machine may see it
+    with Two(config, tmp_path / "parts", f"--config.compilation_cache={own}", slurm=True) as two:
         two.wait_for_step(4)
         two.processes[1].send_signal(signal.SIGTERM)
         (status, output, errors), other = two.ends()
@@ -122,6 +133,7 @@ def test_a_signal_to_one_of_two_saves_together_and_one_process_continues(config,
     assert "... joining the processes that Slurm has started" in output
     assert "2 processes with 2 devices each, 4 in all" in output
     assert "All-reduce of 4 MiB" in output
+    assert not own.exists()
     assert "Stopped by SIGTERM at step" in output
     step = int(saved(tmp_path / "parts")["state"]["step"])
     assert 4 < step < STEPS
@@ -177,6 +189,35 @@ def test_processes_that_were_started_differently_are_told(config, tmp_path):
         (status, _, errors), (other, _, silence) = two.ends()
     assert (status, other, silence) == (1, 1, "")
     assert errors.startswith("train.py: process 1 of 2: optim.lr is 2.0 here and 1.0 on process 0"), errors
+
+
+def test_two_evaluate_as_one_and_send_no_weights_to_each_other(whole, monkeypatch):
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
+    command = ["-m", "convit_jax.evaluate", f"--checkpoint={whole}", "--which=latest"]
+    with Two(None, None, command=command) as two:
+        (status, output, errors), (other, nothing, _) = two.ends()
+    assert (status, other, nothing) == (0, 0, ""), errors
+    last = read_metrics(whole / "metrics.jsonl")[-1]
+    expected = "top-1 {val_top1:.3f}  top-5 {val_top5:.3f}  loss {val_loss:.3f}  images 360".format(**last)
+    assert output.splitlines()[-1] == expected
+    gathered = [line for line in errors.splitlines() if "Compiling" in line and "_identity_fn" in line]
+    assert gathered  # JAX's all-gather of arrays that each process has: of sentences,
+    assert not any("float32" in line for line in gathered)
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--checkpoint=nowhere", "there is no file or directory nowhere"),
+        ("--mask=position_embedding", "the digest of the weights is "),
+    ],
+)
+def test_two_that_would_evaluate_different_weights_are_told(whole, flag, sentence):
+    command = ["-m", "convit_jax.evaluate", f"--checkpoint={whole}"]
+    with Two(None, None, command=command, per_process=([], [flag])) as two:
+        (status, _, errors), (other, _, silence) = two.ends()
+    assert (status, other, silence) == (1, 1, "")
+    assert errors.startswith(f"evaluate: process 1 of 2: {sentence}"), errors
 
 
 def test_a_process_that_waits_in_vain_says_so():

@@ -1,5 +1,6 @@
 """A run that is stopped, anywhere and anyhow, continues bit for bit."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from convit_jax.errors import UserError
 from convit_jax.training import evaluation, loop
 from convit_jax.training.loop import train
 from convit_jax.training.metrics import SPEEDS, read_metrics
-from convit_jax.training.rundir import hold
+from convit_jax.training.rundir import check_shared, hold
 
 
 def curves(workdir):
@@ -178,6 +179,16 @@ def test_two_runs_at_once_in_one_directory_are_refused(digits_config, tmp_path):
     assert (tmp_path / "config.json").read_text() == before  # nothing of the other run was touched
     digits_config.steps = 12
     assert train(digits_config, tmp_path)["step"] == 12
+
+
+def test_a_process_that_has_another_directory_of_that_name_is_told(digits_config, tmp_path, monkeypatch):
+    with hold(tmp_path / "another", mark="of another start"):
+        pass
+    monkeypatch.setattr(loop, "is_first", lambda: False)
+    monkeypatch.setattr(loop, "check_shared", functools.partial(check_shared, patience=0))
+    for workdir in (tmp_path / "none", tmp_path / "another"):
+        with pytest.raises(UserError, match=f"{workdir} is not the directory that process 0 writes to"):
+            train(digits_config, workdir)
 
 
 def test_killed_five_times_in_a_process_of_its_own_and_continued(digits_config, tmp_path):

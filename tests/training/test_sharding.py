@@ -15,7 +15,14 @@ from convit_jax.training.loop import train
 from convit_jax.training.metrics import SPEEDS, read_metrics
 from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.plan import make_plan
-from convit_jax.training.sharding import batch_sharding, gather, make_mesh, replicated, state_shardings
+from convit_jax.training.sharding import (
+    batch_sharding,
+    gather,
+    make_mesh,
+    put_same,
+    replicated,
+    state_shardings,
+)
 from convit_jax.training.step import make_train_step, new_state, train_metrics
 
 
@@ -104,6 +111,10 @@ def test_the_largest_axis_that_fsdp_divides_is_cut():
     assert specs["a"] == PartitionSpec(None, None, "fsdp")
     assert specs["b"] == specs["c"] == PartitionSpec()
     assert specs["d"] == PartitionSpec("fsdp")
+    values = jax.tree.map(lambda leaf: np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape), leaves)
+    placed = put_same(values, state_shardings(mesh, leaves))
+    assert {name: array.sharding.spec for name, array in placed.items()} == specs
+    assert_same(values, jax.device_get(placed))
 
 
 @pytest.mark.parametrize(
