@@ -24,7 +24,7 @@ from convit_jax.data.images import centre_crop, crop_resize, decode, random_resi
 from convit_jax.errors import UserError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-GRACE = 10  # seconds that a worker goes on after SIGTERM
+GRACE = 300  # seconds that a worker goes on after SIGTERM: the first step may be compiled meanwhile
 TRIES = 10  # images to show instead of one that cannot be read, before giving up
 
 
