@@ -14,7 +14,9 @@ from convit_jax.analysis.interventions import force_gates, mask_position_embeddi
 from convit_jax.data.sources import open_source
 from convit_jax.errors import UserError
 from convit_jax.pretrained import match_classes
+from convit_jax.training.evaluation import evaluate
 from convit_jax.training.loop import train
+from convit_jax.training.step import eval_metrics
 from convit_jax.weight_formats import save
 
 
@@ -91,6 +93,11 @@ def test_images_in_folders(image_folder, tmp_path):
     assert re.fullmatch(
         r"top-1 \d+\.000  top-5 100\.000  loss \d\.\d{3}  images 5", done.stdout.splitlines()[-1]
     )
+
+
+def test_a_split_of_which_no_image_can_be_read_is_refused():
+    with pytest.raises(UserError, match="none of the test images could be read"):
+        evaluate({"": None}, [], None, eval_metrics(), None)
 
 
 def test_labels_are_matched_by_name_where_names_are_known():

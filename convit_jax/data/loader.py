@@ -5,10 +5,13 @@ function of (seed, slot), so a run continues exactly from any step, with any num
 workers, and several processes share the slots of a step by rows. Grain runs it.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import gc
+import itertools
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -20,7 +23,8 @@ from absl import flags
 from convit_jax.data.images import centre_crop, crop_resize, decode, random_resized_crop_box, width_height
 from convit_jax.errors import UserError
 
-GRACE = 10  # seconds that a worker goes on after SIGTERM
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+GRACE = 300  # seconds that a worker goes on after SIGTERM: the first step may be compiled meanwhile
 TRIES = 10  # images to show instead of one that cannot be read, before giving up
 
 
@@ -195,6 +199,8 @@ def batches(example, *, batch_size, start, stop, workers=0, process=0, processes
         dataset = dataset.mp_prefetch(options, worker_init_fn=_prepare_worker)
     iterator = iter(dataset)
     try:
+        if workers and (first := _start_workers(iterator)):
+            yield first.pop()
         yield from iterator
     finally:
         iterator.close()
@@ -207,6 +213,27 @@ def _rows(example, batch_size, first, count, step):
     return example(range(step * batch_size + first, step * batch_size + first + count))
 
 
+def _start_workers(iterator):
+    """[the first batch], for which Grain starts its workers, or [] if there is none.
+
+    A Ctrl-C or SIGTERM that reaches all processes would end a worker in which _prepare_worker has not run
+    yet. So the batch is taken in a thread that blocks both: Grain's threads and workers are born with them
+    blocked. The caller's thread, which waits here, goes on taking them.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # started by Grain, it would unblock them
+    first = concurrent.futures.Future()
+
+    def take():
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            first.set_result(list(itertools.islice(iterator, 1)))
+        except BaseException as error:
+            first.set_exception(error)
+
+    threading.Thread(target=take, daemon=True).start()
+    return first.result()
+
+
 def _prepare_worker(worker, workers):
     """Leave Ctrl-C and SIGTERM, which may reach all processes, to the main one; do not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -217,6 +244,7 @@ def _prepare_worker(worker, workers):
         timer.start()
 
     signal.signal(signal.SIGTERM, later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def follow():
         multiprocessing.parent_process().join()

@@ -4,6 +4,7 @@ import collections
 
 import jax
 
+from convit_jax.training.processes import Everywhere
 from convit_jax.training.sharding import put_batch
 
 AHEAD = 2  # steps that the host may be ahead of the device: enough to hide it, few batches in memory
@@ -19,6 +20,9 @@ def evaluate(models, batches, eval_step, zero, mesh, *, stopped=lambda: False, p
 
     Returns:
       {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count}}, or None if stopped.
+
+    Raises:
+      UserError: no image could be read.
     """
     sums = dict.fromkeys(models, zero)
     under_way = collections.deque()
@@ -40,6 +44,8 @@ def evaluate(models, batches, eval_step, zero, mesh, *, stopped=lambda: False, p
     results = {}
     for name, counts in jax.device_get(sums).items():
         loss, best, best5, images = (counts[key].item() for key in ("loss", "top1", "top5", "images"))
+        if not images:
+            raise Everywhere("none of the test images could be read: restore them, or set another data.dir.")
         results[name] = {
             "top1": 100 * best / images,
             "top5": 100 * best5 / images,

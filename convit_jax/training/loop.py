@@ -275,15 +275,16 @@ def train(config, workdir):
 
             # One step.
             try:
-                with clock.waiting():
-                    batch = put_batch(unreadable.take(next(train_batches)), mesh)
+                if stop.error is None:
+                    with clock.waiting():
+                        batch = put_batch(unreadable.take(next(train_batches)), mesh)
             except Exception as error:
                 if stop.requested:  # the signal reached the loader's workers as well
                     continue
                 if not (several() and isinstance(error, UserError)):
                     raise
-                # The others are under way: go on with them until all know of it.
                 stop.error = error
+            if stop.error is not None:  # the others are under way: go on with them until all know of it
                 blank = empty(config.batch_size // jax.process_count(), plan.train.size)
                 batch = put_batch(unreadable.take(blank), mesh)
             votes = stop.votes()

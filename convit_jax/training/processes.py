@@ -82,7 +82,8 @@ def join(coordinator=None, num_processes=None, process_id=None, start_timeout=30
 
     Args:
       coordinator, num_processes, process_id: "HOST:PORT" of process 0, and which this one is; all of them,
-        or none: then JAX asks Slurm, Open MPI, Kubernetes or the TPU.
+        or none: then JAX asks Slurm, Open MPI, Kubernetes or the TPU. With them a process takes all devices
+        of its machine, or those in JAX_LOCAL_DEVICE_IDS.
       start_timeout: seconds to wait for the others. heartbeat: seconds without a sign of life after which
         a process counts as gone.
 
@@ -124,6 +125,8 @@ def join(coordinator=None, num_processes=None, process_id=None, start_timeout=30
             coordinator,
             num_processes,
             process_id,
+            # Else JAX asks all the same, and inside any step of Slurm takes one GPU a process.
+            cluster_detection_method=None if found else "deactivate",
             initialization_timeout=start_timeout,
             heartbeat_timeout_seconds=heartbeat,
         )

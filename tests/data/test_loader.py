@@ -1,6 +1,11 @@
 """Slots, and the streams that Grain makes of them with threads, workers and processes."""
 
+import multiprocessing
+import os
 import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -146,11 +151,27 @@ def test_training_with_shifts_shows_what_the_test_shows(folder):
     np.testing.assert_array_equal(example([0])["image"][0], image)
 
 
+def signal_workers(count, before):
+    """Send Ctrl-C and SIGTERM, which may reach all processes, to so many workers as soon as they are born."""
+    told = set()
+    deadline = time.monotonic() + 30
+    while len(told) < count and time.monotonic() < deadline:
+        for worker in {*multiprocessing.active_children()} - before - told:
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signal.SIGTERM)
+            told.add(worker)
+        time.sleep(0.002)
+    return len(told)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
-def test_worker_processes_load_the_same_stream_as_threads(workers, folder):
+def test_worker_processes_load_the_same_stream_as_threads_though_signals_reach_them(workers, folder):
     example = TrainExample(folder, Slots(np.arange(12), 1), (8, 10), "resized")
     settings = dict(batch_size=6, start=1, stop=6)
-    assert_same_batches(collect(example, workers=workers, **settings), collect(example, **settings))
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(signal_workers, workers, {*multiprocessing.active_children()})
+        assert_same_batches(collect(example, workers=workers, **settings), collect(example, **settings))
+        assert told.result() == workers
 
 
 @pytest.mark.parametrize("start", [1, 4, 7])

@@ -56,6 +56,7 @@ class Two:
         for index in range(2):
             xla = f"--xla_force_host_platform_device_count=2 {QUICK}"
             ours = {**os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1"}
+            ours["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # else a program belongs to its folder's name
             which = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"]
             if slurm:  # what srun sets, and JAX reads
                 which = []
@@ -173,15 +174,21 @@ def test_two_continue_what_one_began_either_is_killed_the_other_ends_and_a_resta
     assert_same(saved(tmp_path / "two"), saved(tmp_path / "killed"))
 
 
-def test_too_many_unreadable_images_of_one_process_end_both_with_its_sentence(config, image_folder, tmp_path):
-    config.data.name, config.data.dir, config.data.max_unreadable = "folder", str(image_folder), 0
-    config.batch_size, config.eval_batch_size, config.epochs = 8, 8, 100
-    (image_folder / "train/bee/3.jpg").write_bytes(b"no image")
-    with Two(config, tmp_path / "run") as two:
+def test_images_that_one_process_cannot_read_any_more_end_both_with_its_sentence(
+    config, image_folder, tmp_path
+):
+    config.data.name, config.batch_size, config.eval_batch_size = "folder", 8, 8
+    config.epochs, config.steps, config.eval_every, config.locality.images = 100, None, 100, 0
+    theirs = shutil.copytree(image_folder, tmp_path / "theirs")
+    folders = [[f"--config.data.dir={folder}"] for folder in (image_folder, theirs)]
+    with Two(config, tmp_path / "run", per_process=folders) as two:
+        two.wait_for_step(4)
+        (theirs / "train").rename(tmp_path / "gone")
         (status, _, errors), (other, nothing, silence) = two.ends()
     assert (status, other, nothing, silence) == (1, 1, "", "")
-    assert errors.startswith("train.py: process 1 of 2: cannot decode the image bee/3.jpg"), errors
-    assert errors.endswith("one more than data.max_unreadable=0 allows.\n")
+    sentence = f"train.py: process 1 of 2: cannot read the image {theirs}/train/"
+    assert errors.startswith(sentence), errors
+    assert len(errors.splitlines()) == 1
 
 
 def test_processes_that_were_started_differently_are_told(config, tmp_path):
@@ -220,12 +227,19 @@ def test_two_that_would_evaluate_different_weights_are_told(whole, flag, sentenc
     assert errors.startswith(f"evaluate: process 1 of 2: {sentence}"), errors
 
 
-def test_a_process_that_waits_in_vain_says_so():
-    script = f"from convit_jax.training.processes import join; join('127.0.0.1:{free_port()}', 2, 0, 1)"
+def test_a_process_that_waits_in_vain_says_so_and_has_asked_nobody_for_what_the_flags_say():
+    script = (
+        "import logging; logging.basicConfig(level=logging.INFO); "
+        f"from convit_jax.training.processes import join; join('127.0.0.1:{free_port()}', 2, 0, 1)"
+    )
+    inside = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "1"}
+    inside |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # of `srun --pty bash`
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script], cwd=ROOT, env=inside, capture_output=True, text=True, timeout=60
     )
     assert done.returncode != 0
+    assert "Connecting to JAX distributed service" in done.stderr
+    assert "visible devices" not in done.stderr  # else Slurm's SLURM_LOCALID, one GPU of eight
     assert "... joining the 2 processes at 127.0.0.1:" in done.stdout
     assert "the other processes were not there after 1 s: start all of them" in done.stderr.splitlines()[-1]
 
