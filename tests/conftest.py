@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import shutil
+import site
 import subprocess
 import sys
 import tarfile
@@ -29,16 +31,25 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """What several tests compile, or processes that they start, is compiled once."""
-    folder = str(tmp_path_factory.getbasetemp().parent / "compiled")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    jax.config.update("jax_compilation_cache_dir", folder)
-    return folder
+def home(tmp_path_factory):
+    """A home directory of the session: nothing is written into the user's.
+
+    All workers, and the processes that tests start, keep compiled programs where configs have them.
+    """
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent
+    kept = Path("~/.cache/matplotlib").expanduser()  # its list of fonts takes seconds to make
+    os.environ |= {"MPLCONFIGDIR": str(kept), "PYTHONUSERBASE": site.getuserbase()}
+    os.environ["HOME"] = str(session / "home")
+    os.environ.pop("XDG_CACHE_HOME", None)
+    compiled = str(session / "home/.cache/convit_jax/compiled")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    jax.config.update("jax_compilation_cache_dir", compiled)
 
 
 @pytest.fixture
-def digits_config(compiled_once, monkeypatch):
+def digits_config(monkeypatch):
     """configs/digits.py with a model so small that a step takes milliseconds: 18 steps an epoch.
 
     Curves, which take longer than its training, are not drawn; `monkeypatch.undo()` draws them.
@@ -60,7 +71,6 @@ def digits_config(compiled_once, monkeypatch):
     config.mesh.data = 1
     config.log_every = 4
     config.checkpoint_every = 5
-    config.compilation_cache = compiled_once
     return config
 
 
