@@ -75,6 +75,26 @@ def digits_config(monkeypatch):
 
 
 @pytest.fixture
+def train_once(tmp_path_factory):
+    """A function: the directory of the run of a name, trained with a config by the first who asks for it."""
+    from convit_jax.training.loop import train
+
+    def run_directory(name, config):
+        workdir = tmp_path_factory.getbasetemp() / name
+        if not workdir.exists():
+            train(config, workdir)
+        return workdir
+
+    return run_directory
+
+
+@pytest.fixture
+def trained(digits_config, train_once, tmp_path):
+    """tmp_path/run, the directory of a training with digits_config, of which every test has its own copy."""
+    return Path(shutil.copytree(train_once("trained", digits_config), tmp_path / "run"))
+
+
+@pytest.fixture
 def image_folder(tmp_path):
     """A real image folder: 3 classes of 6 training and 2 validation JPEGs, 20 x 24 pixels."""
     from PIL import Image

@@ -78,7 +78,7 @@ class Two:
             for process in self.processes:
                 assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def ends(self, which=(0, 1)):
         """[(exit status, output, errors)] of the processes, without what Gloo says of itself."""
