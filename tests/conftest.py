@@ -3,10 +3,16 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Level 0 halves the time that compilation takes; XLA's own passes, which decide the arithmetic, still run.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+# Level 0 halves the time that compilation takes, the older code generator for fusions halves it again (it
+# may round a product and a sum once); XLA's own passes, which decide the arithmetic, still run. A run killed
+# five times, in training/test_resume.py, is compiled as a user's.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import shutil
+import site
 import subprocess
 import sys
 import tarfile
@@ -25,16 +31,25 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """What several tests compile, or processes that they start, is compiled once."""
-    folder = str(tmp_path_factory.getbasetemp().parent / "compiled")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    jax.config.update("jax_compilation_cache_dir", folder)
-    return folder
+def home(tmp_path_factory):
+    """A home directory of the session: nothing is written into the user's.
+
+    All workers, and the processes that tests start, keep compiled programs where configs have them.
+    """
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent
+    kept = Path("~/.cache/matplotlib").expanduser()  # its list of fonts takes seconds to make
+    os.environ |= {"MPLCONFIGDIR": str(kept), "PYTHONUSERBASE": site.getuserbase()}
+    os.environ["HOME"] = str(session / "home")
+    os.environ.pop("XDG_CACHE_HOME", None)
+    compiled = str(session / "home/.cache/convit_jax/compiled")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    jax.config.update("jax_compilation_cache_dir", compiled)
 
 
 @pytest.fixture
-def digits_config(compiled_once, monkeypatch):
+def digits_config(monkeypatch):
     """configs/digits.py with a model so small that a step takes milliseconds: 18 steps an epoch.
 
     Curves, which take longer than its training, are not drawn; `monkeypatch.undo()` draws them.
@@ -56,8 +71,27 @@ def digits_config(compiled_once, monkeypatch):
     config.mesh.data = 1
     config.log_every = 4
     config.checkpoint_every = 5
-    config.compilation_cache = compiled_once
     return config
+
+
+@pytest.fixture
+def train_once(tmp_path_factory):
+    """A function: the directory of the run of a name, trained with a config by the first who asks for it."""
+    from convit_jax.training.loop import train
+
+    def run_directory(name, config):
+        workdir = tmp_path_factory.getbasetemp() / name
+        if not workdir.exists():
+            train(config, workdir)
+        return workdir
+
+    return run_directory
+
+
+@pytest.fixture
+def trained(digits_config, train_once, tmp_path):
+    """tmp_path/run, the directory of a training with digits_config, of which every test has its own copy."""
+    return Path(shutil.copytree(train_once("trained", digits_config), tmp_path / "run"))
 
 
 @pytest.fixture

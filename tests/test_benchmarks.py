@@ -17,7 +17,6 @@ from benchmarks.model_jax import as_in, network
 from benchmarks.reproducibility import differences
 from benchmarks.where import kinds
 from convit_jax.models.variants import model_settings
-from convit_jax.training.loop import train
 
 SETTINGS = dict(depth=2, local_up_to_layer=1, embed_dim=16, num_heads=4, patch_size=8, num_classes=10)
 
@@ -113,16 +112,14 @@ def test_a_ratio_is_the_median_over_neighbouring_turns():
     assert found["rates"][0]["mfu"] == pytest.approx(2e9 * 20 / 1e12)
 
 
-def test_runs_are_compared_in_every_number_but_speeds_and_in_their_weights(digits_config, tmp_path):
-    digits_config.steps = 4
-    train(digits_config, tmp_path / "one")
-    shutil.copytree(tmp_path / "one", tmp_path / "other")
+def test_runs_are_compared_in_every_number_but_speeds_and_in_their_weights(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "other")
     log = tmp_path / "other/metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     lines[1]["train_loss"] += 0.5
     lines[1]["images_per_second"] += 1
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = differences(tmp_path / "one", tmp_path / "other")
+    found = differences(trained, tmp_path / "other")
     assert found.pop("train_loss") == 0.5
     assert {"val_top1", "gates", "weights"} < set(found)
     assert set(found.values()) == {0.0}

@@ -15,7 +15,7 @@ from convit_jax.data.sources import open_source
 from convit_jax.errors import UserError
 from convit_jax.pretrained import match_classes
 from convit_jax.training.evaluation import evaluate
-from convit_jax.training.loop import train
+from convit_jax.training.metrics import read_metrics
 from convit_jax.training.step import eval_metrics
 from convit_jax.weight_formats import save
 
@@ -26,8 +26,8 @@ def last_line(*arguments):
     return done.stdout.strip().splitlines()[-1]
 
 
-def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(digits_config, tmp_path):
-    result = train(digits_config, tmp_path / "run")
+def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(trained, tmp_path):
+    result = read_metrics(trained / "metrics.jsonl")[-1]
     expected = "top-1 {val_top1:.3f}  top-5 {val_top5:.3f}  loss {val_loss:.3f}  images 360".format(**result)
     assert last_line(f"--checkpoint={tmp_path}/run") == expected
     # Also where the training had other devices, its data lay elsewhere, and a field was not there yet.
@@ -44,8 +44,7 @@ def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(digits
     assert last_line(f"--checkpoint={tmp_path}/w", *config) == expected
 
 
-def test_what_is_changed_for_an_evaluation_is_said(digits_config, tmp_path):
-    train(digits_config, tmp_path / "run")
+def test_what_is_changed_for_an_evaluation_is_said(digits_config, trained, tmp_path):
     command = ("-m", "convit_jax.evaluate", f"--checkpoint={tmp_path}/run")
     done = run_python(*command, "--mask=position_embedding", "--gates=content", "--gpsa_layers=1")
     assert done.returncode == 0, done.stderr

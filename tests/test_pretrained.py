@@ -186,9 +186,7 @@ def to_numpy(tree):
     return jax.tree.map(np.asarray, tree)
 
 
-def test_a_run_without_what_was_asked_for_says_so(digits_config, tmp_path):
-    digits_config.steps = 1
-    train(digits_config, tmp_path / "run")
+def test_a_run_without_what_was_asked_for_says_so(trained, tmp_path):
     with pytest.raises(UserError, match="kept no moving average"):
         pretrained.load(tmp_path / "run", ema=True)
     (tmp_path / "empty/checkpoints").mkdir(parents=True)

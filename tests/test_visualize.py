@@ -12,7 +12,6 @@ from convit_jax import visualize as command
 from convit_jax.analysis import map_figures, maps
 from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings
-from convit_jax.training.loop import train
 from convit_jax.weight_formats import Preprocessing
 
 GOLDEN = ROOT / "tests/golden/convit_golden.pth"
@@ -29,8 +28,7 @@ def test_augmentations_of_the_default_config_into_a_folder(tmp_path):
     assert (tmp_path / "pictures/augmentations.png").stat().st_size > 10_000
 
 
-def test_attention_of_a_run_on_an_image_of_its_own_test_split(digits_config, tmp_path):
-    train(digits_config, tmp_path / "run")
+def test_attention_of_a_run_on_an_image_of_its_own_test_split(trained, tmp_path):
     done = visualize(f"--checkpoint={tmp_path}/run", "--image=7", "--query=0,3", f"--output={tmp_path}/maps")
     assert (done.returncode, done.stderr) == (0, "")
     names = ("query", "query_content", "query_position", "class_token")

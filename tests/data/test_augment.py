@@ -208,12 +208,12 @@ def test_three_augment_is_grey_solarized_or_blurred_each_for_a_third():
 
 
 def test_color_jitter_applies_three_blends_in_each_order_equally_often():
-    rows, strength = 1200, 0.4
+    rows, strength = 1200, 0.5  # factors are u + 0.5, which is rounded once in any program
     images = jnp.tile(photos(1, 6, 5), (rows, 1, 1, 1))
     key = jax.random.key(1)
     results = np.asarray(jax.jit(color_jitter, static_argnums=2)(images, key, strength))
     factor_key = jax.random.split(key)[1]
-    factors = jax.random.uniform(factor_key, (rows, 3), minval=0.6, maxval=1.4)
+    factors = jax.random.uniform(factor_key, (rows, 3), minval=0.5, maxval=1.5)
     degenerates = (lambda images: 0, mean_grey, grey)
     shares = []
     for order in itertools.permutations(degenerates):

@@ -56,7 +56,8 @@ class Two:
         for index in range(2):
             xla = f"--xla_force_host_platform_device_count=2 {QUICK}"
             ours = {**os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1"}
-            ours["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # else a program belongs to its folder's name
+            # Else a compiled program belongs to the name of its folder.
+            ours["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
             which = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"]
             if slurm:  # what srun sets, and JAX reads
                 which = []
@@ -89,7 +90,7 @@ class Two:
             for process in self.processes:
                 assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def ends(self, which=(0, 1)):
         """[(exit status, output, errors)] of the processes, without what Gloo says of itself."""

@@ -25,13 +25,12 @@ def curves(workdir):
 
 
 @pytest.fixture
-def undisturbed(digits_config, tmp_path):
+def undisturbed(digits_config, train_once):
     """The config and the directory of a run of 12 steps that nothing stopped."""
     digits_config.augment.mixup = 0.8
     digits_config.model.drop_path_rate = 0.2
     digits_config.optim.ema_decay = 0.9
-    train(digits_config, tmp_path / "undisturbed")
-    return digits_config, tmp_path / "undisturbed"
+    return digits_config, train_once("undisturbed", digits_config)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -95,9 +94,7 @@ def test_a_signal_at_an_evaluation_saves_first_and_evaluates_when_continued(
     assert curves(tmp_path / "whole") == curves(tmp_path / "stopped")
 
 
-def test_what_fails_in_an_evaluation_loses_no_step(digits_config, tmp_path, monkeypatch):
-    train(digits_config, tmp_path / "whole")
-
+def test_what_fails_in_an_evaluation_loses_no_step(digits_config, trained, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
@@ -107,7 +104,7 @@ def test_what_fails_in_an_evaluation_loses_no_step(digits_config, tmp_path, monk
             train(digits_config, tmp_path / "broken")
     assert saved(tmp_path / "broken")["state"]["step"] == 12
     train(digits_config, tmp_path / "broken")
-    assert curves(tmp_path / "whole") == curves(tmp_path / "broken")
+    assert curves(trained) == curves(tmp_path / "broken")
 
 
 def test_an_evaluation_is_logged_only_when_its_weights_are_safe(digits_config, tmp_path, monkeypatch):
@@ -163,22 +160,20 @@ def test_a_loader_that_a_signal_took_down_loses_no_line_and_saves_no_bad_state(
         assert [line["step"] for line in curves(tmp_path)] == [0, 4, 8, 12, 12]
 
 
-def test_fewer_steps_than_a_run_has_done_are_refused(digits_config, tmp_path):
-    train(digits_config, tmp_path)
+def test_fewer_steps_than_a_run_has_done_are_refused(digits_config, trained):
     digits_config.steps = 6
     with pytest.raises(UserError, match="is at step 12, beyond the 6 that it shall go"):
-        train(digits_config, tmp_path)
+        train(digits_config, trained)
 
 
-def test_two_runs_at_once_in_one_directory_are_refused(digits_config, tmp_path):
-    train(digits_config, tmp_path)
-    before = (tmp_path / "config.json").read_text()
+def test_two_runs_at_once_in_one_directory_are_refused(digits_config, trained):
+    before = (trained / "config.json").read_text()
     digits_config.steps = 14
-    with hold(tmp_path), pytest.raises(UserError, match="another process is training in"):
-        train(digits_config, tmp_path)
-    assert (tmp_path / "config.json").read_text() == before  # nothing of the other run was touched
+    with hold(trained), pytest.raises(UserError, match="another process is training in"):
+        train(digits_config, trained)
+    assert (trained / "config.json").read_text() == before  # nothing of the other run was touched
     digits_config.steps = 12
-    assert train(digits_config, tmp_path)["step"] == 12
+    assert train(digits_config, trained)["step"] == 12
 
 
 def test_a_process_that_has_another_directory_of_that_name_is_told(digits_config, tmp_path, monkeypatch):
@@ -201,7 +196,6 @@ def test_killed_five_times_in_a_process_of_its_own_and_continued(digits_config, 
         "--config.model.local_up_to_layer=1",
         "--config.checkpoint_every=3",
         "--config.log_every=2",
-        f"--config.compilation_cache={tmp_path / 'compiled'}",
     ]
     environment = {**os.environ, "XLA_FLAGS": ""}  # compiled as a user's
     kills = sorted(np.random.default_rng().choice(np.arange(4, 70), 5, replace=False))
@@ -214,7 +208,7 @@ def test_killed_five_times_in_a_process_of_its_own_and_continued(digits_config, 
         while not any(line["step"] >= kill_at for line in read_metrics(tmp_path / "killed/metrics.jsonl")):
             assert process.poll() is None
             assert time.monotonic() < deadline
-            time.sleep(0.002)
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=30)  # ends when the loader's worker is gone as well
     assert run_train(*arguments, xla_flags="").returncode == 0

@@ -38,17 +38,21 @@ def recipe(digits_config):
     return digits_config
 
 
-def test_the_same_training_on_one_device_and_on_eight(recipe, tmp_path):
-    results = {}
-    for data, fsdp in ((1, 1), (8, 1), (4, 2), (1, 8)):
+@pytest.fixture
+def whole(recipe, train_once):
+    """The directory of that run on one device."""
+    return train_once("recipe", recipe)
+
+
+def test_the_same_training_on_one_device_and_on_eight(recipe, whole, tmp_path):
+    params = saved(whole)["state"]["params"]
+    for data, fsdp in ((8, 1), (4, 2), (1, 8)):
         recipe.mesh.data, recipe.mesh.fsdp = data, fsdp
         workdir = tmp_path / f"{data}x{fsdp}"
         train(recipe, workdir)
-        results[data, fsdp] = saved(workdir)["state"]["params"], read_metrics(workdir / "metrics.jsonl")
-    params, lines = results.pop((1, 1))
-    for others, other_lines in results.values():
-        assert_same(params, others, atol=2e-5)
-        for line, other in zip(lines, other_lines, strict=True):
+        assert_same(params, saved(workdir)["state"]["params"], atol=2e-5)
+        lines = (read_metrics(run / "metrics.jsonl") for run in (whole, workdir))
+        for line, other in zip(*lines, strict=True):
             for name in set(line) - {*SPEEDS}:
                 rounded = 1e-4 if isinstance(line[name], list) else 0
                 np.testing.assert_allclose(line[name], other[name], rtol=1e-4, atol=rounded)
@@ -93,13 +97,12 @@ def test_the_collectives_are_those_that_the_mesh_calls_for_and_memory_falls_with
     assert state_bytes[1, 8] < 0.15 * state_bytes[8, 1]
 
 
-def test_a_run_moves_between_numbers_of_devices(recipe, tmp_path):
-    train(recipe, tmp_path / "whole")
+def test_a_run_moves_between_numbers_of_devices(recipe, whole, tmp_path):
     recipe.steps = 3
     train(recipe, tmp_path / "moved")
     recipe.steps, recipe.mesh.data, recipe.mesh.fsdp = 6, 4, 2
     train(recipe, tmp_path / "moved")
-    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "moved"), atol=2e-5, rtol=1e-4)
+    assert_same(saved(whole), saved(tmp_path / "moved"), atol=2e-5, rtol=1e-4)
 
 
 def test_the_largest_axis_that_fsdp_divides_is_cut():
