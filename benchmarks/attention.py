@@ -108,27 +108,26 @@ def main():
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, d_out = (jax.random.normal(key, (batch, heads, tokens, size), options.dtype) for key in keys)
 
-    def compiled(name, form):
+    def calls(name, form):
         """{kind: function without arguments} of a form."""
         inputs = (q, k, v, *factors) if name.startswith("GPSA") else (q, k, v)
         forward = jax.jit(form)
         gradient = jax.jit(lambda d_out, *inputs: jax.vjp(form, *inputs)[1](d_out))
-        both = {"forward": lambda: forward(*inputs), "gradient": lambda: gradient(d_out, *inputs)}
-        jax.block_until_ready([call() for call in both.values()])
-        return both
+        return {"forward": lambda: forward(*inputs), "gradient": lambda: gradient(d_out, *inputs)}
 
     print(f"{options.shape} {options.dtype}, {jax.devices()[0].device_kind}, ms: median (least)")
-    plain, results = compiled(PLAIN, model.attention), []
+    plain, results = calls(PLAIN, model.attention), []
+    jax.block_until_ready([call() for call in plain.values()])  # compiled
     for name, form in forms(on_gpu).items():
         if name.startswith("GPSA") and side**2 != tokens:
             continue
-        try:
-            own = plain if name == PLAIN else compiled(name, form)
-        except Exception as error:  # a kernel that this device does not have; the others still count
-            print(f"  {name}: {str(error).splitlines()[0]}", flush=True)
-            continue
         print(f"  {name}", flush=True)
-        for kind, call in own.items():
+        for kind, call in (plain if name == PLAIN else calls(name, form)).items():
+            try:
+                jax.block_until_ready(call())  # compiled
+            except Exception as error:  # a kernel that this device does not have; the others still count
+                print(f"    {kind:10}{str(error).splitlines()[0]}", flush=True)
+                continue
             turns = [(timed(plain[kind], on_gpu), timed(call, on_gpu)) for _ in range(options.rounds)]
             wall, processor = zip(*(of_it for _, of_it in turns), strict=True)
             ratio = statistics.median(of_it[0] / of_plain[0] for of_plain, of_it in turns)

@@ -60,9 +60,9 @@ def replacements(way):
     own, by_names = attention.attention, jax.checkpoint_policies.save_only_these_names
 
     def cudnn(q, k, v):
-        if q.shape != k.shape or q.shape[2] % 2:  # the last two blocks: of an odd length JAX refuses the gradient
-            return own(q, k, v)
-        return forms.cudnn(q, k, v)
+        # Not in the last two blocks: JAX refuses the gradient of an odd number of tokens, as with the class token.
+        even = q.shape == k.shape and q.shape[2] % 2 == 0
+        return forms.cudnn(q, k, v) if even else own(q, k, v)
 
     def saving(*names):
         """A policy that saves what cuDNN's forward pass gives, too: else it runs again for the gradient."""
