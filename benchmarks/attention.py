@@ -3,9 +3,10 @@
     python -m benchmarks.attention [--shape=8,196,9,48] [--dtype=float32] [--rounds=9] [--json=FILE]
 
 Shape: batch, tokens (a square grid), heads, size of a head. `model` is what convit_jax.models.attention
-does; the others are what it was chosen from, or might be on another backend. They take turns in one
-process; medians, and the least, in ms of wall time and of processor time. With a number of tokens that is
-no square, as 197, only plain attention is measured.
+does; the others are what it was chosen from, or might be on another backend. Each takes turns with plain
+attention as the model has it, in one process, and is printed when it is done, since the next may end the
+process: medians, and the least, in ms of wall time and of processor time, and the median of the ratios of
+neighbouring turns. With a number of tokens that is no square, as 197, only plain attention is measured.
 """
 
 import argparse
@@ -19,7 +20,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# Private: jax.nn.dot_product_attention, which calls the same function, has no layout but [B, N, H, d].
+from jax._src.cudnn import fused_attention_stablehlo as fused
+
 from convit_jax.models import attention as model
+
+PLAIN = "plain: model"
+CUDNN_FORWARD = fused._dot_product_attention_fwd_p_wrapper  # the primitive; gives result and statistics
+
+
+def cudnn(q, k, v):
+    """attention(q, k, v [B, H, N, d]) by cuDNN; float16 or bfloat16, and a GPU."""
+    return fused.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, qkv_layout="BNTH")
 
 
 def library(implementation):
@@ -65,7 +77,7 @@ def forms(on_gpu):
         return model.apply_maps(maps, v)
 
     found = {
-        "plain: model": model.attention,
+        PLAIN: model.attention,
         "plain: jax.nn.dot_product_attention": library("xla"),
         "GPSA: model, factors repeated for the batch": gpsa(model.attention, model.along_axes),
         "GPSA: factors batched over heads only": gpsa(model.attention, over_heads_only),
@@ -73,10 +85,11 @@ def forms(on_gpu):
         "GPSA: dense position added to the maps": dense_sum,
     }
     if on_gpu:  # last, since a kernel that crashes ends the process
+        found["plain: cuDNN"] = cudnn
         found["plain: cuDNN, and transposed for it"] = library("cudnn")
-        found["GPSA: cuDNN, and transposed for it; factors over heads only"] = gpsa(
-            library("cudnn"), over_heads_only
-        )
+        found["GPSA: cuDNN; factors repeated for the batch"] = gpsa(cudnn, model.along_axes)
+        found["GPSA: cuDNN; factors over heads only"] = gpsa(cudnn, over_heads_only)
+        found["GPSA: cuDNN; dense position, a product of its own"] = gpsa(cudnn, dense)
     return found
 
 
@@ -92,49 +105,50 @@ def main():
     layer = model.GatedPositionalSelfAttention(heads * size, heads, (side, side), rngs=nnx.Rngs(0))
     factors = (layer.gates()[:, None, None], *layer.positional_factors())
     on_gpu = jax.default_backend() == "gpu"
-    calls_a_turn = 20 if on_gpu else 3
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, d_out = (jax.random.normal(key, (batch, heads, tokens, size), options.dtype) for key in keys)
 
-    calls = {}
+    def calls(name, form):
+        """{kind: function without arguments} of a form."""
+        inputs = (q, k, v, *factors) if name.startswith("GPSA") else (q, k, v)
+        forward = jax.jit(form)
+        gradient = jax.jit(lambda d_out, *inputs: jax.vjp(form, *inputs)[1](d_out))
+        return {"forward": lambda: forward(*inputs), "gradient": lambda: gradient(d_out, *inputs)}
+
+    print(f"{options.shape} {options.dtype}, {jax.devices()[0].device_kind}, ms: median (least)")
+    plain, results = calls(PLAIN, model.attention), []
+    jax.block_until_ready([call() for call in plain.values()])  # compiled
     for name, form in forms(on_gpu).items():
         if name.startswith("GPSA") and side**2 != tokens:
             continue
-        inputs = (q, k, v, *factors) if name.startswith("GPSA") else (q, k, v)
-        forward = jax.jit(form)
-        gradient = jax.jit(lambda d_out, *inputs, form=form: jax.vjp(form, *inputs)[1](d_out))
-        both = {
-            "forward": lambda forward=forward, inputs=inputs: forward(*inputs),
-            "gradient": lambda gradient=gradient, inputs=inputs: gradient(d_out, *inputs),
-        }
-        try:
-            jax.block_until_ready([call() for call in both.values()])
-        except Exception as error:  # a kernel that this device does not have; the others still count
-            print(f"{name}: {str(error).splitlines()[0]}")
-            continue
-        print(f"compiled: {name}", flush=True)
-        calls |= {(name, kind): call for kind, call in both.items()}
-    wall, processor = {key: [] for key in calls}, {key: [] for key in calls}
-    for _ in range(options.rounds):
-        for key, call in calls.items():
-            began, began_processor = time.perf_counter(), time.process_time()
-            for _ in range(calls_a_turn):
-                last = call()
-            jax.block_until_ready(last)
-            wall[key].append((time.perf_counter() - began) / calls_a_turn * 1e3)
-            processor[key].append((time.process_time() - began_processor) / calls_a_turn * 1e3)
-    print(f"{options.shape} {options.dtype}, {jax.devices()[0].device_kind}, ms: median (least)")
-    for name in dict.fromkeys(name for name, _ in calls):
-        print(f"  {name}")
-        for kind in ("forward", "gradient"):
+        print(f"  {name}", flush=True)
+        for kind, call in (plain if name == PLAIN else calls(name, form)).items():
+            try:
+                jax.block_until_ready(call())  # compiled
+            except Exception as error:  # a kernel that this device does not have; the others still count
+                print(f"    {kind:10}{str(error).splitlines()[0]}", flush=True)
+                continue
+            turns = [(timed(plain[kind], on_gpu), timed(call, on_gpu)) for _ in range(options.rounds)]
+            wall, processor = zip(*(of_it for _, of_it in turns), strict=True)
+            ratio = statistics.median(of_it[0] / of_plain[0] for of_plain, of_it in turns)
             parts = [
-                f"{title} {statistics.median(times[name, kind]):8.3f} ({min(times[name, kind]):.3f})"
-                for title, times in (("wall", wall), ("processor", processor))
+                f"{title} {statistics.median(values):8.3f} ({min(values):.3f})"
+                for title, values in (("wall", wall), ("processor", processor))
             ]
-            print(f"    {kind:10}{'   '.join(parts)}")
-    if options.json:
-        results = [{"form": n, "kind": k, "wall": wall[n, k], "processor": processor[n, k]} for n, k in calls]
-        Path(options.json).write_text(json.dumps(results, indent=1))
+            print(f"    {kind:10}{'   '.join(parts)}   {ratio:.2f} x plain", flush=True)
+            results.append({"form": name, "kind": kind, "ratio": ratio, "wall": wall, "processor": processor})
+            if options.json:
+                Path(options.json).write_text(json.dumps(results, indent=1))
+
+
+def timed(call, on_gpu):
+    """Milliseconds of one call, (of wall time, of processor time), in a turn of several."""
+    count = 20 if on_gpu else 3
+    began, processor = time.perf_counter(), time.process_time()
+    for _ in range(count):
+        last = call()
+    jax.block_until_ready(last)
+    return (time.perf_counter() - began) * 1e3 / count, (time.process_time() - processor) * 1e3 / count
 
 
 if __name__ == "__main__":

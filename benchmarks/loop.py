@@ -8,6 +8,7 @@ Both are processes of their own and take turns; each gives the median of its win
 (three or more), without the first, and without evaluations and checkpoints.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -79,6 +80,7 @@ def whole_loop(config, settings):
 
 def bare_step(config, settings):
     """Images/s of each window of the step alone."""
+    loop.use_compilation_cache(config.compilation_cache)
     graphdef, shapes = abstract_model(settings.model)
     schedule = run_schedule(config, settings)
     optimizer = make_optimizer(config.optim, schedule, shapes)
@@ -86,7 +88,8 @@ def bare_step(config, settings):
         make_train_step(graphdef, optimizer, schedule, config, settings.model["num_classes"]),
         donate_argnums=0,
     )
-    state = new_state(initial_params(settings.model, 0), optimizer, ema=config.optim.ema_decay > 0)
+    start = jax.jit(functools.partial(new_state, optimizer=optimizer, ema=config.optim.ema_decay > 0))
+    state = start(initial_params(settings.model, 0))
     batch = one_batch(config, settings.model["image_size"])
     del batch["unreadable"]
     batch, metrics, seed = jax.device_put((batch, train_metrics(), np.uint32(config.seed)))

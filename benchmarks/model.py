@@ -4,12 +4,14 @@
         [--programs=convit,plain,...] [--peer=PYTHON] [--other=DIR] [--fresh] [--minutes=M] [--json=FILE]
 
 "plain" has the same blocks, tokens, heads and sizes, with the GPSA of the first ten blocks replaced by the
-plain self-attention of the last two; "convit: ..." are ConViT with one thing done in another way
-(benchmarks/model_jax.py). PYTHON has PyTorch and timm. DIR is another checkout of this repository, for
-before and after. Every program is a process of its own; they take turns, and a ratio is the median over the
-rounds of the ratios of neighbouring turns. With --fresh a process lives for one turn only, for when the
-device's memory does not hold all of them. What --minutes leave no time for is left out. The first of
---tasks compiles in an empty cache: its first step alone is cold.
+plain self-attention of the last two. Either may do things in other ways: "convit: cuDNN + position dense"
+(WAYS, benchmarks/model_jax.py). PYTHON has PyTorch and timm. DIR is another checkout of this repository, for
+before and after. Every program is a process of its own; they take turns in the order of --programs, where one
+may stand twice, and a ratio is the median over the rounds of the ratios of neighbouring turns. With --fresh
+a process lives for one turn only, for when the device's memory does not hold all of them. What --minutes
+leave no time for is left out, and named. Every turn is printed, and in the file, when it is done. All share
+a folder of compiled programs that is empty at first; on a GPU strictly cold is only the first step of all,
+since the next find there what was tuned for it.
 """
 
 import argparse
@@ -34,13 +36,7 @@ PEERS = {  # program: (timm's model of a size, compiled)
     "timm deit compiled": ("deit_{}_patch16_224", True),
 }
 OURS = ("convit", "plain")
-WAYS = (  # ConViT in other ways
-    "convit: cuDNN",
-    "convit: position over heads only",
-    "convit: position dense",
-    "convit: unrolled",
-    "convit: remat",
-)
+WAYS = ("cuDNN", "position over heads only", "position dense", "unrolled", "remat")  # of doing one of ours
 # What is asked for: task, numerator, denominator, least ratio of images/s on (CPU, GPU).
 RATIOS = [
     ("inference", "convit", "plain", (0.95, 0.95)),
@@ -53,9 +49,17 @@ RATIOS = [
     ("training", "convit", "timm deit", None),
     ("inference", "convit", "other", None),
     ("training", "convit", "other", None),
-    *((task, way, "convit", None) for way in WAYS for task in TASKS),
 ]
 MEMORY, MFU, FIRST_STEP = 1.10, "40% (GPU, ConViT-S, batch 512)", "20 s, 5 s (CPU), 40 s, 8 s (GPU)"
+BESIDE_TIMM = """\
+  timm computes all tokens of the last block, ours those that have a head; on a GPU, under autocast, its
+  tokens between blocks are float32, ours bfloat16."""
+
+
+def known(program):
+    """Whether there is such a program: one of ours, in some ways or none, or a peer."""
+    base, colon, ways = program.partition(": ")
+    return program in PEERS or (base in OURS and (not colon or set(ways.split(" + ")) <= {*WAYS}))
 
 
 @dataclasses.dataclass
@@ -105,51 +109,59 @@ class Program:
 
 
 def programs(model, image_size, batch, options, cache):
-    """The programs to compare for one model, ours first."""
+    """The programs to compare for one model: each of options.programs, once."""
     size = model.removeprefix("convit_")
-    arguments = [f"--model={model}", f"--image_size={image_size}", f"--batch={batch}"]
-    ours = [sys.executable, "-P", str(ROOT / "benchmarks/model_jax.py"), *arguments]
-    ours.append(f"--settings={options.settings}")
+    arguments = [f"--image_size={image_size}", f"--batch={batch}"]
 
     def path(folder):
         return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
-    environment = {
-        "PYTHONPATH": path(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # for the memory in use to be what is needed
-    }
-    result = [
-        Program(name, [*ours, f"--program={name}"], environment)
-        for name in (*OURS, *WAYS)
-        if name in options.programs
-    ]
-    if options.other:  # this benchmark, that package
-        there = {**environment, "PYTHONPATH": path(Path(options.other).resolve())}
-        result.append(Program("other", [*ours, "--program=convit"], there))
-    script = str(ROOT / "benchmarks/model_timm.py")
-    for name in [name for name in PEERS if options.peer and name in options.programs]:
-        model, compiled = PEERS[name]
-        arguments[0] = f"--model={model.format(size)}"
-        command = [options.peer, script, *arguments, *["--compile"] * compiled]
-        result.append(Program(name, command, {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/torch"}))
-    return result
+    def ours(name, program, folder):
+        script = str(ROOT / "benchmarks/model_jax.py")
+        command = [sys.executable, "-P", script, f"--model={model}", f"--program={program}", *arguments]
+        environment = {
+            "PYTHONPATH": path(folder),
+            "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # for the memory in use to be what is needed
+        }
+        return Program(name, [*command, f"--settings={options.settings}"], environment)
+
+    def peer(name):
+        of_timm, compiled = PEERS[name]
+        command = [options.peer, str(ROOT / "benchmarks/model_timm.py"), f"--model={of_timm.format(size)}"]
+        environment = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/torch"}
+        return Program(name, [*command, *arguments, *["--compile"] * compiled], environment)
+
+    def program(name):
+        if name == "other":  # this benchmark, that package
+            return ours(name, "convit", Path(options.other).resolve())
+        return peer(name) if name in PEERS else ours(name, name, ROOT)
+
+    return [program(name) for name in dict.fromkeys(options.programs)]
 
 
-def measure(running, options, deadline):
-    """Ask all programs in turn; those that fail or for which no time is left are dropped, and named."""
+def measure(running, options, deadline, keep):
+    """Ask all programs in turn; those that fail or for which no time is left are dropped, and named.
+
+    keep() is called after every turn that was timed.
+    """
     dropped = set()
+    by_name = {program.name: program for program in running}
+    turns = [by_name[name] for name in options.programs]
+    reference = next(program for program in running if program.name not in PEERS)
 
     def ask(program, task, seconds):
-        if program.name in dropped:
-            return
         if time.monotonic() > deadline:
-            dropped.add(program.name)
             print(f"  no time left for {program.name}, {task}", flush=True)
-        elif not program.ask(task, seconds, deadline):
-            dropped.add(program.name)
-            print(f"  {program.name} gave no {task}", flush=True)
-            program.stop()
+        elif program.name not in dropped:
+            if not program.ask(task, seconds, deadline):
+                dropped.add(program.name)
+                late = " in time" if time.monotonic() >= deadline else ""
+                print(f"  {program.name} gave no {task}{late}", flush=True)
+                program.stop()
+            elif seconds:
+                print(f"  {turn(program.name, task, program.answers[task][-1])}", flush=True)
+                keep()
 
     if not options.fresh:  # a first process each, which compiles and is not timed
         for program in running:
@@ -157,18 +169,29 @@ def measure(running, options, deadline):
                 ask(program, task, 0)
             program.stop()
     for _ in range(options.rounds):
-        ask(running[0], "peak", 0.5)
         if options.fresh:
-            for program in running:
+            for program in turns:
                 for task in options.tasks:
                     ask(program, task, options.seconds)
+                if program is reference:
+                    ask(program, "peak", 0.5)  # last, to be no part of the memory in use
                 program.stop()
         else:
             for task in options.tasks:
-                for program in running:
+                for program in turns:
                     ask(program, task, options.seconds)
+            ask(reference, "peak", 0.5)
     for program in running:
         program.stop()
+
+
+def turn(name, task, answer):
+    """One line on one answer."""
+    if task == "peak":
+        return f"large matrix product: {answer['flops'] / 1e12:.3g} TFLOP/s"
+    first = f", first step {answer['first_step']:.1f} s" if "first_step" in answer else ""
+    needed = f", {answer['program_mb']:.0f} MB" if "program_mb" in answer else ""
+    return f"{task}: {name}: {answer['images_per_second']:.2f} images/s{first}{needed}"
 
 
 def summary(running, options):
@@ -191,7 +214,7 @@ def summary(running, options):
             row["first_step_cold"] = first[0]
             row["first_step_warm"] = first[1] if len(first) > 1 else None
             row["first_step_processor"] = values(name, task, "first_step_processor")[:2]
-            row["peak_mb"] = max(values(name, task, "peak_mb")[-options.rounds :])
+            row["peak_mb"] = max(values(name, task, "peak_mb")[-options.rounds :], default=None)
             row["program_mb"] = next(iter(values(name, task, "program_mb")), None)
             macs = values(name, task, "macs")
             if macs and peak:
@@ -199,7 +222,8 @@ def summary(running, options):
                 row["gmacs"] = macs[0] / 1e9
                 row["mfu"] = row["images_per_second"] * flops / statistics.median(peak)
             rows.append(row)
-    for task, ours, theirs, least in RATIOS:
+    ways = [(name, name.partition(": ")[0]) for name in by_name if ": " in name]
+    for task, ours, theirs, least in [*RATIOS, *((task, *pair, None) for pair in ways for task in TASKS)]:
         row = {"task": task, "ratio": f"{ours} / {theirs}", "least": least}
         for field in ("images_per_second", "images_per_processor_second"):
             pairs = list(zip(values(ours, task, field), values(theirs, task, field), strict=False))
@@ -225,28 +249,53 @@ def show(found):
         (f", {row['gmacs']:.4g} GMAC an image forward" for row in found["rates"] if "gmacs" in row), ""
     )
     print(f"  asked for: MFU {MFU}; first step of training, cold and warm, {FIRST_STEP}{gmacs}")
-    print(f"  {'':42}images/s   MFU   first step cold, warm   peak MB   program MB")
+    print(f"  {'':60}images/s   MFU   first step cold, warm   peak MB   program MB")
     for row in found["rates"]:
         mfu = f"{row['mfu']:6.1%}" if "mfu" in row else "     -"
         warm = f"{row['first_step_warm']:6.1f} s" if row["first_step_warm"] is not None else "       -"
+        held = f"{row['peak_mb']:11.0f}" if row["peak_mb"] else "          -"
         needed = f"{row['program_mb']:10.0f}" if row["program_mb"] else "         -"
         print(
-            f"  {row['task']:10}{row['program']:32}{row['images_per_second']:9.2f} {mfu}"
-            f"{row['first_step_cold']:13.1f} s {warm}{row['peak_mb']:11.0f} {needed}"
+            f"  {row['task']:10}{row['program']:50}{row['images_per_second']:9.2f} {mfu}"
+            f"{row['first_step_cold']:13.1f} s {warm}{held} {needed}"
         )
     for row in found["ratios"]:
         if "value" in row:
-            print(f"  {row['task']:10}{row['ratio']:42}{row['value']:6.2f}; asked for: at most {MEMORY}")
+            print(f"  {row['task']:10}{row['ratio']:60}{row['value']:6.2f}; asked for: at most {MEMORY}")
             continue
         low, high = row["images_per_second_range"]
         least = (
             "" if row["least"] is None else f"; asked for: {row['least'][0]} (CPU), {row['least'][1]} (GPU)"
         )
         print(
-            f"  {row['task']:10}{row['ratio']:42}{row['images_per_second']:6.2f} ({low:.2f} to {high:.2f}), "
+            f"  {row['task']:10}{row['ratio']:60}{row['images_per_second']:6.2f} ({low:.2f} to {high:.2f}), "
             f"per processor time {row['images_per_processor_second']:.2f}{least}"
         )
+    if any("timm" in row["ratio"] for row in found["ratios"]):
+        print(BESIDE_TIMM)
     sys.stdout.flush()
+
+
+def compare(entry, batch, options, deadline, results):
+    """Measure one model and print its tables; results, and the file, have after every turn what is known."""
+    model, _, size = entry.partition("@")
+
+    def keep():
+        answers = {program.name: program.answers for program in running}
+        devices = [a["device"] for tasks in answers.values() for found in tasks.values() for a in found]
+        device = next(iter(devices), "no device")
+        found = {"batch": batch, "device": device, **summary(running, options), "answers": answers}
+        results["models"][entry] = found
+        if options.json:
+            Path(options.json).write_text(json.dumps(results, indent=1))
+        return found
+
+    with tempfile.TemporaryDirectory() as cache:
+        running = programs(model, int(size or 224), batch, options, cache)
+        measure(running, options, deadline, keep)
+    found = keep()
+    print(f"{entry}, batch {batch}, {options.rounds} rounds, {found['device']}", flush=True)
+    show(found)
 
 
 def main():
@@ -263,7 +312,7 @@ def main():
     parser.add_argument(
         "--programs",
         default=",".join((*OURS, *PEERS)),
-        help="also " + ", ".join(map(repr, WAYS)),
+        help=f"also convit or plain in other ways, as 'convit: {WAYS[0]} + {WAYS[1]}': {', '.join(WAYS)}",
     )
     parser.add_argument("--other", help="another checkout, compared as the program `other`")
     parser.add_argument("--fresh", action="store_true", help="a new process for each turn")
@@ -271,32 +320,24 @@ def main():
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
     options.tasks, options.programs = options.tasks.split(","), options.programs.split(",")
-    known = [*OURS, *PEERS, *WAYS]
-    if unknown := set(options.programs) - set(known):
-        parser.error(f"--programs has {', '.join(sorted(unknown))}: there are {', '.join(known)}.")
+    if unknown := [program for program in options.programs if not known(program)]:
+        parser.error(
+            f"--programs has {', '.join(unknown)}: there are {', '.join((*OURS, *PEERS))}, and ours in other "
+            f"ways, as 'convit: {WAYS[0]} + {WAYS[1]}': {', '.join(WAYS)}."
+        )
     if not set(options.programs) - {*PEERS}:
         parser.error("--programs has none of ours to compare with: add convit.")
+    if not options.peer:
+        options.programs = [program for program in options.programs if program not in PEERS]
+    if options.other:
+        options.programs.insert(1, "other")
     models, batches = options.models.split(","), [int(number) for number in options.batch.split(",")]
     if len(models) != len(batches):
         parser.error(f"--batch has {len(batches)} numbers for {len(models)} models: give one for each.")
     deadline = time.monotonic() + 60 * options.minutes
     results = {"command": " ".join(sys.argv), "models": {}}
     for entry, batch in zip(models, batches, strict=True):
-        model, _, size = entry.partition("@")
-        with tempfile.TemporaryDirectory() as cache:
-            running = programs(model, int(size or 224), batch, options, cache)
-            measure(running, options, deadline)
-        found = summary(running, options)
-        answers = {program.name: program.answers for program in running}
-        device = next(
-            (a["device"] for tasks in answers.values() for found_by in tasks.values() for a in found_by),
-            "no device",
-        )
-        print(f"{entry}, batch {batch}, {options.rounds} rounds, {device}", flush=True)
-        show(found)
-        results["models"][entry] = {"batch": batch, "device": device, **found, "answers": answers}
-        if options.json:
-            Path(options.json).write_text(json.dumps(results, indent=1))
+        compare(entry, batch, options, deadline, results)
 
 
 if __name__ == "__main__":

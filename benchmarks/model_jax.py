@@ -1,9 +1,10 @@
-"""One program of benchmarks.model: ConViT, or it in another way, in a process of its own.
+"""One program of benchmarks.model, ConViT or the plain network, in a process of its own.
 
 Reads requests `TASK SECONDS` from standard input and answers each with a line of JSON. The tasks are
 inference (logits), training (forward, backward, AdamW; no augmentation, no stochastic depth) and peak (a
 large matrix product). The first request of a task compiles: the answer then has first_step, the seconds
-of tracing, compiling or loading from the cache, and one step, with the inputs in place.
+of making the optimizer's state, tracing, compiling or loading from the cache, and one step, with weights and
+images in place.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from convit_jax.models import attention, vit
 from convit_jax.models.attention import SelfAttention
@@ -36,33 +36,46 @@ class PlainAttention(SelfAttention):
 def as_in(program, settings):
     """While it lasts models are those of a program: yields its settings.
 
-    Programs: "convit"; "plain", the same with plain attention everywhere; one of model.py's WAYS.
+    Programs: "convit"; "plain", the same with plain attention everywhere; either in some of model.py's WAYS,
+    as in "convit: cuDNN + unrolled".
     """
-    way = program.partition(": ")[2]
+    base, _, ways = program.partition(": ")
     changed = {"unrolled": {"scan_unroll": settings["depth"]}, "remat": {"remat": True}}
     with contextlib.ExitStack() as stack:
-        if program == "plain":
+        if base == "plain":
             stack.enter_context(mock.patch.object(vit, "GatedPositionalSelfAttention", PlainAttention))
-        elif way and way not in changed:
-            stack.enter_context(mock.patch.object(attention, *replacement(way)))
-        yield {**settings, **changed.get(way, {})}
+        for way in ways.split(" + ") if ways else ():
+            if way in changed:
+                settings = {**settings, **changed[way]}
+            else:
+                for place, name, function in replacements(way):
+                    stack.enter_context(mock.patch.object(place, name, function))
+        yield settings
 
 
-def replacement(way):
-    """(name, function) of what takes the place of a function of models/attention.py."""
+def replacements(way):
+    """[(module, name of a function in it, what takes its place)] of a way that is no setting."""
     from benchmarks import attention as forms  # not on the path of another checkout
 
-    own, by_cudnn = attention.attention, forms.library("cudnn")
+    own, by_names = attention.attention, jax.checkpoint_policies.save_only_these_names
 
     def cudnn(q, k, v):
-        if q.shape != k.shape:  # the class token alone
-            return own(q, k, v)
-        return checkpoint_name(by_cudnn(q, k, v), "attention")
+        # Not in the last two blocks: JAX refuses the gradient of an odd number of tokens (class token).
+        even = q.shape == k.shape and q.shape[2] % 2 == 0
+        return forms.cudnn(q, k, v) if even else own(q, k, v)
+
+    def saving(*names):
+        """A policy that saves what cuDNN's forward pass gives, too: else it runs again for the gradient."""
+        named = by_names(*names)
+        return lambda primitive, *_, **params: primitive is forms.CUDNN_FORWARD or named(primitive, **params)
 
     return {
-        "cuDNN": ("attention", cudnn),
-        "position over heads only": ("along_axes", forms.over_heads_only),
-        "position dense": ("along_axes", forms.dense),
+        "cuDNN": [
+            (attention, "attention", cudnn),
+            (jax.checkpoint_policies, "save_only_these_names", saving),
+        ],
+        "position over heads only": [(attention, "along_axes", forms.over_heads_only)],
+        "position dense": [(attention, "along_axes", forms.dense)],
     }[way]
 
 
@@ -89,9 +102,12 @@ def inference(graphdef, params, images):
 def training(graphdef, params, images):
     """Likewise; the weights change from step to step."""
     optimizer = optax.adamw(1e-3, weight_decay=0.05)
-    state = (params, optimizer.init(params))
     rows, classes = images.shape[0], params["head"]["bias"].shape[0]
-    targets = jax.nn.one_hot(jnp.arange(rows) % classes, classes)
+
+    @jax.jit  # as the trainer does: else each of many shapes is a small program
+    def start(params):
+        params = jax.tree.map(jnp.copy, params)  # the step overwrites them
+        return (params, optimizer.init(params)), jax.nn.one_hot(jnp.arange(rows) % classes, classes)
 
     def loss_fn(params, images, targets):
         return jnp.mean(optax.softmax_cross_entropy(nnx.merge(graphdef, params)(images), targets))
@@ -102,7 +118,7 @@ def training(graphdef, params, images):
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    state = jax.tree.map(jnp.copy, state)  # the step overwrites it
+    state, targets = start(params)
     update, megabytes = compiled(step, state, images, targets, donate=0)
 
     def once():
@@ -185,7 +201,8 @@ def serve(settings, batch):
                 answer["images_per_second"], answer["images_per_processor_second"] = (
                     batch * x for x in steps
                 )
-            answer["peak_mb"] = peak_memory()
+            if task == "training":  # inference needs less, and may come after it
+                answer["peak_mb"] = peak_memory()
             answer["macs"] = count_macs(settings)
         device = jax.devices()[0]
         print(json.dumps({**answer, "device": device.device_kind, "jax": jax.__version__}), flush=True)

@@ -12,11 +12,12 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from benchmarks.model import Program, summary
+from benchmarks.attention import fused
+from benchmarks.model import Program, known, summary
 from benchmarks.model_jax import as_in, network
 from benchmarks.reproducibility import differences
 from benchmarks.where import kinds
-from convit_jax.models.variants import model_settings
+from convit_jax.models.variants import abstract_model, model_settings
 
 SETTINGS = dict(depth=2, local_up_to_layer=1, embed_dim=16, num_heads=4, patch_size=8, num_classes=10)
 
@@ -25,7 +26,7 @@ def test_the_benchmark_of_models_runs_and_writes_its_table(tmp_path):
     command = [sys.executable, "-m", "benchmarks.model", "--models=convit_tiny@16", "--batch=2", "--fresh"]
     options = [
         "--tasks=training",
-        "--programs=convit,plain,convit: unrolled",
+        "--programs=convit,convit: position dense + unrolled,plain",
         "--rounds=1",
         "--seconds=0.01",
         f"--settings={json.dumps(SETTINGS)}",
@@ -35,12 +36,14 @@ def test_the_benchmark_of_models_runs_and_writes_its_table(tmp_path):
     done = subprocess.run([*command, *options], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "convit_tiny@16, batch 2, 1 rounds, cpu" in done.stdout
+    assert "training: convit: position dense + unrolled:" in done.stdout
     found = json.loads((tmp_path / "x").read_text())["models"]["convit_tiny@16"]
-    rows = {(row["task"], row["program"]): row for row in found["rates"]}
-    assert set(rows) == {("training", program) for program in ("convit", "plain", "convit: unrolled")}
+    rows = {row["program"]: row for row in found["rates"]}
+    assert list(rows) == ["convit", "convit: position dense + unrolled", "plain"]
     for row in rows.values():
         assert min(row["images_per_second"], row["first_step_cold"], row["mfu"], row["program_mb"]) > 0
-    assert len(found["ratios"]) == 3  # plain and unrolled; memory
+        assert row["peak_mb"] > 0
+    assert len(found["ratios"]) == 3  # plain and the other way; memory
 
 
 def test_the_plain_network_differs_in_the_position_alone():
@@ -58,7 +61,7 @@ def test_the_plain_network_differs_in_the_position_alone():
     }
 
 
-@pytest.mark.parametrize("way", ["position over heads only", "position dense", "unrolled", "remat"])
+@pytest.mark.parametrize("way", ["position over heads only", "position dense + unrolled", "remat"])
 def test_another_way_computes_the_same(way):
     settings = model_settings("convit_tiny", image_size=16, **SETTINGS)
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
@@ -67,6 +70,27 @@ def test_another_way_computes_the_same(way):
         with as_in(program, settings) as of_it:
             outputs.append(nnx.merge(*network(of_it))(images))
     np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["convit", "plain"])
+def test_the_forward_pass_of_cudnn_is_not_computed_again_for_the_gradient(base, monkeypatch):
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)  # there is none: traced, not run
+    wider = {**SETTINGS, "embed_dim": 32, "dtype": "bfloat16"}
+    settings = model_settings("convit_tiny", image_size=16, **wider)
+    images = jax.ShapeDtypeStruct((2, 16, 16, 3), "float32")
+    with as_in(f"{base}: cuDNN", settings) as of_it:
+        graphdef, params = abstract_model(of_it)
+        loss = jax.grad(lambda params, images: nnx.merge(graphdef, params)(images).sum())
+        traced = str(jax.make_jaxpr(loss)(params, images))
+    assert traced.count("dot_product_attention_fwd_wrapper[") == 1  # in the loop over the first blocks
+    assert traced.count("dot_product_attention_bwd_wrapper[") == 1
+
+
+def test_a_program_is_one_of_ours_in_known_ways_or_of_timm():
+    for program in ("convit", "plain: cuDNN", "convit: cuDNN + position dense + unrolled", "timm convit"):
+        assert known(program)
+    for program in ("deit", "convit: faster", "convit: ", "timm convit: cuDNN", "convit: cuDNN +unrolled"):
+        assert not known(program)
 
 
 def test_operations_belong_to_what_they_are_or_do():
