@@ -1,11 +1,11 @@
 """The whole training loop with a synthetic source, next to the bare jitted step it calls.
 
-    python -m benchmarks.loop [--config=FILE] [--config.steps=30] [--rounds=3] [--config.FIELD=VALUE]
+    python -m benchmarks.loop [--config=FILE] [--config.steps=200] [--rounds=3] [--config.FIELD=VALUE]
 
 The loop is convit_jax.training.loop.train with a batch that is always there: it puts the batch on the
 device, starts steps ahead, sums, checks and logs. The bare step gets the same batch, on the device once.
 Both are processes of their own and take turns; each gives the median of its windows of log_every steps
-(three or more), without the first, and without evaluations and checkpoints.
+without the first, of four if config.steps says nothing, and without evaluations and checkpoints.
 """
 
 import functools
@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags
 
 from convit_jax.commands import launch
+from convit_jax.data.index import Names
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.training import loop, plan
 from convit_jax.training.optimizer import make_optimizer, run_schedule
@@ -38,7 +39,7 @@ class Synthetic:
 
     def __init__(self, count):
         self.labels = np.arange(count, dtype=np.int32) % 1000
-        self.names = np.arange(count)
+        self.names = Names(*Names.pack([b"%d" % number for number in range(count)]))
         self.class_names = [str(label) for label in range(1000)]
 
     def __len__(self):
@@ -113,6 +114,7 @@ def define():
 def main(_):
     values, config = flags.FLAGS, flags.FLAGS.config
     config.compilation_cache = values.cache or config.compilation_cache
+    config.steps = config.steps or 4 * config.log_every
     if values.program:
         config.data.max_unreadable, config.eval_batch_size = 0, config.batch_size
         config.locality.images = 0  # there are none to look at
