@@ -76,10 +76,20 @@ def state_shardings(mesh, tree):
 def gather(mesh):
     """A function that copies every array of a tree to all devices, inside a compiled step.
 
-    Parameters cut over fsdp are gathered once a step and their gradients scattered: left to itself,
-    the partitioner cuts activations along the parameters' axes and moves far more.
+    Parameters cut over fsdp are gathered once a step and their gradients cut as they are, so that sums over
+    devices may be scattered: left to itself, the partitioner cuts activations along the parameters' axes and
+    moves far more.
     """
-    return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+    @jax.custom_vjp
+    def whole(tree):
+        return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+    def cut(_, tree):
+        return (jax.lax.with_sharding_constraint(tree, state_shardings(mesh, tree)),)
+
+    whole.defvjp(lambda tree: (whole(tree), None), cut)
+    return whole
 
 
 def put_same(tree, shardings):
