@@ -35,6 +35,7 @@ def get_config():
     config.model.conv_init = placeholder(bool)  # start GPSA as a convolution
     config.model.locality_strength = placeholder(float)  # 1: alpha of the convolutional init
     config.model.gate_init = placeholder(float)  # 1: gating parameter lambda of every head
+    config.model.attention = "xla"  # or "cudnn": its fused kernel, on NVIDIA GPUs with bfloat16
     config.model.drop_rate = placeholder(float)  # 0
     config.model.attn_drop_rate = placeholder(float)  # 0; above 0, attention takes its slow explicit form
     config.model.drop_path_rate = 0.1  # stochastic depth of the last block

@@ -22,7 +22,7 @@ from convit_jax.pytorch.reader import EMA_PLACES, open_state_dict
 from convit_jax.pytorch.safetensors_file import pieces
 from convit_jax.weight_formats import from_converted, from_hub, from_run, from_tensors
 
-BEHAVIOUR = ("dtype", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
+BEHAVIOUR = ("dtype", "attention", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
 ARCHITECTURE = (
     "patch_size",
     "in_chans",
@@ -133,6 +133,8 @@ def behaving(loaded, **behaviour):
                 f"weights that are loaded have no setting {name!r}{nearest(name, BEHAVIOUR)} "
                 f"What may be given: {', '.join(BEHAVIOUR)}."
             )
+    if behaviour.get("dtype") == "float32":  # which cuDNN's kernel does not take
+        behaviour = {"attention": "xla", **behaviour}
     settings = model_settings("convit_tiny", **{**loaded.settings, **behaviour})  # every setting is given
     return dataclasses.replace(loaded, settings=settings)
 

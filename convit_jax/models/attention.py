@@ -8,6 +8,7 @@ changes. GPSA therefore costs what plain attention costs: a fused kernel for the
 and two small matrix products along the axes of the grid, never an N x N positional tensor.
 """
 
+import functools
 import math
 
 import jax
@@ -15,45 +16,67 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from convit_jax.models import fused
+
 TRUNC_NORMAL = nnx.initializers.normal(0.02)  # the original cuts at +-2, which is 100 sigma
 
 
 @jax.custom_vjp
 def product(x, kernel):
-    """x [..., D] times kernel [D, E] -> [..., E].
+    """x [..., D] times kernel float32 [D, E] -> [..., E], in the dtype of x.
 
-    Its gradient for the kernel transposes the narrower of x and the cotangent, since a CPU copies what it
-    transposes; JAX's own always takes the cotangent.
+    The gradient for the kernel, a sum over all tokens, is one of float32, and is summed over devices as such.
+    It transposes the narrower of x and the cotangent, since a CPU copies what it transposes; JAX's own always
+    takes the cotangent.
     """
-    return x @ kernel
+    return x @ kernel.astype(x.dtype)
 
 
 def _product_forward(x, kernel):
-    return x @ kernel, (x, kernel)
+    return product(x, kernel), (x, kernel)
 
 
 def _product_backward(kept, d_out):
     x, kernel = kept
     rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
-    d_kernel = rows.T @ d_rows if rows.shape[1] <= d_rows.shape[1] else (d_rows.T @ rows).T
-    return d_out @ kernel.T, d_kernel
+    wide = functools.partial(jnp.matmul, preferred_element_type=kernel.dtype)
+    d_kernel = wide(rows.T, d_rows) if rows.shape[1] <= d_rows.shape[1] else wide(d_rows.T, rows).T
+    return d_out @ kernel.astype(d_out.dtype).T, d_kernel
 
 
 product.defvjp(_product_forward, _product_backward)
 
 
-class Linear(nnx.Linear):
-    """Dense layer [..., D] -> [..., E] with the init of the original: N(0, 0.02), zero bias.
+@jax.custom_vjp
+def add_bias(x, bias):
+    """x [..., E] plus bias float32 [E], in the dtype of x; the bias's gradient is a sum in float32.
 
-    The bias is added in float32, so that its gradient, a sum over all tokens of a batch, is one of float32.
+    What that sums is in the dtype of x, behind a barrier: XLA would write it in float32 beside it.
     """
+    return (x + bias).astype(x.dtype)
+
+
+def _add_bias_backward(_, d_out):
+    d_out = jax.lax.optimization_barrier(d_out)
+    return d_out, jnp.sum(d_out, axis=range(d_out.ndim - 1), dtype=jnp.float32)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)
+
+
+class Linear(nnx.Linear):
+    """Dense layer [..., D] -> [..., E] with the init of the original: N(0, 0.02), zero bias."""
 
     def __init__(self, dim_in, dim_out, *, use_bias=True, dtype, rngs):
         super().__init__(dim_in, dim_out, use_bias=use_bias, dtype=dtype, kernel_init=TRUNC_NORMAL, rngs=rngs)
 
     def __call__(self, x):
-        out = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return out if self.bias is None else (out + self.bias[...]).astype(self.dtype)
+        return self.part(x, slice(None))
+
+    def part(self, x, columns):
+        """The outputs of a slice of columns alone, [..., columns]."""
+        out = product(x.astype(self.dtype), self.kernel[:, columns])
+        return out if self.bias is None else add_bias(out, self.bias[columns])
 
 
 def dropout(x, rate, key):
@@ -129,6 +152,21 @@ def join_heads(x):
     return x.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * size)
 
 
+def by_cudnn(setting):
+    """Whether a layer's setting `attention` asks for cuDNN, and this machine has what it needs."""
+    return setting == "cudnn" and fused.available()
+
+
+def parted_heads(linear, x, count, num_heads):
+    """x [B, N, D] through a joint layer D -> count * D: `count` arrays [B, N, H, d], a product each.
+
+    The parts of one product would be copied before a kernel that wants each in one piece.
+    """
+    batch, tokens, dim = x.shape
+    parts = (linear.part(x, slice(i * dim, (i + 1) * dim)) for i in range(count))
+    return [checkpoint_name(part, "qkv").reshape(batch, tokens, num_heads, -1) for part in parts]
+
+
 def along_axes(a_y, a_x, v):
     """(A_y (x) A_x) v of each head: [H, rows, rows], [H, columns, columns], v [B, H, N, d] -> [B, H, N, d].
 
@@ -158,12 +196,25 @@ def local_positional_weights(num_heads, locality_strength):
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention of a plain ViT: [B, N, D] -> [B, N, D]."""
+    """Multi-head self-attention of a plain ViT: [B, N, D] -> [B, N, D].
+
+    attention: "xla", or "cudnn" for its fused kernel where there is an NVIDIA GPU.
+    """
 
     def __init__(
-        self, dim, num_heads, *, qkv_bias=False, attn_drop=0.0, proj_drop=0.0, dtype=jnp.float32, rngs
+        self,
+        dim,
+        num_heads,
+        *,
+        qkv_bias=False,
+        attention="xla",
+        attn_drop=0.0,
+        proj_drop=0.0,
+        dtype=jnp.float32,
+        rngs,
     ):
         self.num_heads, self.attn_drop, self.proj_drop = num_heads, attn_drop, proj_drop
+        self.attention = attention
         self.qkv = Linear(dim, 3 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
 
@@ -181,9 +232,15 @@ class SelfAttention(nnx.Module):
         queries: give the result for so many of the first tokens only, [B, queries, D].
         """
         attn_key, proj_key = split_key(key, 2)
+        explicit = attn_key is not None and self.attn_drop > 0
+        if queries is None and not explicit and by_cudnn(self.attention):
+            q, k, v = parted_heads(self.qkv, x, 3, self.num_heads)
+            with jax.named_scope("content"):
+                out = fused.attention(q, k, v).reshape(x.shape)
+            return dropout(self.proj(out), self.proj_drop, proj_key)
         q, k, v = self._qkv(x)
         q = q[:, :, :queries]
-        if attn_key is not None and self.attn_drop > 0:
+        if explicit:
             out = apply_maps(dropout(content_probabilities(q, k), self.attn_drop, attn_key), v)
             out = checkpoint_name(out, "attention")
         else:
@@ -197,6 +254,7 @@ class GatedPositionalSelfAttention(nnx.Module):
 
     conv_init: start as a convolution (local positional weights, identity values), else as any
     other layer. locality_strength: the paper's alpha. gate_init: gating_param of every head.
+    attention: of the content, as in SelfAttention.
     """
 
     def __init__(
@@ -209,12 +267,14 @@ class GatedPositionalSelfAttention(nnx.Module):
         conv_init=True,
         locality_strength=1.0,
         gate_init=1.0,
+        attention="xla",
         attn_drop=0.0,
         proj_drop=0.0,
         dtype=jnp.float32,
         rngs,
     ):
         self.num_heads, self.grid, self.attn_drop, self.proj_drop = num_heads, grid, attn_drop, proj_drop
+        self.attention = attention
         self.qk = Linear(dim, 2 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.v = Linear(dim, dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
@@ -275,13 +335,28 @@ class GatedPositionalSelfAttention(nnx.Module):
     def __call__(self, x, *, key=None):
         """Attend. key: PRNG key for dropout in training, None in evaluation."""
         attn_key, proj_key = split_key(key, 2)
-        q, k, v = self._qkv(x)
         if attn_key is not None and self.attn_drop > 0:
+            q, k, v = self._qkv(x)
             out = apply_maps(dropout(self._maps(q, k), self.attn_drop, attn_key), v)
-            out = checkpoint_name(out, "attention")
+            out = join_heads(checkpoint_name(out, "attention"))
+        elif by_cudnn(self.attention):
+            out = self._fused(x)
         else:
-            out = self._separable(q, k, v)
-        return dropout(self.proj(join_heads(out)), self.proj_drop, proj_key)
+            out = join_heads(self._separable(*self._qkv(x)))
+        return dropout(self.proj(out), self.proj_drop, proj_key)
+
+    def _fused(self, x):
+        """As _separable, by cuDNN and from tokens [B, N, D] to heads side by side, [B, N, D]."""
+        q, k = parted_heads(self.qk, x, 2, self.num_heads)
+        (v,) = parted_heads(self.v, x, 1, self.num_heads)
+        gate = self.gates()[:, None, None]
+        with jax.named_scope("position"):
+            a_y, a_x = self.positional_factors()
+            position = fused.position(gate * a_y, a_x, v)
+        with jax.named_scope("content"):
+            content = fused.attention(q, k, v)
+        mixed = ((1.0 - gate[:, 0]) * content.astype(jnp.float32) + position).astype(v.dtype)
+        return checkpoint_name(mixed, "mixed").reshape(x.shape)
 
     def _separable(self, q, k, v):
         """(1 - s) attention(q, k) v + s (A_y (x) A_x) v, [B, H, N, d]."""

@@ -37,6 +37,7 @@ COMMON = dict(
     conv_init=True,
     locality_strength=1.0,
     gate_init=1.0,
+    attention="xla",
     drop_rate=0.0,
     attn_drop_rate=0.0,
     drop_path_rate=0.0,
@@ -104,6 +105,19 @@ def _check(s):
             raise UserError(f"{name} is {s[name]}: it is a probability, from 0 to below 1.")
     if s["dtype"] not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {s['dtype']!r}: choose float32 or bfloat16.")
+    if s["attention"] not in ("xla", "cudnn"):
+        raise UserError(f"attention is {s['attention']!r}: choose xla or cudnn.")
+    if s["attention"] == "cudnn":
+        head = s["embed_dim"] // s["num_heads"]
+        if s["dtype"] != "bfloat16":
+            raise UserError(
+                f"attention is cudnn and dtype {s['dtype']}: its kernel takes bfloat16; change one."
+            )
+        if head % 8 or head > 128:
+            raise UserError(
+                f"attention is cudnn with heads of {head}: its kernel takes multiples of 8 up to 128; "
+                "change embed_dim or num_heads, or choose attention=xla."
+            )
 
 
 def create_model(name, *, num_classes=1000, image_size=224, seed=0, **overrides):

@@ -16,19 +16,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from convit_jax.models import fused
 from convit_jax.models.attention import (
     TRUNC_NORMAL,
     GatedPositionalSelfAttention,
     Linear,
     SelfAttention,
     dropout,
+    product,
     split_key,
 )
 
 # What a block keeps for the gradient besides its input: all that a matrix product gave, but for the scores
 # of attention and the position along the first axis. What is cheap is computed again: norms, GELU, softmax.
-KEPT = ("qkv", "attention", "position", "middle", "hidden")
+KEPT = ("qkv", "attention", "position", "mixed", "middle", "hidden")
+
+KEEP = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(*KEPT), fused.keep
+)
 
 
 def gelu(x):
@@ -78,8 +85,8 @@ class PatchEmbed(nnx.Module):
         rows, columns = self.proj.kernel_size
         patches = images.reshape(batch, height // rows, rows, width // columns, columns, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, rows * columns * channels)
-        kernel = self.proj.kernel[...].astype(images.dtype)
-        return patches @ kernel.reshape(-1, kernel.shape[-1]) + self.proj.bias[...]
+        kernel = self.proj.kernel[...]
+        return product(patches, kernel.reshape(-1, kernel.shape[-1])) + self.proj.bias[...]
 
 
 class Mlp(nnx.Module):
@@ -128,6 +135,8 @@ class VisionTransformer(nnx.Module):
       distilled: a distillation token with its own head; logits are the mean of both heads.
       conv_init, locality_strength, gate_init: see GatedPositionalSelfAttention.
       drop_rate, attn_drop_rate: dropout. drop_path_rate: of the last block, rising linearly from 0.
+      attention: "xla", or "cudnn": its fused kernel, which takes bfloat16, where there is an NVIDIA GPU
+        (elsewhere as "xla", the same up to rounding), but for training with attn_drop_rate.
       dtype: "float32" or "bfloat16", of the arithmetic and of the tokens between blocks, with the scale and
         bias of the blocks' norms; parameters, softmax, gates, the statistics of norms, the last norm and the
         logits are float32, and so are the sums in gradients of what is added to all tokens.
@@ -153,6 +162,7 @@ class VisionTransformer(nnx.Module):
         conv_init,
         locality_strength,
         gate_init,
+        attention,
         drop_rate,
         attn_drop_rate,
         drop_path_rate,
@@ -178,6 +188,7 @@ class VisionTransformer(nnx.Module):
                 conv_init=conv_init,
                 locality_strength=locality_strength,
                 gate_init=gate_init,
+                attention=attention,
                 attn_drop=attn_drop_rate,
                 proj_drop=drop_rate,
                 dtype=dtype,
@@ -189,6 +200,7 @@ class VisionTransformer(nnx.Module):
                 embed_dim,
                 num_heads,
                 qkv_bias=qkv_bias,
+                attention=attention,
                 attn_drop=attn_drop_rate,
                 proj_drop=drop_rate,
                 dtype=dtype,
@@ -280,7 +292,7 @@ class VisionTransformer(nnx.Module):
 
         def step(queries):
             whole = functools.partial(body, queries)
-            policy = None if self.remat else jax.checkpoint_policies.save_only_these_names(*KEPT)
+            policy = None if self.remat else KEEP
             # What is recomputed must not be shared with the forward pass; in a loop it cannot be.
             alone = queries is not None or self.scan_unroll >= count
             return jax.checkpoint(whole, prevent_cse=alone, policy=policy)
@@ -297,6 +309,10 @@ class VisionTransformer(nnx.Module):
         x, tokens = self._embed(images, embed_key)
         x = self._run(self.gpsa_blocks, 0, x, block_key)
         x = jnp.concatenate([tokens, x], axis=1)
+        if (
+            self.scan_unroll > 1
+        ):  # without a loop XLA puts the batch last, on a GPU, and transposes in each block
+            x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
         return self.norm(self._run(self.sa_blocks, self.local_up_to_layer, x, block_key, tokens.shape[1]))
 
     def features(self, images, *, key=None):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from convit_jax.errors import UserError
 
 # What may differ when a run continues: it changes no number of the training but for rounding (mesh,
-# model.remat, model.scan_unroll), or only how far it goes.
+# model.attention, model.remat, model.scan_unroll), or only how far it goes.
 MAY_CHANGE = (
     "steps",
     "data.dir",
@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "distill.teacher",  # its path; the weights are compared
     "mesh.data",
     "mesh.fsdp",
+    "model.attention",
     "model.remat",
     "model.scan_unroll",
     "eval_batch_size",
