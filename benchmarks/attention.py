@@ -20,28 +20,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# Private: jax.nn.dot_product_attention, which calls the same function, has no layout but [B, N, H, d].
-from jax._src.cudnn import fused_attention_stablehlo as fused
-
 from convit_jax.models import attention as model
+from convit_jax.models import fused
 
 PLAIN = "plain: model"
-CUDNN_FORWARD = fused._dot_product_attention_fwd_p_wrapper  # the primitive; gives result and statistics
 
 
-def cudnn(q, k, v):
-    """attention(q, k, v [B, H, N, d]) by cuDNN; float16 or bfloat16, and a GPU."""
-    return fused.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, qkv_layout="BNTH")
-
-
-def library(implementation):
-    """attention(q, k, v [B, H, N, d]) by jax.nn, which wants [B, N, H, d]: "xla" or "cudnn"."""
-
-    def attend(q, k, v):
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-        return jax.nn.dot_product_attention(q, k, v, implementation=implementation).transpose(0, 2, 1, 3)
-
-    return attend
+def library(q, k, v):
+    """attention(q, k, v [B, H, N, d]) by jax.nn, which wants [B, N, H, d]."""
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v).transpose(0, 2, 1, 3)
 
 
 def over_heads_only(a_y, a_x, v):
@@ -62,8 +50,28 @@ def dense(a_y, a_x, v):
     return jnp.einsum("hnm,bhmd->bhnd", dense_maps(a_y, a_x).astype(v.dtype), v)
 
 
+def factors_of_parts(a_y, a_x, v):
+    """As fused.position, by the two factors: v [B, N, H, d]."""
+    grid = v.reshape(v.shape[0], a_y.shape[-1], a_x.shape[-1], *v.shape[2:])
+    moved = jnp.einsum("hxu,bvuhd->bvxhd", a_x.astype(v.dtype), grid)
+    return jnp.einsum("hyv,bvxhd->byxhd", a_y.astype(v.dtype), moved).reshape(v.shape)
+
+
+def by_cudnn(position):
+    """GPSA's function of (q, k, v [B, N, H, d], gate, a_y, a_x) with the content by cuDNN."""
+
+    def attend(q, k, v, gate, a_y, a_x):
+        out = position(gate * a_y, a_x, v)
+        return ((1.0 - gate[:, 0]) * fused.attention(q, k, v).astype(jnp.float32) + out).astype(v.dtype)
+
+    return attend
+
+
 def forms(on_gpu):
-    """{name: function of (q, k, v [B, H, N, d]) and for GPSA also (gate, a_y, a_x)} -> [B, H, N, d]."""
+    """{name: function of (q, k, v) and for GPSA also (gate, a_y, a_x)} -> as v.
+
+    q, k and v are [B, H, N, d], and [B, N, H, d] for cuDNN.
+    """
 
     def gpsa(content, position):
         def attend(q, k, v, gate, a_y, a_x):
@@ -78,18 +86,16 @@ def forms(on_gpu):
 
     found = {
         PLAIN: model.attention,
-        "plain: jax.nn.dot_product_attention": library("xla"),
+        "plain: jax.nn.dot_product_attention": library,
         "GPSA: model, factors repeated for the batch": gpsa(model.attention, model.along_axes),
         "GPSA: factors batched over heads only": gpsa(model.attention, over_heads_only),
         "GPSA: dense position, a product of its own": gpsa(model.attention, dense),
         "GPSA: dense position added to the maps": dense_sum,
     }
     if on_gpu:  # last, since a kernel that crashes ends the process
-        found["plain: cuDNN"] = cudnn
-        found["plain: cuDNN, and transposed for it"] = library("cudnn")
-        found["GPSA: cuDNN; factors repeated for the batch"] = gpsa(cudnn, model.along_axes)
-        found["GPSA: cuDNN; factors over heads only"] = gpsa(cudnn, over_heads_only)
-        found["GPSA: cuDNN; dense position, a product of its own"] = gpsa(cudnn, dense)
+        found["plain: cuDNN"] = fused.attention
+        found["GPSA: cuDNN, dense position"] = by_cudnn(fused.position)
+        found["GPSA: cuDNN, factors over heads only"] = by_cudnn(factors_of_parts)
     return found
 
 
@@ -110,10 +116,11 @@ def main():
 
     def calls(name, form):
         """{kind: function without arguments} of a form."""
-        inputs = (q, k, v, *factors) if name.startswith("GPSA") else (q, k, v)
+        *arrays, cotangent = (x.transpose(0, 2, 1, 3) if "cuDNN" in name else x for x in (q, k, v, d_out))
+        inputs = (*arrays, *factors) if name.startswith("GPSA") else arrays
         forward = jax.jit(form)
-        gradient = jax.jit(lambda d_out, *inputs: jax.vjp(form, *inputs)[1](d_out))
-        return {"forward": lambda: forward(*inputs), "gradient": lambda: gradient(d_out, *inputs)}
+        gradient = jax.jit(lambda cotangent, *inputs: jax.vjp(form, *inputs)[1](cotangent))
+        return {"forward": lambda: forward(*inputs), "gradient": lambda: gradient(cotangent, *inputs)}
 
     print(f"{options.shape} {options.dtype}, {jax.devices()[0].device_kind}, ms: median (least)")
     plain, results = calls(PLAIN, model.attention), []

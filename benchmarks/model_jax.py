@@ -40,7 +40,11 @@ def as_in(program, settings):
     as in "convit: cuDNN + unrolled".
     """
     base, _, ways = program.partition(": ")
-    changed = {"unrolled": {"scan_unroll": settings["depth"]}, "remat": {"remat": True}}
+    changed = {
+        "cuDNN": {"attention": "cudnn"},
+        "unrolled": {"scan_unroll": settings["depth"]},
+        "remat": {"remat": True},
+    }
     with contextlib.ExitStack() as stack:
         if base == "plain":
             stack.enter_context(mock.patch.object(vit, "GatedPositionalSelfAttention", PlainAttention))
@@ -48,35 +52,11 @@ def as_in(program, settings):
             if way in changed:
                 settings = {**settings, **changed[way]}
             else:
-                for place, name, function in replacements(way):
-                    stack.enter_context(mock.patch.object(place, name, function))
+                from benchmarks import attention as forms  # not on the path of another checkout
+
+                position = {"position over heads only": forms.over_heads_only, "position dense": forms.dense}
+                stack.enter_context(mock.patch.object(attention, "along_axes", position[way]))
         yield settings
-
-
-def replacements(way):
-    """[(module, name of a function in it, what takes its place)] of a way that is no setting."""
-    from benchmarks import attention as forms  # not on the path of another checkout
-
-    own, by_names = attention.attention, jax.checkpoint_policies.save_only_these_names
-
-    def cudnn(q, k, v):
-        # Not in the last two blocks: JAX refuses the gradient of an odd number of tokens (class token).
-        even = q.shape == k.shape and q.shape[2] % 2 == 0
-        return forms.cudnn(q, k, v) if even else own(q, k, v)
-
-    def saving(*names):
-        """A policy that saves what cuDNN's forward pass gives, too: else it runs again for the gradient."""
-        named = by_names(*names)
-        return lambda primitive, *_, **params: primitive is forms.CUDNN_FORWARD or named(primitive, **params)
-
-    return {
-        "cuDNN": [
-            (attention, "attention", cudnn),
-            (jax.checkpoint_policies, "save_only_these_names", saving),
-        ],
-        "position over heads only": [(attention, "along_axes", forms.over_heads_only)],
-        "position dense": [(attention, "along_axes", forms.dense)],
-    }[way]
 
 
 def network(settings):
@@ -88,26 +68,25 @@ def network(settings):
 def compiled(function, *arguments, donate=()):
     """(compiled function, MB that it needs for arguments, results and temporaries)."""
     program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    return program, megabytes(program)
+
+
+def megabytes(program):
+    """MB that a compiled program needs on a device."""
     memory = program.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return program, (needed + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e6
+    return (needed + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e6
 
 
 def inference(graphdef, params, images):
     """A function that starts one step and returns what to wait for, and the MB it needs."""
-    forward, megabytes = compiled(lambda params, images: nnx.merge(graphdef, params)(images), params, images)
-    return lambda: forward(params, images), megabytes
+    forward, needed = compiled(lambda params, images: nnx.merge(graphdef, params)(images), params, images)
+    return lambda: forward(params, images), needed
 
 
-def training(graphdef, params, images):
-    """Likewise; the weights change from step to step."""
+def training_step(graphdef):
+    """((state, images, targets) -> state, optimizer); state: (parameters, state of the optimizer)."""
     optimizer = optax.adamw(1e-3, weight_decay=0.05)
-    rows, classes = images.shape[0], params["head"]["bias"].shape[0]
-
-    @jax.jit  # as the trainer does: else each of many shapes is a small program
-    def start(params):
-        params = jax.tree.map(jnp.copy, params)  # the step overwrites them
-        return (params, optimizer.init(params)), jax.nn.one_hot(jnp.arange(rows) % classes, classes)
 
     def loss_fn(params, images, targets):
         return jnp.mean(optax.softmax_cross_entropy(nnx.merge(graphdef, params)(images), targets))
@@ -118,15 +97,28 @@ def training(graphdef, params, images):
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
+    return step, optimizer
+
+
+def training(graphdef, params, images):
+    """Likewise; the weights change from step to step."""
+    step, optimizer = training_step(graphdef)
+    rows, classes = images.shape[0], params["head"]["bias"].shape[0]
+
+    @jax.jit  # as the trainer does: else each of many shapes is a small program
+    def start(params):
+        params = jax.tree.map(jnp.copy, params)  # the step overwrites them
+        return (params, optimizer.init(params)), jax.nn.one_hot(jnp.arange(rows) % classes, classes)
+
     state, targets = start(params)
-    update, megabytes = compiled(step, state, images, targets, donate=0)
+    update, needed = compiled(step, state, images, targets, donate=0)
 
     def once():
         nonlocal state
         state = update(state, images, targets)
         return state[1][0].count
 
-    return once, megabytes
+    return once, needed
 
 
 def matrix_product(dtype):

@@ -3,15 +3,13 @@
     python -m benchmarks.where --batch=512 --settings='{"dtype": "bfloat16"}'       # a GPU
     python -m benchmarks.where --model=convit_tiny --batch=16
 
-An operation of the compiled program belongs to the first of KINDS that its text or its place in our code
-says; to matrix products a fusion that holds one. Loops count by what is inside them. Times are sums over
-operations: on a CPU several run at once. The clock is read without the profiler.
+What belongs to which kind: benchmarks/hlo.py. Times are sums over operations: on a CPU several run at once.
+The clock is read without the profiler.
 """
 
 import argparse
 import collections
 import json
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -20,44 +18,11 @@ import jax
 import numpy as np
 
 from benchmarks.augment import NUM_CLASSES, photos
+from benchmarks.hlo import kinds
 from configs import default
 from convit_jax.models.variants import abstract_model, initial_params, model_settings
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.step import make_train_step, new_state, train_metrics
-
-PRODUCTS = "matrix products"
-KINDS = {  # kind: what is looked for in an operation's line and the computation that it calls
-    "augmentation": r"/augmentation/",
-    "optimizer": r"/optimizer/",
-    "attention, position": r"[/(]position[/)]",
-    "attention, content": r"[/(]content[/)]",
-    PRODUCTS: r" dot\(|gemm|cublas|/dot_general",
-    "copies and transpositions": r" (copy|transpose|copy-start|copy-done)\(",
-    "loop: what is kept, written and read": r"dynamic[-_]update[-_]slice|dynamic[-_]slice",
-    "the rest: norms, GELU, softmax of the loss, sums": r"",
-}
-LOOP = r" (while|call|conditional)\("  # what is inside them counts
-
-
-def kinds(text):
-    """{operation: kind, or None of a loop} of all operations of a compiled program's text."""
-    lines, called, computation = {}, collections.defaultdict(list), ""
-    for line in text.splitlines():
-        if begins := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            computation = begins[1]
-        elif operation := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line):
-            lines[operation[1]] = line
-            called[computation].append(line)
-
-    def kind(line):
-        inside = re.search(r"calls=%?([\w.\-]+)", line)
-        fused = called[inside[1]] if inside else []
-        result = "\n".join([line, *(each for each in fused if "ROOT" in each)])
-        for name, pattern in KINDS.items():
-            if re.search(pattern, "\n".join([line, *fused]) if name == PRODUCTS else result):
-                return name
-
-    return {name: None if re.search(LOOP, line) else kind(line) for name, line in lines.items()}
 
 
 def times(folder):
@@ -75,6 +40,16 @@ def times(folder):
     return found
 
 
+def recipe_step(settings, batch, whole=lambda tree: tree):
+    """(training step of the recipe for a model_settings(), shapes of its parameters, optimizer)."""
+    config = default.get_config()
+    config.batch_size = batch
+    graphdef, shapes = abstract_model(settings)
+    optimizer = make_optimizer(config.optim, lambda _: 1e-4, shapes)
+    step = make_train_step(graphdef, optimizer, lambda _: 1e-4, config, NUM_CLASSES, whole)
+    return step, shapes, optimizer
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="convit_small")
@@ -83,12 +58,8 @@ def main():
     parser.add_argument("--settings", type=json.loads, default={}, help="of the model, as JSON")
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
-    config = default.get_config()
-    config.batch_size = options.batch
     settings = model_settings(options.model, image_size=options.image_size, **options.settings)
-    graphdef, shapes = abstract_model(settings)
-    optimizer = make_optimizer(config.optim, lambda _: 1e-4, shapes)
-    step = make_train_step(graphdef, optimizer, lambda _: 1e-4, config, NUM_CLASSES)
+    step, _, optimizer = recipe_step(settings, options.batch)
     pixels = np.resize(
         photos(min(options.batch, 32), options.image_size), (options.batch, *settings["image_size"], 3)
     )

@@ -12,12 +12,11 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from benchmarks.attention import fused
+from benchmarks.hlo import kernels, kinds
 from benchmarks.model import Program, known, summary
 from benchmarks.model_jax import as_in, network
 from benchmarks.reproducibility import differences
-from benchmarks.where import kinds
-from convit_jax.models.variants import abstract_model, model_settings
+from convit_jax.models.variants import model_settings
 
 SETTINGS = dict(depth=2, local_up_to_layer=1, embed_dim=16, num_heads=4, patch_size=8, num_classes=10)
 
@@ -70,20 +69,6 @@ def test_another_way_computes_the_same(way):
         with as_in(program, settings) as of_it:
             outputs.append(nnx.merge(*network(of_it))(images))
     np.testing.assert_allclose(*outputs, atol=1e-5)
-
-
-@pytest.mark.parametrize("base", ["convit", "plain"])
-def test_the_forward_pass_of_cudnn_is_not_computed_again_for_the_gradient(base, monkeypatch):
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)  # there is none: traced, not run
-    wider = {**SETTINGS, "embed_dim": 32, "dtype": "bfloat16"}
-    settings = model_settings("convit_tiny", image_size=16, **wider)
-    images = jax.ShapeDtypeStruct((2, 16, 16, 3), "float32")
-    with as_in(f"{base}: cuDNN", settings) as of_it:
-        graphdef, params = abstract_model(of_it)
-        loss = jax.grad(lambda params, images: nnx.merge(graphdef, params)(images).sum())
-        traced = str(jax.make_jaxpr(loss)(params, images))
-    assert traced.count("dot_product_attention_fwd_wrapper[") == 1  # in the loop over the first blocks
-    assert traced.count("dot_product_attention_bwd_wrapper[") == 1
 
 
 def test_a_program_is_one_of_ours_in_known_ways_or_of_timm():
@@ -147,3 +132,83 @@ def test_runs_are_compared_in_every_number_but_speeds_and_in_their_weights(train
     assert found.pop("train_loss") == 0.5
     assert {"val_top1", "gates", "weights"} < set(found)
     assert set(found.values()) == {0.0}
+
+
+GPU_PROGRAM = """
+%fused_update (p.0: bf16[10,4,8], p.1: bf16[4,8], p.2: s32[]) -> bf16[10,4,8] {
+  %p.0 = bf16[10,4,8]{2,1,0} parameter(0)
+  %p.1 = bf16[4,8]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %bitcast.1 = bf16[1,4,8]{2,1,0} bitcast(%p.1)
+  ROOT %update.1 = bf16[10,4,8]{2,1,0} dynamic-update-slice(%p.0, %bitcast.1, %p.2, %p.2, /*index=4*/%p.2)
+}
+%fused_product (p.0: bf16[10,8,16], p.1: bf16[4,8], p.2: s32[]) -> bf16[4,16] {
+  %p.3 = bf16[10,8,16]{2,1,0} parameter(0)
+  %p.4 = bf16[4,8]{1,0} parameter(1)
+  %p.5 = s32[] parameter(2)
+  %slice.1 = bf16[1,8,16]{2,1,0} dynamic-slice(%p.3, %p.5, %p.5, %p.5), dynamic_slice_sizes={1,8,16}
+  %bitcast.2 = bf16[8,16]{1,0} bitcast(%slice.1)
+  ROOT %dot.1 = bf16[4,16]{1,0} dot(%p.4, %bitcast.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+%body (p.6: (s32[], bf16[10,4,8])) -> (s32[], bf16[10,4,8]) {
+  %p.6 = (s32[], bf16[10,4,8]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p.6), index=0
+  %stack = bf16[10,4,8]{2,1,0} get-tuple-element(%p.6), index=1
+  %row = bf16[4,8]{1,0} constant({...})
+  %keep = bf16[10,4,8]{2,1,0} fusion(%stack, %row, %i), kind=kLoop, calls=%fused_update
+  ROOT %tuple = (s32[], bf16[10,4,8]{2,1,0}) tuple(%i, %keep)
+}
+ENTRY %main (w: bf16[10,8,16], x: bf16[4,8], i: s32[]) -> bf16[4,16] {
+  %w = bf16[10,8,16]{2,1,0} parameter(0)
+  %x = bf16[4,8]{1,0} parameter(1)
+  %i.1 = s32[] parameter(2)
+  %while.1 = (s32[], /*index=1*/bf16[10,4,8]{2,1,0}) while(%start), body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  %q = bf16[2,3,4,8]{3,1,2,0} parameter(3)
+  %cudnn = (bf16[2,3,4,8]{3,1,2,0}, f32[2,3,4]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jit(step)/content/dot_product_attention_fwd"}
+  %gemm = (bf16[4,4]{1,0}, s8[32]{0}) custom-call(%x, %x), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}
+  ROOT %product = bf16[4,16]{1,0} fusion(%w, %x, %i.1), kind=kCustom, calls=%fused_product
+}
+"""  # noqa: E501
+
+
+def test_kernels_of_a_program_read_slices_and_update_in_place_as_often_as_their_loop_turns():
+    found = {kernel.name: kernel for kernel in kernels(GPU_PROGRAM)}
+    row, weights = 4 * 8 * 2, 8 * 16 * 2
+    assert set(found) == {"keep", "cudnn", "gemm", "product"}
+    assert (found["keep"].times, found["keep"].moved, found["keep"].flops) == (10, 2 * row + 4, 0)
+    assert found["keep"].kind.startswith("loop")
+    assert (found["product"].times, found["product"].moved) == (1, row + weights + 4 * 16 * 2 + 4)
+    assert (found["product"].flops, found["product"].kind) == (2 * 4 * 8 * 16, "matrix products")
+    assert found["gemm"].flops == 2 * 4 * 4 * 8
+    assert found["cudnn"].moved == 4 * (2 * 3 * 4 * 8 * 2) + 2 * 3 * 4 * 4
+    assert found["cudnn"].flops == 2 * (2 * 2 * 3 * 4 * 4 * 8)
+    assert found["cudnn"].kind == "attention, content"
+
+
+def test_each_way_of_convit_is_compared_with_the_plain_network_in_the_same_way():
+    class Options:
+        tasks, rounds = ["training"], 1
+
+    def program(name, rate, megabytes):
+        answer = dict(images_per_second=rate, images_per_processor_second=rate, first_step=1.0, macs=1e9)
+        answer |= dict(first_step_processor=1.0, peak_mb=1.0, program_mb=megabytes)
+        return Program(name, [], {}, answers={"inference": [], "training": [answer], "peak": []})
+
+    running = [program("convit", 10.0, 3.0), program("plain", 20.0, 2.0)]
+    running += [
+        program("convit: cuDNN", 30.0, 5.0),
+        program("plain: cuDNN", 40.0, 4.0),
+        program("timm convit", 5.0, 1.0),
+    ]
+    ratios = {row["ratio"]: row for row in summary(running, Options)["ratios"]}
+    assert {name: row.get("images_per_second") for name, row in ratios.items()} == {
+        "convit / plain": 0.5,
+        "convit / timm convit": 2.0,
+        "convit: cuDNN / plain: cuDNN": 0.75,
+        "convit: cuDNN / timm convit": 6.0,
+        "convit: cuDNN / convit": 3.0,
+        "plain: cuDNN / plain": 2.0,
+        "memory convit / plain": None,
+        "memory convit: cuDNN / plain: cuDNN": None,
+    }
+    assert ratios["memory convit: cuDNN / plain: cuDNN"]["value"] == 1.25
