@@ -76,7 +76,10 @@ class Linear(nnx.Linear):
     def part(self, x, columns):
         """The outputs of a slice of columns alone, [..., columns]."""
         out = product(x.astype(self.dtype), self.kernel[:, columns])
-        return out if self.bias is None else add_bias(out, self.bias[columns])
+        if self.bias is None:
+            return out
+        bias = self.bias[columns]
+        return out + bias if out.dtype == bias.dtype else add_bias(out, bias)
 
 
 def dropout(x, rate, key):
@@ -363,7 +366,8 @@ class GatedPositionalSelfAttention(nnx.Module):
         gate = self.gates()[:, None, None]
         with jax.named_scope("position"):
             a_y, a_x = self.positional_factors()
-            position = checkpoint_name(along_axes(gate * a_y, a_x, v), "position")
+            position = along_axes(gate * a_y, a_x, v)
         with jax.named_scope("content"):
             content = attention(q, k, v)
-        return ((1.0 - gate) * content.astype(jnp.float32) + position).astype(v.dtype)
+        mixed = ((1.0 - gate) * content.astype(jnp.float32) + position).astype(v.dtype)
+        return checkpoint_name(mixed, "mixed")

@@ -30,8 +30,9 @@ from convit_jax.models.attention import (
 )
 
 # What a block keeps for the gradient besides its input: all that a matrix product gave, but for the scores
-# of attention and the position along the first axis. What is cheap is computed again: norms, GELU, softmax.
-KEPT = ("qkv", "attention", "position", "mixed", "middle", "hidden")
+# of attention and the position, which is in its sum with the content ("mixed"). What is cheap is computed
+# again: norms, GELU, softmax.
+KEPT = ("qkv", "attention", "mixed", "middle", "hidden")
 
 KEEP = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(*KEPT), fused.keep
