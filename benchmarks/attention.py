@@ -57,7 +57,7 @@ def factors_of_parts(a_y, a_x, v):
     return jnp.einsum("hyv,bvxhd->byxhd", a_y.astype(v.dtype), moved).reshape(v.shape)
 
 
-def by_cudnn(position):
+def gpsa_by_cudnn(position):
     """GPSA's function of (q, k, v [B, N, H, d], gate, a_y, a_x) with the content by cuDNN."""
 
     def attend(q, k, v, gate, a_y, a_x):
@@ -94,8 +94,8 @@ def forms(on_gpu):
     }
     if on_gpu:  # last, since a kernel that crashes ends the process
         found["plain: cuDNN"] = fused.attention
-        found["GPSA: cuDNN, dense position"] = by_cudnn(fused.position)
-        found["GPSA: cuDNN, factors over heads only"] = by_cudnn(factors_of_parts)
+        found["GPSA: cuDNN, dense position"] = gpsa_by_cudnn(fused.position)
+        found["GPSA: cuDNN, factors over heads only"] = gpsa_by_cudnn(factors_of_parts)
     return found
 
 

@@ -4,9 +4,9 @@
 #
 #     [PYTHON=python3] [PEER=python3] benchmarks/gpu.sh [first|table|choose|rest] [FOLDER]
 #
-# first:  ConViT-S trained in the ways that may be the best, next to the plain network and timm's; inference; where a
-#         step's time goes.   table: every row of the table of targets.   choose: the other ways, and forms of one
-#         layer's attention.   rest: 448 px, ConViT-Ti, ConViT-B, the loop.
+# first:  ConViT-S trained in the way that should be the best (best, below), next to the plain network in the same way, timm's,
+#         and ours as it is; inference; where a step's time goes.   table: every row of the table of targets.
+# choose: the other ways, and forms of one layer's attention.   rest: ConViT-Ti, ConViT-B, 448 px, the loop.
 # What matters most comes first; each result is printed and written when it is there. FOLDER gets PART.log, with all
 # that is printed, and JSON. What there was no time or no package for is said. TINY=1 tries the script on any machine.
 set -uo pipefail
@@ -38,12 +38,12 @@ model() {
 where() {
     # Without command buffers, whose operations have no names in a profile.
     step 150 env XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=" "$python" -m benchmarks.where \
-        --batch="$full" --settings="$settings" --image_size="$size" --steps="$steps"
+        --batch="$full" --settings="$best_settings" --image_size="$size" --steps="$steps"
 }
 
 train_loop() {
     step 140 "$python" -m benchmarks.loop --config=configs/convit_s.py --rounds=1 --config.batch_size="$full" \
-        --config.mesh.data=1 --json="$out/loop.json" "${loop[@]}"
+        --config.mesh.data=1 --config.model.attention=cudnn --json="$out/loop.json" "${loop[@]}"
 }
 
 lacking() { # lacking PYTHON PACKAGE...: those of the packages that it does not have
@@ -79,33 +79,37 @@ print("Python", sys.version.split()[0], *(f"{name} {v(name)}" for name in ("jax"
     compare=
     [ -n "$no_peer" ] || compare="--peer=$peer"
 
-    local best="cuDNN + position dense"
     case $part in
     first)
-        # ConViT twice: its first step is cold in the first turn, and warm in the second.
-        model 400 training "$full" "convit_small@$size" --tasks=training --programs="convit,plain,convit: $best,\
-convit: $best + unrolled,convit: cuDNN,convit: position dense,timm convit,convit"
-        model 110 inference "$full" "convit_small@$size" --tasks=inference --programs="convit,plain,timm convit"
+        # The best twice: its first step is cold in the first turn, and warm in the second.
+        model 410 training "$full" "convit_small@$size" --tasks=training --programs="convit: $best,plain: $best,\
+timm convit,convit,convit: cuDNN,timm convit compiled,convit: $best"
+        model 110 inference "$full" "convit_small@$size" --tasks=inference \
+            --programs="convit: cuDNN,plain: cuDNN,timm convit,convit"
         [ -n "$no_where" ] || where
         ;;
     table)
         model 330 table "$full" "convit_small@$size" --tasks=training,inference \
-            --programs="convit,plain,timm convit,convit,timm convit compiled"
+            --programs="convit: $best,plain: $best,timm convit,convit: $best,timm convit compiled"
         [ -n "$no_loop" ] || train_loop
-        model 100 large "$large_batch" "convit_small@$large" --tasks=training,inference --programs=convit,plain
+        model 100 large "$large_batch" "convit_small@$large" --tasks=training,inference \
+            --programs="convit: $best,plain: $best"
         ;;
     choose)
-        model 320 ways "$full" "convit_small@$size" --tasks=training --programs="convit,plain: cuDNN,\
-convit: cuDNN + position over heads only,convit: position over heads only,convit: unrolled,convit: remat"
+        model 320 ways "$full" "convit_small@$size" --tasks=training --programs="convit: cuDNN,plain: cuDNN,convit,plain,\
+convit: position dense,convit: position over heads only,convit: unrolled,convit: remat"
         for shape in $shapes; do
             step 70 "$python" -m benchmarks.attention --shape="$shape" --dtype="$dtype" \
                 --json="$out/attention-${shape//,/x}.json"
         done
         ;;
     rest)
-        model 120 large "$large_batch" "convit_small@$large" --tasks=training,inference --programs=convit,plain
-        model 140 tiny "$ti" "convit_tiny@$size" --tasks=training,inference --programs="convit,plain,timm convit"
-        model 140 base "$b" "convit_base@$size" --tasks=training,inference --programs="convit,plain,timm convit"
+        model 140 tiny "$ti" "convit_tiny@$size" --tasks=training,inference \
+            --programs="convit: $best,plain: $best,timm convit"
+        model 140 base "$b" "convit_base@$size" --tasks=training,inference \
+            --programs="convit: $best,plain: $best,timm convit"
+        model 120 large "$large_batch" "convit_small@$large" --tasks=training,inference \
+            --programs="convit: $best,plain: $best"
         [ -n "$no_loop" ] || train_loop
         ;;
     esac
@@ -117,15 +121,18 @@ case $part in first | table | choose | rest) ;; *)
     exit 1
     ;;
 esac
+best="cuDNN + unrolled" # of WAYS in benchmarks/model.py
 if [ -n "${TINY:-}" ]; then
-    settings='{"depth": 3, "local_up_to_layer": 2, "embed_dim": 16, "num_heads": 4}'
+    settings='{"depth": 3, "local_up_to_layer": 2, "embed_dim": 32, "num_heads": 4, "dtype": "bfloat16"}'
+    best_settings=${settings/\}/, \"attention\": \"cudnn\", \"scan_unroll\": 3\}}
     dtype=float32 shapes="2,16,4,8 2,17,4,8" size=32 large=64 full=2 large_batch=2 ti=2 b=2 seconds=0.01 steps=2
-    loop=(--config.model.embed_dim=16 --config.model.num_heads=4 --config.model.depth=3 --config.model.local_up_to_layer=2
-        --config.model.image_size=32 --config.model.dtype=float32 --config.steps=6 --config.log_every=2)
+    loop=(--config.model.embed_dim=32 --config.model.num_heads=4 --config.model.depth=3 --config.model.local_up_to_layer=2
+        --config.model.image_size=32 --config.model.scan_unroll=3 --config.steps=6 --config.log_every=2)
 else
-    settings='{"dtype": "bfloat16"}' dtype=bfloat16 shapes="256,196,9,48 256,197,9,48 256,196,12,64"
+    settings='{"dtype": "bfloat16"}' best_settings='{"dtype": "bfloat16", "attention": "cudnn", "scan_unroll": 12}'
+    dtype=bfloat16 shapes="256,196,9,48 256,197,9,48 256,196,12,64"
     size=224 large=448 full=512 large_batch=64 ti=1024 b=256 seconds=3 steps=10
-    loop=(--config.steps=80 --config.log_every=20)
+    loop=(--config.model.scan_unroll=12 --config.steps=80 --config.log_every=20)
     export JAX_PLATFORMS=cuda,cpu # no GPU is then an error, where JAX would go on without
 fi
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1

@@ -10,7 +10,9 @@ import re
 from collections import defaultdict
 
 PRODUCTS = "matrix products"
+COLLECTIVE = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 KINDS = {  # kind: what is looked for in an operation's line and the computation that it calls
+    "between devices": rf" ({COLLECTIVE})(-start)?\(",
     "augmentation": r"/augmentation/",
     "optimizer": r"/optimizer/",
     "attention, position": r"[/(]position[/)]",
@@ -81,13 +83,14 @@ def kinds(text):
 class Kernel:
     name: str
     kind: str
+    opcode: str
     times: int  # in a step: a loop's kernels run once a turn
     moved: int  # bytes read and written
     flops: int  # of its matrix products
 
 
 def kernels(text):
-    """All kernels of a program for a GPU: what a step runs, reads, writes and multiplies at the least.
+    """All kernels of a program for a GPU: what a step runs, reads, writes and multiplies.
 
     A kernel that takes a slice of an array reads the slice, one that updates a slice in place writes it. A
     loop whose length the text does not say (of JAX's random numbers) counts once.
@@ -109,12 +112,14 @@ def kernels(text):
                 if "__cublas" in each.rest:
                     flops = _flops(each, found[computation])
                 elif "__cudnn$fmha" in each.rest:  # two products of q, k and v forward, five backward
-                    query = _dimensions(found[computation][each.operands[0]].shape)
-                    key = _dimensions(found[computation][each.operands[1]].shape)
-                    pairs = math.prod(query[:3]) * key[2]  # [B, H, N, d], whatever the layout
-                    flops = 2 * pairs * query[3] * (5 if "Backward" in each.rest else 2)
+                    maps = re.search(r'"intermediate_tensor_shape".*?"dimensions":\s*\[(.*?)\]', each.rest)[1]
+                    pairs = math.prod(map(int, maps.replace('"', "").split(",")))  # [B, H, N, N]
+                    size = _dimensions(found[computation][each.operands[0]].shape)[-1]
+                    flops = 2 * pairs * size * (5 if "Backward" in each.rest else 2)
                 names = [name for name in KINDS if flops or name != PRODUCTS]
-                result.append(Kernel(each.name, _kind(each, fused.values(), names), times, moved, flops))
+                kind = _kind(each, fused.values(), names)
+                opcode = each.opcode.removesuffix("-start")
+                result.append(Kernel(each.name, kind, opcode, times, moved, flops))
 
     walk("ENTRY", 1)
     return result
@@ -136,13 +141,15 @@ def _flops(product, inside):
     """Of a dot, or of a call of cuBLAS: both name what they sum over."""
     contracted = re.search(r'lhs_contracting_dim\w*"?[=:][\[{]([\d,"]*)[\]}]', product.rest)[1]
     left = _dimensions(inside[product.operands[0]].shape)
-    summed = math.prod(left[int(axis)] for axis in contracted.replace('"', "").split(","))
+    summed = math.prod(left[int(axis)] for axis in contracted.replace('"', "").split(",") if axis)
     return 2 * math.prod(_dimensions(product.shape)) * summed
 
 
 def _moved(operation, inside):
     """Bytes of an operation that is a kernel by itself."""
-    read = sum(_size(inside[name].shape) for name in operation.operands if name in inside)
+    if operation.opcode.endswith("-start"):  # whose result repeats what it reads
+        return _size(operation.shape)
+    read = sum(_size(inside[name].shape) for name in {*operation.operands} if name in inside)
     return read + _size(operation.shape)
 
 

@@ -4,7 +4,7 @@
         [--programs=convit,plain,...] [--peer=PYTHON] [--other=DIR] [--fresh] [--minutes=M] [--json=FILE]
 
 "plain" has the same blocks, tokens, heads and sizes, with the GPSA of the first ten blocks replaced by the
-plain self-attention of the last two. Either may do things in other ways: "convit: cuDNN + position dense"
+plain self-attention of the last two. Either may do things in other ways: "convit: cuDNN + unrolled"
 (WAYS, benchmarks/model_jax.py). PYTHON has PyTorch and timm. DIR is another checkout of this repository, for
 before and after. Every program is a process of its own; they take turns in the order of --programs, where one
 may stand twice, and a ratio is the median over the rounds of the ratios of neighbouring turns. With --fresh
@@ -58,8 +58,12 @@ BESIDE_TIMM = """\
 
 def known(program):
     """Whether there is such a program: one of ours, in some ways or none, or a peer."""
-    base, colon, ways = program.partition(": ")
-    return program in PEERS or (base in OURS and (not colon or set(ways.split(" + ")) <= {*WAYS}))
+    base, colon, of_it = program.partition(": ")
+    ways = {*of_it.split(" + ")} if colon else set()
+    twice = "cuDNN" in ways and any(
+        way.startswith("position") for way in ways
+    )  # it has a position of its own
+    return program in PEERS or (base in OURS and ways <= {*WAYS} and not twice)
 
 
 @dataclasses.dataclass
@@ -186,9 +190,9 @@ def measure(running, options, deadline, keep):
 
 
 def of_same_ways(base, ours):
-    """The plain network that does things as ours does; any other program is itself."""
-    _, colon, ways = ours.partition(": ")
-    return f"plain{colon}{ways}" if base == "plain" else base
+    """The plain network that does things as ours does (it has no position); any other program is itself."""
+    ways = [way for way in ours.partition(": ")[2].split(" + ") if way and not way.startswith("position")]
+    return ": ".join(filter(None, ["plain", " + ".join(ways)])) if base == "plain" else base
 
 
 def turn(name, task, answer):
@@ -325,7 +329,7 @@ def main():
     parser.add_argument(
         "--programs",
         default=",".join((*OURS, *PEERS)),
-        help=f"also convit or plain in other ways, as 'convit: {WAYS[0]} + {WAYS[1]}': {', '.join(WAYS)}",
+        help=f"also convit or plain in other ways, as 'convit: cuDNN + unrolled': {', '.join(WAYS)}",
     )
     parser.add_argument("--other", help="another checkout, compared as the program `other`")
     parser.add_argument("--fresh", action="store_true", help="a new process for each turn")
@@ -336,7 +340,7 @@ def main():
     if unknown := [program for program in options.programs if not known(program)]:
         parser.error(
             f"--programs has {', '.join(unknown)}: there are {', '.join((*OURS, *PEERS))}, and ours in other "
-            f"ways, as 'convit: {WAYS[0]} + {WAYS[1]}': {', '.join(WAYS)}."
+            f"ways, as 'convit: cuDNN + unrolled': {', '.join(WAYS)}."
         )
     if not set(options.programs) - {*PEERS}:
         parser.error("--programs has none of ours to compare with: add convit.")

@@ -49,8 +49,8 @@ def as_in(program, settings):
         if base == "plain":
             stack.enter_context(mock.patch.object(vit, "GatedPositionalSelfAttention", PlainAttention))
         for way in ways.split(" + ") if ways else ():
-            if way in changed:
-                settings = {**settings, **changed[way]}
+            if way in changed:  # every setting is given, whatever the model's name
+                settings = model_settings("convit_tiny", **{**settings, **changed[way]})
             else:
                 from benchmarks import attention as forms  # not on the path of another checkout
 

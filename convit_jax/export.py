@@ -46,12 +46,17 @@ def main(arguments):
 
 
 def export(loaded, platforms):
-    """The jax.export.Exported of a Pretrained: uint8 [b, H, W, C] -> logits float32 [b, classes]."""
+    """The jax.export.Exported of a Pretrained: uint8 [b, H, W, C] -> logits float32 [b, classes].
+
+    Without cuDNN's kernel and unrolled blocks, of which the format cannot hold the calls.
+    """
     import jax
     from jax import export as jax_export
 
     from convit_jax.data.augment import normalize
+    from convit_jax.pretrained import behaving
 
+    loaded = behaving(loaded, attention="xla", scan_unroll=1)
     model, how, s = loaded.model(), loaded.preprocessing, loaded.settings
     (batch,) = jax_export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, *s["image_size"], s["in_chans"]), "uint8")

@@ -5,7 +5,7 @@ s = sigmoid(gating_param), r = (dx, dy, dx^2 + dy^2) from query to key, in patch
 The positional score is a sum of a function of dx and one of dy, so its softmax over a
 rows x columns grid is exactly A_y (x) A_x, two one-dimensional softmaxes that no image
 changes. GPSA therefore costs what plain attention costs: a fused kernel for the content
-and two small matrix products along the axes of the grid, never an N x N positional tensor.
+and two small matrix products along the axes of the grid, never an N x N positional tensor of an image.
 """
 
 import functools
@@ -51,7 +51,8 @@ product.defvjp(_product_forward, _product_backward)
 def add_bias(x, bias):
     """x [..., E] plus bias float32 [E], in the dtype of x; the bias's gradient is a sum in float32.
 
-    What that sums is in the dtype of x, behind a barrier: XLA would write it in float32 beside it.
+    What that sums is in the dtype of x, behind a barrier: XLA for a GPU would write it in float32 beside it
+    (of ConViT-S's MLP 0.7 GB a block at batch 512).
     """
     return (x + bias).astype(x.dtype)
 
@@ -156,7 +157,7 @@ def join_heads(x):
 
 
 def by_cudnn(setting):
-    """Whether a layer's setting `attention` asks for cuDNN, and this machine has what it needs."""
+    """Whether a layer's setting `attention` asks for cuDNN's kernel, and the devices at hand have it."""
     return setting == "cudnn" and fused.available()
 
 

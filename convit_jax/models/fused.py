@@ -13,19 +13,26 @@ IMPLEMENTATION = "cudnn"  # of jax.nn.dot_product_attention
 
 
 def available():
-    """Whether the devices at hand are NVIDIA's."""
-    return "cuda" in jax.extend.backend.get_backend().platform_version.lower()
+    """Whether the devices at hand are GPUs that have the kernel: NVIDIA's, from Ampere on."""
+    if "cuda" not in jax.extend.backend.get_backend().platform_version.lower():
+        return False
+    return float(jax.local_devices()[0].compute_capability) >= 8.0
 
 
 def keep(primitive, *_, **__):
-    """A jax.checkpoint policy: keep what the kernel gave, so that the gradient does not run it again."""
+    """A jax.checkpoint policy: keep what the kernel gave, so that the gradient does not run it again.
+
+    By the name of JAX's primitive; a test says if it changes.
+    """
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def attention(q, k, v):
     """softmax(q k / sqrt(d)) v, each [B, N, H, d]."""
     tokens, lengths = q.shape[1], None
-    if tokens % 2:  # JAX refuses the kernel's gradient of an odd number
+    # JAX refuses the gradient of an odd number (check_is_flash_attention, which takes an empty bias for one).
+    # The lengths are all the same, so that it does not matter that they are not cut with the batch.
+    if tokens % 2:
         lengths = jnp.full(q.shape[0], tokens, jnp.int32)
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=IMPLEMENTATION)

@@ -136,11 +136,11 @@ class VisionTransformer(nnx.Module):
       distilled: a distillation token with its own head; logits are the mean of both heads.
       conv_init, locality_strength, gate_init: see GatedPositionalSelfAttention.
       drop_rate, attn_drop_rate: dropout. drop_path_rate: of the last block, rising linearly from 0.
-      attention: "xla", or "cudnn": its fused kernel, which takes bfloat16, where there is an NVIDIA GPU
-        (elsewhere as "xla", the same up to rounding), but for training with attn_drop_rate.
+      attention: "xla", or "cudnn": its fused kernel, which takes bfloat16, where there is an NVIDIA GPU from
+        Ampere on (elsewhere as "xla", the same up to rounding), but for training with attn_drop_rate.
       dtype: "float32" or "bfloat16", of the arithmetic and of the tokens between blocks, with the scale and
         bias of the blocks' norms; parameters, softmax, gates, the statistics of norms, the last norm and the
-        logits are float32, and so are the sums in gradients of what is added to all tokens.
+        logits are float32, and so are the gradients of parameters.
       remat: recompute whole blocks in the backward pass, for memory; without it only what is cheap.
       scan_unroll: how many blocks the scan lays out in a row; depth unrolls it.
     """
@@ -310,9 +310,9 @@ class VisionTransformer(nnx.Module):
         x, tokens = self._embed(images, embed_key)
         x = self._run(self.gpsa_blocks, 0, x, block_key)
         x = jnp.concatenate([tokens, x], axis=1)
-        if (
-            self.scan_unroll > 1
-        ):  # without a loop XLA puts the batch last, on a GPU, and transposes in each block
+        if self.scan_unroll > 1:
+            # Where no loop holds it to this layout, XLA for a GPU puts the batch last and transposes tokens
+            # in every block (docs/performance.md).
             x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
         return self.norm(self._run(self.sa_blocks, self.local_up_to_layer, x, block_key, tokens.shape[1]))
 
