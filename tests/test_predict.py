@@ -14,6 +14,7 @@ from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.data.images import centre_crop
 from convit_jax.errors import UserError
 from convit_jax.export import export
+from convit_jax.models import fused
 from convit_jax.predict import find_images, read_bytes
 from convit_jax.weight_formats import save
 
@@ -86,10 +87,14 @@ def test_files_folders_and_patterns(image_folder):
             read_bytes(nothing)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_exported_network_gives_the_same_logits_at_any_batch_size(dtype):
+@pytest.mark.parametrize(
+    "behaviour", [{"dtype": "float32"}, {"dtype": "bfloat16", "attention": "cudnn", "scan_unroll": 3}]
+)
+def test_an_exported_network_gives_the_same_logits_at_any_batch_size(behaviour, monkeypatch):
+    monkeypatch.setattr(fused, "available", lambda: True)  # an exported network does without all the same
+    monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
     loaded = pretrained.load(ROOT / "tests/golden/convit_golden.pth")
-    loaded = pretrained.behaving(loaded, dtype=dtype)
+    loaded = pretrained.behaving(loaded, **behaviour)
     exported = jax.export.deserialize(export(loaded, ["cpu", "cuda"]).serialize())
     assert exported.platforms == ("cpu", "cuda")
     model, how = loaded.model(), loaded.preprocessing
@@ -98,7 +103,8 @@ def test_an_exported_network_gives_the_same_logits_at_any_batch_size(dtype):
         normalised = (images / np.float32(255) - np.float32(how.mean)) / np.float32(how.std)
         logits = exported.call(images)
         assert logits.dtype == np.float32
-        np.testing.assert_allclose(logits, model(normalised), atol=1e-5 if dtype == "float32" else 0.05)
+        atol = 1e-5 if behaviour["dtype"] == "float32" else 0.05
+        np.testing.assert_allclose(logits, model(normalised), atol=atol)
 
 
 def test_the_command_writes_one_file(weights, tmp_path):

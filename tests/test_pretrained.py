@@ -77,6 +77,15 @@ def test_a_new_head_and_larger_images(golden):
     assert pretrained.load(GOLDEN, num_classes=10).changes == ()
 
 
+def test_float32_does_without_the_kernel_that_does_not_take_it():
+    loaded = pretrained.load(GOLDEN)
+    faster = pretrained.behaving(loaded, dtype="bfloat16", attention="cudnn")
+    assert faster.settings["attention"] == "cudnn"
+    assert pretrained.behaving(faster, dtype="float32").settings["attention"] == "xla"
+    with pytest.raises(UserError, match="attention is cudnn and dtype float32"):
+        pretrained.behaving(loaded, attention="cudnn")
+
+
 def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
     with pytest.raises(UserError, match=r"no file or directory convit_tinny, .* did you mean 'convit_tiny'"):
         pretrained.load("convit_tinny")

@@ -100,7 +100,7 @@ def load_teacher(config, plan, which="best"):
         )
     try:
         loaded = load(source, image_size=student["image_size"], which=which)
-        loaded = behaving(loaded, dtype=student["dtype"])
+        loaded = behaving(loaded, dtype=student["dtype"], attention=student["attention"])
         columns = _columns(names, loaded)
         if loaded.settings["in_chans"] != student["in_chans"]:
             raise UserError(
