@@ -57,5 +57,7 @@ over_tokens.defvjp(lambda maps, v: (over_tokens(maps, v), (maps, v)), _over_toke
 def position(a_y, a_x, v):
     """(A_y (x) A_x) v of each head: [H, rows, rows], [H, columns, columns], v [B, N, H, d] -> as v."""
     tokens = v.shape[1]
+    # Without the barrier XLA looks a minute longer for what to fuse with them, where blocks are unrolled.
+    a_y, a_x = jax.lax.optimization_barrier((a_y, a_x))
     maps = jnp.einsum("hyv,hxu->hyxvu", a_y, a_x).reshape(-1, tokens, tokens)
     return over_tokens(maps, v.transpose(2, 0, 3, 1)).transpose(1, 3, 0, 2)
