@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.augment import NUM_CLASSES, photos
+from benchmarks.augment import photos
 from benchmarks.hlo import kinds
 from configs import default
 from convit_jax.models.variants import abstract_model, initial_params, model_settings
@@ -46,7 +46,7 @@ def recipe_step(settings, batch, whole=lambda tree: tree):
     config.batch_size = batch
     graphdef, shapes = abstract_model(settings)
     optimizer = make_optimizer(config.optim, lambda _: 1e-4, shapes)
-    step = make_train_step(graphdef, optimizer, lambda _: 1e-4, config, NUM_CLASSES, whole)
+    step = make_train_step(graphdef, optimizer, lambda _: 1e-4, config, settings["num_classes"], whole)
     return step, shapes, optimizer
 
 
@@ -63,7 +63,7 @@ def main():
     pixels = np.resize(
         photos(min(options.batch, 32), options.image_size), (options.batch, *settings["image_size"], 3)
     )
-    labels = np.arange(options.batch, dtype=np.int32) % NUM_CLASSES
+    labels = np.arange(options.batch, dtype=np.int32) % settings["num_classes"]
     seed, batch = jax.device_put((np.uint32(0), {"image": pixels, "label": labels}))
     start = jax.jit(lambda params: (new_state(params, optimizer, ema=False), train_metrics()))
     carried = start(initial_params(settings, 0))

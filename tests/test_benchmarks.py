@@ -12,11 +12,13 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
+from benchmarks import ahead
 from benchmarks.hlo import kernels, kinds
 from benchmarks.model import Program, known, summary
 from benchmarks.model_jax import as_in, network
 from benchmarks.reproducibility import differences
 from convit_jax.models.variants import model_settings
+from convit_jax.training.sharding import make_mesh
 
 SETTINGS = dict(depth=2, local_up_to_layer=1, embed_dim=16, num_heads=4, patch_size=8, num_classes=10)
 
@@ -198,6 +200,21 @@ def test_kernels_of_a_program_read_slices_and_update_in_place_as_often_as_their_
     )  # what it takes thrice is read once
     assert found["cudnn"].flops == 2 * (2 * 2 * 3 * 4 * 4 * 8)
     assert found["cudnn"].kind == "attention, content"
+
+
+def test_steps_that_are_compiled_ahead_are_those_of_the_benchmark_and_of_the_recipe(capsys):
+    settings = model_settings("convit_tiny", image_size=16, **SETTINGS)
+    for task in ("inference", "training"):
+        text = ahead.traced(settings, 2, task, make_mesh(1, 1)).lower().compile().as_text()
+        ahead.report(text, "h200", 1e9)
+        printed = capsys.readouterr().out
+        assert "ms by this estimate" in printed
+        assert "matrix products" in printed
+        assert " x all-reduce" not in printed
+    recipe = ahead.traced_recipe(settings, 16, make_mesh(2, 4)).lower()
+    donated_state, batch = recipe.args_info[0][0], recipe.args_info[0][2]
+    assert {leaf.donated for leaf in jax.tree.leaves(donated_state)} == {True}
+    assert batch["image"].shape == (16, 16, 16, 3)
 
 
 def test_each_way_of_convit_is_compared_with_the_plain_network_in_the_same_way():
