@@ -5,7 +5,8 @@ s = sigmoid(gating_param), r = (dx, dy, dx^2 + dy^2) from query to key, in patch
 The positional score is a sum of a function of dx and one of dy, so its softmax over a
 rows x columns grid is exactly A_y (x) A_x, two one-dimensional softmaxes that no image
 changes. GPSA therefore costs what plain attention costs: a fused kernel for the content
-and two small matrix products along the axes of the grid, never an N x N positional tensor of an image.
+and two small matrix products along the axes of the grid, never an N x N positional tensor
+of each image.
 """
 
 import functools
@@ -71,11 +72,8 @@ class Linear(nnx.Linear):
     def __init__(self, dim_in, dim_out, *, use_bias=True, dtype, rngs):
         super().__init__(dim_in, dim_out, use_bias=use_bias, dtype=dtype, kernel_init=TRUNC_NORMAL, rngs=rngs)
 
-    def __call__(self, x):
-        return self.part(x, slice(None))
-
-    def part(self, x, columns):
-        """The outputs of a slice of columns alone, [..., columns]."""
+    def __call__(self, x, columns=slice(None)):
+        """columns: a slice of the outputs, for these alone."""
         out = product(x.astype(self.dtype), self.kernel[:, columns])
         if self.bias is None:
             return out
@@ -167,7 +165,7 @@ def parted_heads(linear, x, count, num_heads):
     The parts of one product would be copied before a kernel that wants each in one piece.
     """
     batch, tokens, dim = x.shape
-    parts = (linear.part(x, slice(i * dim, (i + 1) * dim)) for i in range(count))
+    parts = (linear(x, slice(i * dim, (i + 1) * dim)) for i in range(count))
     return [checkpoint_name(part, "qkv").reshape(batch, tokens, num_heads, -1) for part in parts]
 
 
