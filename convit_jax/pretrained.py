@@ -14,7 +14,7 @@ import numpy as np
 
 from convit_jax import hub
 from convit_jax.errors import UserError, nearest
-from convit_jax.models.attention import TRUNC_NORMAL
+from convit_jax.models.layers import TRUNC_NORMAL
 from convit_jax.models.positions import resize_pos_embed
 from convit_jax.models.variants import model_settings
 from convit_jax.pytorch import weights

@@ -14,8 +14,9 @@ from flax import nnx
 
 from benchmarks import ahead
 from benchmarks.hlo import kernels, kinds
-from benchmarks.model import Program, known, summary
+from benchmarks.model import Program, known
 from benchmarks.model_jax import as_in, network
+from benchmarks.model_table import summary
 from benchmarks.reproducibility import differences
 from convit_jax.models.variants import model_settings
 from convit_jax.training.sharding import make_mesh

@@ -10,7 +10,6 @@ block only the tokens that have a head are computed.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +18,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from convit_jax.models import fused
-from convit_jax.models.attention import (
+from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention
+from convit_jax.models.layers import (
     TRUNC_NORMAL,
-    GatedPositionalSelfAttention,
     Linear,
-    SelfAttention,
+    drop_path,
     dropout,
+    gelu,
+    layer_norm,
     product,
     split_key,
 )
@@ -37,25 +38,6 @@ KEPT = ("qkv", "attention", "mixed", "middle", "hidden")
 KEEP = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(*KEPT), fused.keep
 )
-
-
-def gelu(x):
-    """x Phi(x), exact, in float32: by erf as PyTorch has it, faster than the erfc of jax.nn.gelu."""
-    x32 = x.astype(jnp.float32)
-    return (0.5 * x32 * (1.0 + jax.lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
-
-
-def layer_norm(dim, *, dtype, rngs):
-    """LayerNorm, eps 1e-6, statistics in float32 whatever dtype it returns."""
-    return nnx.LayerNorm(dim, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
-
-
-def drop_path(x, rate, key):
-    """Stochastic depth (Huang et al. 2016): zero the branch x [B, N, D] of an example; rate: how often."""
-    if key is None or rate is None:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1))
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 class PatchEmbed(nnx.Module):

@@ -14,9 +14,9 @@ from convit_jax.models.attention import (
     SelfAttention,
     along_axes,
     attention,
-    dropout,
     local_positional_weights,
 )
+from convit_jax.models.layers import dropout
 
 GRIDS = [(6, 6), (3, 7), (5, 2), (1, 8)]
 

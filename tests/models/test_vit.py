@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from convit_jax import create_model
 from convit_jax.models import fused
-from convit_jax.models.vit import drop_path
+from convit_jax.models.layers import drop_path
 
 SMALL = dict(num_classes=7, image_size=(16, 24), patch_size=8, embed_dim=16, num_heads=4, depth=4)
 
