@@ -30,6 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from benchmarks.hlo import COLLECTIVE, kernels
+from benchmarks.model import PEERS, WAYS, known
 from benchmarks.model_jax import as_in, megabytes, training_step
 from benchmarks.where import recipe_step
 from convit_jax.models import fused
@@ -60,9 +61,12 @@ DEVICES = {
 
 def described_mesh(device, data, fsdp):
     """A mesh of so many devices that are not there."""
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=DEVICES[device][0], topology=f"1x1x{data * fsdp}"
-    )
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=DEVICES[device][0], topology=f"1x1x{data * fsdp}"
+        )
+    except NotImplementedError:
+        raise SystemExit('JAX has no compiler for NVIDIA GPUs here: pip install "jax[cuda13]"') from None
     grid = np.array(topology.devices).reshape(data, fsdp)
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -137,6 +141,11 @@ def main():
     )
     parser.add_argument("--text", help="folder for the compiled programs")
     options = parser.parse_args()
+    for program in options.programs.split(","):
+        if program in PEERS or not known(program):
+            parser.error(
+                f"--programs has {program}: there are convit and plain, in no or some of {', '.join(WAYS)}"
+            )
     model, size = options.model.split("@")
     data, fsdp = map(int, (options.mesh or "1x1").split("x"))
     mesh = described_mesh(options.device, data, fsdp)

@@ -218,6 +218,19 @@ def test_steps_that_are_compiled_ahead_are_those_of_the_benchmark_and_of_the_rec
     assert batch["image"].shape == (16, 16, 16, 3)
 
 
+def test_what_cannot_be_compiled_ahead_is_said(monkeypatch, capsys):
+    def no_plugin(**_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(ahead.topologies, "get_topology_desc", no_plugin)
+    with pytest.raises(SystemExit, match="JAX has no compiler for NVIDIA GPUs here: pip install"):
+        ahead.described_mesh("h200", 1, 8)
+    monkeypatch.setattr(sys, "argv", ["ahead", "--programs=convit,timm convit"])
+    with pytest.raises(SystemExit):
+        ahead.main()
+    assert "--programs has timm convit: there are convit and plain" in capsys.readouterr().err
+
+
 def test_each_way_of_convit_is_compared_with_the_plain_network_in_the_same_way():
     class Options:
         tasks, rounds = ["training"], 1
