@@ -141,7 +141,8 @@ def main():
     )
     parser.add_argument("--text", help="folder for the compiled programs")
     options = parser.parse_args()
-    for program in options.programs.split(","):
+    programs = options.programs.split(",")
+    for program in programs:
         if program in PEERS or not known(program):
             parser.error(
                 f"--programs has {program}: there are convit and plain, in no or some of {', '.join(WAYS)}"
@@ -151,7 +152,7 @@ def main():
     mesh = described_mesh(options.device, data, fsdp)
     task = f"the recipe's step on {options.mesh} devices" if options.mesh else options.task
     print(f"{options.model}, batch {options.batch}, {task}, {options.device}, jax {jax.__version__}")
-    for program in options.programs.split(","):
+    for program in programs:
         settings = model_settings(model, image_size=int(size), **options.settings)
         with as_in(program, settings) as settings, mock.patch.object(fused, "available", return_value=True):
             if options.mesh:

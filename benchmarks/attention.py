@@ -12,6 +12,7 @@ neighbouring turns. With a number of tokens that is no square, as 197, only plai
 import argparse
 import json
 import math
+import operator
 import statistics
 import time
 from pathlib import Path
@@ -57,26 +58,17 @@ def factors_of_parts(a_y, a_x, v):
     return jnp.einsum("hyv,bvxhd->byxhd", a_y.astype(v.dtype), moved).reshape(v.shape)
 
 
-def gpsa_by_cudnn(position):
-    """GPSA's function of (q, k, v [B, N, H, d], gate, a_y, a_x) with the content by cuDNN."""
-
-    def attend(q, k, v, gate, a_y, a_x):
-        out = position(gate * a_y, a_x, v)
-        return ((1.0 - gate[:, 0]) * fused.attention(q, k, v).astype(jnp.float32) + out).astype(v.dtype)
-
-    return attend
-
-
 def forms(on_gpu):
     """{name: function of (q, k, v) and for GPSA also (gate, a_y, a_x)} -> as v.
 
     q, k and v are [B, H, N, d], and [B, N, H, d] for cuDNN.
     """
 
-    def gpsa(content, position):
+    def gpsa(content, position, of_values=lambda gate: gate):
+        """of_values: the gate [H, 1, 1] in the layout of the values."""
+
         def attend(q, k, v, gate, a_y, a_x):
-            out = position(gate * a_y, a_x, v)
-            return ((1.0 - gate) * content(q, k, v).astype(jnp.float32) + out).astype(v.dtype)
+            return model.mix(of_values(gate), content(q, k, v), position(gate * a_y, a_x, v))
 
         return attend
 
@@ -93,9 +85,10 @@ def forms(on_gpu):
         "GPSA: dense position added to the maps": dense_sum,
     }
     if on_gpu:  # last, since a kernel that crashes ends the process
+        last = operator.itemgetter((slice(None), 0))  # [H, 1]
         found["plain: cuDNN"] = fused.attention
-        found["GPSA: cuDNN, dense position"] = gpsa_by_cudnn(fused.position)
-        found["GPSA: cuDNN, factors over heads only"] = gpsa_by_cudnn(factors_of_parts)
+        found["GPSA: cuDNN, dense position"] = gpsa(fused.attention, fused.position, last)
+        found["GPSA: cuDNN, factors over heads only"] = gpsa(fused.attention, factors_of_parts, last)
     return found
 
 

@@ -108,14 +108,7 @@ def kernels(text):
             elif each.opcode not in FREE and not each.opcode.endswith("-done"):
                 fused = found.get(each.called("calls"), {})
                 moved = _moved_by_fusion(fused) if fused else _moved(each, found[computation])
-                flops = sum(_flops(one, fused) for one in fused.values() if one.opcode == "dot")
-                if "__cublas" in each.rest:
-                    flops = _flops(each, found[computation])
-                elif "__cudnn$fmha" in each.rest:  # two products of q, k and v forward, five backward
-                    maps = re.search(r'"intermediate_tensor_shape".*?"dimensions":\s*\[(.*?)\]', each.rest)[1]
-                    pairs = math.prod(map(int, maps.replace('"', "").split(",")))  # [B, H, N, N]
-                    size = _dimensions(found[computation][each.operands[0]].shape)[-1]
-                    flops = 2 * pairs * size * (5 if "Backward" in each.rest else 2)
+                flops = _flops(each, found[computation], fused)
                 names = [name for name in KINDS if flops or name != PRODUCTS]
                 kind = _kind(each, fused.values(), names)
                 opcode = each.opcode.removesuffix("-start")
@@ -137,7 +130,19 @@ def _dimensions(shape):
     return [int(size) for size in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if size]
 
 
-def _flops(product, inside):
+def _flops(kernel, inside, fused):
+    """Of the matrix products of a kernel: a fusion, or a call of cuBLAS or of cuDNN's attention."""
+    if "__cublas" in kernel.rest:
+        return _product_flops(kernel, inside)
+    if "__cudnn$fmha" in kernel.rest:  # two products of q, k and v forward, five backward
+        maps = re.search(r'"intermediate_tensor_shape".*?"dimensions":\s*\[(.*?)\]', kernel.rest)[1]
+        pairs = math.prod(map(int, maps.replace('"', "").split(",")))  # [B, H, N, N]
+        size = _dimensions(inside[kernel.operands[0]].shape)[-1]
+        return 2 * pairs * size * (5 if "Backward" in kernel.rest else 2)
+    return sum(_product_flops(each, fused) for each in fused.values() if each.opcode == "dot")
+
+
+def _product_flops(product, inside):
     """Of a dot, or of a call of cuBLAS: both name what they sum over."""
     contracted = re.search(r'lhs_contracting_dim\w*"?[=:][\[{]([\d,"]*)[\]}]', product.rest)[1]
     left = _dimensions(inside[product.operands[0]].shape)

@@ -49,6 +49,15 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
+def xla_for_cudnn(monkeypatch):
+    """As on a GPU that has cuDNN's attention, with XLA in the kernel's place."""
+    from convit_jax.models import fused
+
+    monkeypatch.setattr(fused, "available", lambda: True)
+    monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
+
+
+@pytest.fixture
 def digits_config(monkeypatch):
     """configs/digits.py with a model so small that a step takes milliseconds: 18 steps an epoch.
 

@@ -14,7 +14,6 @@ from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.data.images import centre_crop
 from convit_jax.errors import UserError
 from convit_jax.export import export
-from convit_jax.models import fused
 from convit_jax.predict import find_images, read_bytes
 from convit_jax.weight_formats import save
 
@@ -90,9 +89,7 @@ def test_files_folders_and_patterns(image_folder):
 @pytest.mark.parametrize(
     "behaviour", [{"dtype": "float32"}, {"dtype": "bfloat16", "attention": "cudnn", "scan_unroll": 3}]
 )
-def test_an_exported_network_gives_the_same_logits_at_any_batch_size(behaviour, monkeypatch):
-    monkeypatch.setattr(fused, "available", lambda: True)  # an exported network does without all the same
-    monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
+def test_an_exported_network_gives_the_same_logits_at_any_batch_size(behaviour, xla_for_cudnn):
     loaded = pretrained.load(ROOT / "tests/golden/convit_golden.pth")
     loaded = pretrained.behaving(loaded, **behaviour)
     exported = jax.export.deserialize(export(loaded, ["cpu", "cuda"]).serialize())

@@ -111,6 +111,12 @@ def along_axes(a_y, a_x, v):
     return (a_x @ v.reshape(batch, heads, rows, columns, size)).reshape(batch, heads, tokens, size)
 
 
+def mix(gate, content, position):
+    """(1 - s) content + position (which has s in it already), summed in float32, in the dtype of content."""
+    mixed = (1.0 - gate) * content.astype(jnp.float32) + position
+    return checkpoint_name(mixed.astype(content.dtype), "mixed")
+
+
 def local_positional_weights(num_heads, locality_strength):
     """v_h of the convolutional init (ConViT, section 3), float32 [3, k*k], k = int(sqrt(heads)).
 
@@ -284,8 +290,7 @@ class GatedPositionalSelfAttention(nnx.Module):
             position = fused.position(gate * a_y, a_x, v)
         with jax.named_scope("content"):
             content = fused.attention(q, k, v)
-        mixed = ((1.0 - gate[:, 0]) * content.astype(jnp.float32) + position).astype(v.dtype)
-        return checkpoint_name(mixed, "mixed").reshape(x.shape)
+        return mix(gate[:, 0], content, position).reshape(x.shape)
 
     def _separable(self, q, k, v):
         """(1 - s) attention(q, k) v + s (A_y (x) A_x) v, [B, H, N, d]."""
@@ -295,5 +300,4 @@ class GatedPositionalSelfAttention(nnx.Module):
             position = along_axes(gate * a_y, a_x, v)
         with jax.named_scope("content"):
             content = attention(q, k, v)
-        mixed = ((1.0 - gate) * content.astype(jnp.float32) + position).astype(v.dtype)
-        return checkpoint_name(mixed, "mixed")
+        return mix(gate, content, position)

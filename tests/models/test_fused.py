@@ -18,12 +18,6 @@ from convit_jax.models.vit import VisionTransformer
 SMALL = dict(num_classes=7, image_size=(16, 24), patch_size=8, embed_dim=32, num_heads=4, depth=4)
 
 
-@pytest.fixture
-def xla_for_cudnn(monkeypatch):
-    monkeypatch.setattr(fused, "available", lambda: True)
-    monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
-
-
 def value_and_gradients(function, module, x):
     """function(module, x), and the gradients of a weighted sum of it for all parameters and x."""
     graphdef, params = nnx.split(module)

@@ -10,7 +10,6 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from convit_jax import create_model
-from convit_jax.models import fused
 from convit_jax.models.layers import drop_path
 
 SMALL = dict(num_classes=7, image_size=(16, 24), patch_size=8, embed_dim=16, num_heads=4, depth=4)
@@ -200,9 +199,7 @@ def test_bfloat16_computes_so_and_keeps_parameters_and_logits_in_float32():
 
 
 @pytest.mark.parametrize("way", ["xla", "cudnn"])
-def test_gradients_in_bfloat16_over_many_tokens(way, monkeypatch):
-    monkeypatch.setattr(fused, "available", lambda: True)
-    monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
+def test_gradients_in_bfloat16_over_many_tokens(way, xla_for_cudnn):
     wide = dict(embed_dim=32, dtype="bfloat16", attention=way)
     pixels = jax.random.normal(jax.random.key(1), (640, 16, 24, 3)) + 0.3  # 640 x 6 tokens
     found = []
