@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
-from convit_jax.commands import config_file, launch
+from convit_jax.cli import config_file, launch
 
 
 def define():

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convit_jax.models import attention as model
-from convit_jax.models import fused
+from convit_jax.models import kernels
 
 PLAIN = "plain: model"
 
@@ -52,7 +52,7 @@ def dense(a_y, a_x, v):
 
 
 def factors_of_parts(a_y, a_x, v):
-    """As fused.position, by the two factors: v [B, N, H, d]."""
+    """As kernels.position, by the two factors: v [B, N, H, d]."""
     grid = v.reshape(v.shape[0], a_y.shape[-1], a_x.shape[-1], *v.shape[2:])
     moved = jnp.einsum("hxu,bvuhd->bvxhd", a_x.astype(v.dtype), grid)
     return jnp.einsum("hyv,bvxhd->byxhd", a_y.astype(v.dtype), moved).reshape(v.shape)
@@ -86,9 +86,9 @@ def forms(on_gpu):
     }
     if on_gpu:  # last, since a kernel that crashes ends the process
         last = operator.itemgetter((slice(None), 0))  # [H, 1]
-        found["plain: cuDNN"] = fused.attention
-        found["GPSA: cuDNN, dense position"] = gpsa(fused.attention, fused.position, last)
-        found["GPSA: cuDNN, factors over heads only"] = gpsa(fused.attention, factors_of_parts, last)
+        found["plain: cuDNN"] = kernels.attention
+        found["GPSA: cuDNN, dense position"] = gpsa(kernels.attention, kernels.position, last)
+        found["GPSA: cuDNN, factors over heads only"] = gpsa(kernels.attention, factors_of_parts, last)
     return found
 
 

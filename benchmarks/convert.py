@@ -28,12 +28,12 @@ def to_params(checkpoint, model):
     import jax
 
     from convit_jax.models.variants import abstract_model, model_settings
-    from convit_jax.pytorch import reader, weights
+    from convit_jax.weights import names, reader
 
     _, shapes = abstract_model(model_settings(model))
     jax.devices()  # JAX is started
     return lambda: jax.block_until_ready(
-        jax.device_put(weights.to_params(reader.open_state_dict(checkpoint), shapes))
+        jax.device_put(names.to_params(reader.open_state_dict(checkpoint), shapes))
     )
 
 
@@ -50,8 +50,8 @@ def load_pretrained(checkpoint, model):
 
 def convert(checkpoint, model):
     """Ours: python -m convit_jax.convert SOURCE TARGET, a directory that is on the disk when it returns."""
-    from convit_jax.pretrained import load
-    from convit_jax.weight_formats import save
+    from convit_jax.weights.formats import save
+    from convit_jax.weights.pretrained import load
 
     def job():
         with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def torch_save_file(checkpoint, model, *, synced=False):
     return job
 
 
-OURS, PEERS = ["jax", "convit_jax.pretrained"], ["torch", "timm"]
+OURS, PEERS = ["jax", "convit_jax.weights.pretrained"], ["torch", "timm"]
 JOBS = {  # name: (function, whether it needs the other interpreter, modules whose memory does not count)
     "open_state_dict + to_params": (to_params, False, OURS),
     "torch.load + load_state_dict": (torch_load_state_dict, True, PEERS),

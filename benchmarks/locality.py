@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from convit_jax.commands import launch
+from convit_jax.cli import launch
 from convit_jax.data.loader import Unreadable, batches
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.training.attention_log import image_count, make_attention_log

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from convit_jax.commands import launch
+from convit_jax.cli import launch
 from convit_jax.data.index import Names
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.training import loop, plan

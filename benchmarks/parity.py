@@ -18,8 +18,8 @@ import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 
-from convit_jax.pretrained import load
-from convit_jax.pytorch.writer import write
+from convit_jax.weights.pretrained import load
+from convit_jax.weights.writer import write
 
 MODELS = (
     "convit_tiny",

@@ -21,9 +21,9 @@ from convit_jax.data.augment import normalize
 from convit_jax.data.loader import EvalExample
 from convit_jax.data.sources import ImageFolder
 from convit_jax.models.variants import abstract_model, initial_params, model_settings
-from convit_jax.pytorch.weights import to_state_dict
-from convit_jax.pytorch.writer import write
-from convit_jax.weight_formats import Preprocessing
+from convit_jax.weights.formats import Preprocessing
+from convit_jax.weights.names import to_state_dict
+from convit_jax.weights.writer import write
 
 PEER = flags.DEFINE_string("peer", None, "A Python with torch and timm.", required=True)
 IMAGES = flags.DEFINE_string("images", None, "Image folder.", required=True)

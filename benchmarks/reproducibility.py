@@ -17,9 +17,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from convit_jax.commands import ROOT
-from convit_jax.training.metrics import SPEEDS, read_metrics
-from convit_jax.training.saved import read_run
+from convit_jax.cli import ROOT
+from convit_jax.rundir import read_metrics
+from convit_jax.training.metrics import SPEEDS
+from convit_jax.weights.run import read_run
 
 
 def train(arguments, workdir, simulated=None):

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from benchmarks.hlo import kinds
 
 from benchmarks.augment import photos
-from benchmarks.hlo import kinds
 from configs import default
 from convit_jax.models.variants import abstract_model, initial_params, model_settings
 from convit_jax.training.optimizer import make_optimizer

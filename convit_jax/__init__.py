@@ -9,7 +9,7 @@ def __getattr__(name):
     if name not in __all__:
         raise AttributeError(f"module 'convit_jax' has no attribute {name!r}")
     if name == "load_pretrained":
-        from convit_jax.pretrained import load_pretrained
+        from convit_jax.weights.pretrained import load_pretrained
 
         return load_pretrained
     from convit_jax.models import variants

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from convit_jax.commands import define_weights, launch, load_weights
+from convit_jax.cli import define_weights, launch, load_weights
 from convit_jax.errors import UserError
 
 FILES = (".pth", ".pt", ".safetensors")
@@ -29,10 +29,10 @@ def define():
 
 def main(arguments):
     """Convert SOURCE to TARGET."""
-    from convit_jax.pretrained import describe
-    from convit_jax.pytorch.architecture import told_heads
-    from convit_jax.pytorch.writer import write
-    from convit_jax.weight_formats import save
+    from convit_jax.weights.architecture import told_heads
+    from convit_jax.weights.formats import save
+    from convit_jax.weights.pretrained import describe
+    from convit_jax.weights.writer import write
 
     if len(arguments) != 2:
         raise UserError(f"give SOURCE and TARGET, not {len(arguments)} arguments; --help explains them.")

@@ -1,20 +1,21 @@
-"""The one exception for things that the user can put right, and how it is said of a file.
+"""UserError, the exception for everything that the user can fix, and helpers that phrase its message.
 
-Its message is a sentence that names the thing and the remedy; commands print
-it alone, without a trace.
+Commands print the message alone, without a traceback.
 """
 
 import contextlib
 import difflib
+import os
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
-    """Bad input: the message is complete, says what is wrong and what to do."""
+    """Bad input. The message says what is wrong, with the value, and what to do."""
 
 
 @contextlib.contextmanager
-def explained(path):
-    """What goes wrong inside while `path` is read is said in one sentence."""
+def explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns errors raised while reading `path` into a UserError that names it."""
     try:
         yield
     except UserError as error:
@@ -22,21 +23,21 @@ def explained(path):
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check the path.") from error
     except MemoryError as error:
-        raise UserError(f"cannot read {path}: there is not enough memory for it.") from error
+        raise UserError(f"cannot read {path}: not enough memory.") from error
 
 
-def out_of_memory(error):
-    """The sentence for a JaxRuntimeError that says that a device has no memory left; None for another one."""
-    first = str(error).partition("\n")[0]
+def out_of_memory(error: Exception) -> str | None:
+    """Returns the message for a device that ran out of memory, or None if `error` is something else."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return None
+    first_line = str(error).partition("\n")[0]
     return (
-        f"the device has not enough memory ({first}): lower batch_size, or eval_batch_size if it was an "
-        "evaluation, raise accumulate, set model.remat=True, or with several devices mesh.fsdp."
+        f"the device ran out of memory ({first_line}): lower batch_size (eval_batch_size in an evaluation), "
+        "raise accumulate, set model.remat=True, or use mesh.fsdp with several devices."
     )
 
 
-def nearest(name, known):
-    """The end of a sentence about an unknown name: ', did you mean X?' if one is close, else '.'."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns the end of a message about an unknown name: ", did you mean 'X'?" or "."."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {close[0]!r}?" if close else "."

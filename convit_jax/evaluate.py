@@ -19,7 +19,7 @@ import time
 
 from absl import flags
 
-from convit_jax.commands import define_weights, launch, load_weights, run_config
+from convit_jax.cli import define_weights, launch, load_weights, run_config
 from convit_jax.errors import UserError
 
 
@@ -39,10 +39,8 @@ def main(_):
     from convit_jax.data.loader import EvalExample, Unreadable, batches
     from convit_jax.data.sources import open_source
     from convit_jax.data.subsample import select
-    from convit_jax.pretrained import describe, fingerprint, match_classes
-    from convit_jax.training.evaluation import evaluate
-    from convit_jax.training.loop import use_compilation_cache
-    from convit_jax.training.processes import (
+    from convit_jax.rundir import to_agree_on
+    from convit_jax.training.distributed import (
         check_same,
         in_turns,
         introduce,
@@ -53,10 +51,12 @@ def main(_):
         together,
         warn,
     )
-    from convit_jax.training.rundir import to_agree_on
-    from convit_jax.training.saved import agree_on_checkpoint
+    from convit_jax.training.evaluation import evaluate
+    from convit_jax.training.loop import use_compilation_cache
     from convit_jax.training.sharding import make_mesh, put_same, replicated
     from convit_jax.training.step import eval_metrics, make_eval_step
+    from convit_jax.weights.pretrained import describe, fingerprint, match_classes
+    from convit_jax.weights.run import agree_on_checkpoint
 
     values = flags.FLAGS
     introduce(make_mesh(-1, 1))  # all devices, which several processes must take

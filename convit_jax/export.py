@@ -14,9 +14,9 @@ from pathlib import Path
 
 from absl import flags
 
-from convit_jax.commands import define_weights, launch, load_weights
+from convit_jax.cli import define_weights, launch, load_weights
 from convit_jax.errors import UserError
-from convit_jax.pytorch.writer import whole_file
+from convit_jax.weights.writer import whole_file
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -54,7 +54,7 @@ def export(loaded, platforms):
     from jax import export as jax_export
 
     from convit_jax.data.augment import normalize
-    from convit_jax.pretrained import behaving
+    from convit_jax.weights.pretrained import behaving
 
     loaded = behaving(loaded, attention="xla", scan_unroll=1)
     model, how, s = loaded.model(), loaded.preprocessing, loaded.settings

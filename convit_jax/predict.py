@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from convit_jax.commands import define_weights, launch, load_weights
+from convit_jax.cli import define_weights, launch, load_weights
 from convit_jax.data.class_names import words
 from convit_jax.errors import UserError
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from convit_jax.commands import define_weights, is_run, launch, load_weights, run_config
+from convit_jax.cli import define_weights, is_run, launch, load_weights, run_config
 from convit_jax.errors import UserError
 
 OF_WEIGHTS = ("checkpoint", "image_size", "heads", "which", "dtype", "ema")
@@ -82,7 +82,7 @@ def choose():
 
 def draw_augmentations(path):
     """Training images after augmentation, into a file, or a folder's augmentations.png."""
-    from convit_jax.analysis.montage import augmentation_montage
+    from convit_jax.figures.augmentations import augmentation_montage
     from convit_jax.training.plan import make_plan
 
     config = flags.FLAGS.config
@@ -97,10 +97,10 @@ def draw_augmentations(path):
 def draw_training(directory):
     """Learning curves, gates and non-locality of a run, by epoch."""
 
-    from convit_jax.analysis.curves import draw_curves
-    from convit_jax.analysis.locality_figures import draw_locality
+    from convit_jax.figures.curves import draw_curves
+    from convit_jax.figures.locality import draw_locality
     from convit_jax.models.variants import model_settings
-    from convit_jax.training.metrics import read_metrics
+    from convit_jax.rundir import read_metrics
     from convit_jax.training.plan import model_arguments
 
     run = Path(flags.FLAGS.run).expanduser()
@@ -115,8 +115,8 @@ def draw_training(directory):
 
 def draw_attention(directory):
     """Attention maps of the weights for the image."""
-    from convit_jax.analysis.map_figures import attention_pages
     from convit_jax.analysis.maps import check_query, layer_maps
+    from convit_jax.figures.maps import attention_pages
 
     loaded = load_weights()
     query = check_query(parse_query(flags.FLAGS.query), grid_of(loaded.settings))
@@ -127,11 +127,11 @@ def draw_attention(directory):
 
 def draw_init(directory):
     """The first GPSA layer of the weights' model, or of the config's, before training."""
-    from convit_jax.analysis.map_figures import init_page
     from convit_jax.analysis.maps import check_query, init_maps
+    from convit_jax.figures.maps import init_page
     from convit_jax.models.variants import model_settings
     from convit_jax.training.plan import model_arguments
-    from convit_jax.weight_formats import Preprocessing
+    from convit_jax.weights.formats import Preprocessing
 
     config = flags.FLAGS.config
     if flags.FLAGS.checkpoint:

@@ -51,10 +51,10 @@ def home(tmp_path_factory):
 @pytest.fixture
 def xla_for_cudnn(monkeypatch):
     """As on a GPU that has cuDNN's attention, with XLA in the kernel's place."""
-    from convit_jax.models import fused
+    from convit_jax.models import kernels
 
-    monkeypatch.setattr(fused, "available", lambda: True)
-    monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
+    monkeypatch.setattr(kernels, "available", lambda: True)
+    monkeypatch.setattr(kernels, "IMPLEMENTATION", "xla")
 
 
 @pytest.fixture

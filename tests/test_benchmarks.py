@@ -12,14 +12,11 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from benchmarks import ahead
-from benchmarks.hlo import kernels, kinds
 from benchmarks.model import Program, known
 from benchmarks.model_jax import as_in, network
 from benchmarks.model_table import summary
 from benchmarks.reproducibility import differences
 from convit_jax.models.variants import model_settings
-from convit_jax.training.sharding import make_mesh
 
 SETTINGS = dict(depth=2, local_up_to_layer=1, embed_dim=16, num_heads=4, patch_size=8, num_classes=10)
 
@@ -86,30 +83,6 @@ def test_a_program_is_one_of_ours_in_known_ways_or_of_timm():
         "convit: cuDNN + position dense",
     ):
         assert not known(program)
-
-
-def test_operations_belong_to_what_they_are_or_do():
-    text = """
-%fused (p: f32[2]) -> f32[2] {
-  %copy.1 = f32[2] copy(%p)
-  ROOT %add.1 = f32[2] add(%copy.1, %p), metadata={op_name="jit(step)/add"}
-}
-%body (p: f32[2]) -> f32[2] {
-  %dot.1 = f32[2] dot(%p, %p), metadata={op_name="jit(step)/while/dot_general"}
-  ROOT %fusion.1 = f32[2] fusion(%p), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/add"}
-}
-ENTRY %main (p: f32[2]) -> f32[2] {
-  %exp.1 = f32[2] exponential(%p), metadata={op_name="jit(step)/transpose(jvp(content))/exp"}
-  %copy.2 = f32[2] copy(%p)
-  ROOT %while.1 = f32[2] while(%p), body=%body
-}
-"""
-    found = kinds(text)
-    assert found["while.1"] is None
-    assert found["dot.1"] == "matrix products"
-    assert found["fusion.1"].startswith("the rest")
-    assert found["exp.1"] == "attention, content"
-    assert found["copy.2"] == "copies and transpositions"
 
 
 def test_a_ratio_is_the_median_over_neighbouring_turns():
@@ -180,55 +153,6 @@ ENTRY %main (w: bf16[10,8,16], x: bf16[4,8], i: s32[]) -> bf16[4,16] {
   ROOT %product = bf16[4,16]{1,0} fusion(%w, %x, %i.1), kind=kCustom, calls=%fused_product
 }
 """  # noqa: E501
-
-
-def test_kernels_of_a_program_read_slices_and_update_in_place_as_often_as_their_loop_turns():
-    found = {kernel.name: kernel for kernel in kernels(GPU_PROGRAM)}
-    row, weights = 4 * 8 * 2, 8 * 16 * 2
-    assert set(found) == {"keep", "cudnn", "gemm", "product", "sum"}
-    assert (found["sum"].opcode, found["sum"].moved, found["sum"].kind) == (
-        "all-reduce",
-        64,
-        "between devices",
-    )
-    assert (found["keep"].times, found["keep"].moved, found["keep"].flops) == (10, 2 * row + 4, 0)
-    assert found["keep"].kind.startswith("loop")
-    assert (found["product"].times, found["product"].moved) == (1, row + weights + 4 * 16 * 2 + 4)
-    assert (found["product"].flops, found["product"].kind) == (2 * 4 * 8 * 16, "matrix products")
-    assert found["gemm"].flops == 2 * 4 * 4 * 8
-    assert (
-        found["cudnn"].moved == 2 * (2 * 3 * 4 * 8 * 2) + 2 * 3 * 4 * 4
-    )  # what it takes thrice is read once
-    assert found["cudnn"].flops == 2 * (2 * 2 * 3 * 4 * 4 * 8)
-    assert found["cudnn"].kind == "attention, content"
-
-
-def test_steps_that_are_compiled_ahead_are_those_of_the_benchmark_and_of_the_recipe(capsys):
-    settings = model_settings("convit_tiny", image_size=16, **SETTINGS)
-    for task in ("inference", "training"):
-        text = ahead.traced(settings, 2, task, make_mesh(1, 1)).lower().compile().as_text()
-        ahead.report(text, "h200", 1e9)
-        printed = capsys.readouterr().out
-        assert "ms by this estimate" in printed
-        assert "matrix products" in printed
-        assert " x all-reduce" not in printed
-    recipe = ahead.traced_recipe(settings, 16, make_mesh(2, 4)).lower()
-    donated_state, batch = recipe.args_info[0][0], recipe.args_info[0][2]
-    assert {leaf.donated for leaf in jax.tree.leaves(donated_state)} == {True}
-    assert batch["image"].shape == (16, 16, 16, 3)
-
-
-def test_what_cannot_be_compiled_ahead_is_said(monkeypatch, capsys):
-    def no_plugin(**_):
-        raise NotImplementedError
-
-    monkeypatch.setattr(ahead.topologies, "get_topology_desc", no_plugin)
-    with pytest.raises(SystemExit, match="JAX has no compiler for NVIDIA GPUs here: pip install"):
-        ahead.described_mesh("h200", 1, 8)
-    monkeypatch.setattr(sys, "argv", ["ahead", "--programs=convit,timm convit"])
-    with pytest.raises(SystemExit):
-        ahead.main()
-    assert "--programs has timm convit: there are convit and plain" in capsys.readouterr().err
 
 
 def test_each_way_of_convit_is_compared_with_the_plain_network_in_the_same_way():

@@ -10,9 +10,9 @@ import convit_jax
 from configs import ablations, default
 from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings
+from convit_jax.rundir import flatten
 from convit_jax.training.optimizer import frozen_mask, peak_learning_rate
 from convit_jax.training.plan import model_arguments
-from convit_jax.training.rundir import flatten
 
 SIZES = {"ti": "tiny", "s": "small", "b": "base"}
 PAPER = {

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_same, run_python, says
 
-from convit_jax import pretrained
 from convit_jax.convert import check_target
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, model_settings
-from convit_jax.pytorch.weights import shapes
-from convit_jax.pytorch.writer import write
-from convit_jax.weight_formats import save
+from convit_jax.weights import pretrained
+from convit_jax.weights.formats import save
+from convit_jax.weights.names import shapes
+from convit_jax.weights.writer import write
 
 GOLDEN = ROOT / "tests/golden"
 

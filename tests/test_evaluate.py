@@ -9,15 +9,15 @@ import pytest
 from conftest import ROOT, run_python, says
 from flax import nnx
 
-from convit_jax import pretrained
 from convit_jax.analysis.interventions import force_gates, mask_position_embedding
 from convit_jax.data.sources import open_source
 from convit_jax.errors import UserError
-from convit_jax.pretrained import match_classes
+from convit_jax.rundir import read_metrics
 from convit_jax.training.evaluation import evaluate
-from convit_jax.training.metrics import read_metrics
 from convit_jax.training.step import eval_metrics
-from convit_jax.weight_formats import save
+from convit_jax.weights import pretrained
+from convit_jax.weights.formats import save
+from convit_jax.weights.pretrained import match_classes
 
 
 def last_line(*arguments):

@@ -9,13 +9,13 @@ import pytest
 from conftest import ROOT, run_python
 from PIL import Image
 
-from convit_jax import pretrained
 from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.data.images import centre_crop
 from convit_jax.errors import UserError
 from convit_jax.export import export
 from convit_jax.predict import find_images, read_bytes
-from convit_jax.weight_formats import save
+from convit_jax.weights import pretrained
+from convit_jax.weights.formats import save
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 NAMES = ("n01440764", "n02123045", *"cdefghij")

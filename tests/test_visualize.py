@@ -9,10 +9,11 @@ from conftest import ROOT, run_python, says
 from PIL import Image
 
 from convit_jax import visualize as command
-from convit_jax.analysis import map_figures, maps
+from convit_jax.analysis import maps
 from convit_jax.errors import UserError
+from convit_jax.figures import maps as map_figures
 from convit_jax.models.variants import model_settings
-from convit_jax.weight_formats import Preprocessing
+from convit_jax.weights.formats import Preprocessing
 
 GOLDEN = ROOT / "tests/golden/convit_golden.pth"
 

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 from absl import flags
 
-from convit_jax.commands import launch
+from convit_jax.cli import launch
 from convit_jax.data.sources import open_source
 from convit_jax.errors import UserError
 

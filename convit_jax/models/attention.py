@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from convit_jax.models import fused
+from convit_jax.models import kernels
 from convit_jax.models.layers import TRUNC_NORMAL, Linear, dropout, split_key
 
 
@@ -83,7 +83,7 @@ def join_heads(x):
 
 def by_cudnn(setting):
     """Whether a layer's setting `attention` asks for cuDNN's kernel, and the devices at hand have it."""
-    return setting == "cudnn" and fused.available()
+    return setting == "cudnn" and kernels.available()
 
 
 def parted_heads(linear, x, count, num_heads):
@@ -171,7 +171,7 @@ class SelfAttention(nnx.Module):
         if queries is None and not explicit and by_cudnn(self.attention):
             q, k, v = parted_heads(self.qkv, x, 3, self.num_heads)
             with jax.named_scope("content"):
-                out = fused.attention(q, k, v).reshape(x.shape)
+                out = kernels.attention(q, k, v).reshape(x.shape)
             return dropout(self.proj(out), self.proj_drop, proj_key)
         q, k, v = self._qkv(x)
         q = q[:, :, :queries]
@@ -287,9 +287,9 @@ class GatedPositionalSelfAttention(nnx.Module):
         gate = self.gates()[:, None, None]
         with jax.named_scope("position"):
             a_y, a_x = self.positional_factors()
-            position = fused.position(gate * a_y, a_x, v)
+            position = kernels.position(gate * a_y, a_x, v)
         with jax.named_scope("content"):
-            content = fused.attention(q, k, v)
+            content = kernels.attention(q, k, v)
         return mix(gate[:, 0], content, position).reshape(x.shape)
 
     def _separable(self, q, k, v):

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from convit_jax.models import fused
+from convit_jax.models import kernels
 from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention
 from convit_jax.models.layers import (
     TRUNC_NORMAL,
@@ -36,7 +36,7 @@ from convit_jax.models.layers import (
 KEPT = ("qkv", "attention", "mixed", "middle", "hidden")
 
 KEEP = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names(*KEPT), fused.keep
+    jax.checkpoint_policies.save_only_these_names(*KEPT), kernels.keep
 )
 
 

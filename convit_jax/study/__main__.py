@@ -16,14 +16,14 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from convit_jax.commands import launch
+from convit_jax.cli import launch
 from convit_jax.errors import UserError
+from convit_jax.rundir import disk_errors, hold
 from convit_jax.study.figure import draw
 from convit_jax.study.plan import check, read_plan
-from convit_jax.study.runs import Signals, claim, folder, outcome, take, train, train_command
+from convit_jax.study.runner import Signals, claim, folder, outcome, take, train, train_command
 from convit_jax.study.table import write_tables
 from convit_jax.training.metrics import duration
-from convit_jax.training.rundir import disk_errors, hold
 
 SAVED = "interrupted; what was done stays, the same command continues."
 

@@ -8,7 +8,7 @@ by the colour-blind.
 import itertools
 import statistics
 
-from convit_jax.analysis.figures import COLORS, STYLE, save
+from convit_jax.figures.style import COLORS, STYLE, save
 from convit_jax.study.plan import METRICS
 from convit_jax.study.table import relative_gap, spread, values
 

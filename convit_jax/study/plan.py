@@ -24,15 +24,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from convit_jax.commands import ROOT, load_config
+from convit_jax.cli import ROOT, load_config
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.variants import abstract_model, count_macs, model_settings
-from convit_jax.pretrained import fetch
+from convit_jax.rundir import MAY_CHANGE, flatten
 from convit_jax.training.distill import load_teacher
 from convit_jax.training.optimizer import frozen_mask
 from convit_jax.training.plan import check as check_config
 from convit_jax.training.plan import make_plan, model_arguments
-from convit_jax.training.rundir import MAY_CHANGE, flatten
+from convit_jax.weights.pretrained import fetch
 
 FREE = frozenset(MAY_CHANGE) - {"steps", "distill.teacher"}  # what makes no config another run
 NEEDED = ("title", "question", "rows", "runs")

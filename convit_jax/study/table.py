@@ -10,8 +10,8 @@ import io
 import math
 import statistics
 
+from convit_jax.rundir import write_whole
 from convit_jax.study.plan import METRICS
-from convit_jax.training.rundir import write_whole
 
 COLUMNS = ("run", "row", "column", "seed", "state", "step", "steps", "top1", "top5", "loss", "best_top1")
 

@@ -13,7 +13,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from convit_jax.errors import UserError
-from convit_jax.training.rundir import FULL
+from convit_jax.rundir import FULL
 
 # Of an array that all devices hold each saves a part, unless that were less than so many bytes: every
 # shape of part is a program to compile, hundreds of them for the small arrays of a model.

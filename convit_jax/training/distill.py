@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 
 from convit_jax.errors import UserError
-from convit_jax.pretrained import behaving, describe, fingerprint, load, match_classes
-from convit_jax.training.processes import say
+from convit_jax.training.distributed import say
 from convit_jax.training.step import soft_cross_entropy
+from convit_jax.weights.pretrained import behaving, describe, fingerprint, load, match_classes
 
 
 @dataclasses.dataclass(frozen=True)

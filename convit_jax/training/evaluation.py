@@ -4,7 +4,7 @@ import collections
 
 import jax
 
-from convit_jax.training.processes import Everywhere
+from convit_jax.training.distributed import Everywhere
 from convit_jax.training.sharding import put_batch
 
 AHEAD = 2  # steps that the host may be ahead of the device: enough to hide it, few batches in memory

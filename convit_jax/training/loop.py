@@ -16,20 +16,15 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from convit_jax.analysis.curves import draw_curves
 from convit_jax.data.loader import Unreadable, batches, empty
 from convit_jax.errors import UserError
+from convit_jax.figures.curves import draw_curves
 from convit_jax.models.variants import abstract_model, initial_params
-from convit_jax.pretrained import fingerprint, load_into
+from convit_jax.rundir import check_shared, claim, hold, to_agree_on
 from convit_jax.training import checkpoint
 from convit_jax.training.attention_log import make_attention_log
 from convit_jax.training.distill import load_teacher
-from convit_jax.training.evaluation import AHEAD, evaluate
-from convit_jax.training.metrics import Clock, Evaluations, MetricsLog, Progress
-from convit_jax.training.optimizer import make_optimizer, run_schedule
-from convit_jax.training.peaks import peak_flops
-from convit_jax.training.plan import make_plan
-from convit_jax.training.processes import (
+from convit_jax.training.distributed import (
     Everywhere,
     check_same,
     ends_all,
@@ -43,8 +38,11 @@ from convit_jax.training.processes import (
     together,
     warn,
 )
-from convit_jax.training.rundir import check_shared, claim, hold, to_agree_on
-from convit_jax.training.saved import agree_on_checkpoint
+from convit_jax.training.evaluation import AHEAD, evaluate
+from convit_jax.training.metrics import Clock, Evaluations, MetricsLog, Progress
+from convit_jax.training.optimizer import make_optimizer, run_schedule
+from convit_jax.training.peaks import peak_flops
+from convit_jax.training.plan import make_plan
 from convit_jax.training.sharding import (
     gather,
     make_mesh,
@@ -53,7 +51,6 @@ from convit_jax.training.sharding import (
     replicated,
     state_shardings,
 )
-from convit_jax.training.signals import AgreedStop, StopSignals, with_votes
 from convit_jax.training.step import (
     FINE,
     eval_metrics,
@@ -62,7 +59,10 @@ from convit_jax.training.step import (
     new_state,
     train_metrics,
 )
+from convit_jax.training.stop import AgreedStop, StopSignals, with_votes
 from convit_jax.training.summary import describe, facts
+from convit_jax.weights.pretrained import fingerprint, load_into
+from convit_jax.weights.run import agree_on_checkpoint
 
 
 def train(config, workdir):

@@ -12,7 +12,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from convit_jax.training.rundir import disk_errors, write_whole
+from convit_jax.rundir import disk_errors, read_metrics, write_whole
 
 SPEEDS = ("images_per_second", "data_wait", "mfu")  # of a line of metrics.jsonl: what the clock decides
 
@@ -99,15 +99,6 @@ def scalars(name, value):
         points.append((f"{name}/layer_{layer}/mean", sum(heads) / len(heads)))
         points += [(f"{name}/layer_{layer}/head_{head}", each) for head, each in enumerate(heads, start=1)]
     return points
-
-
-def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts, without those that a kill cut off; no file has no lines."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    return lines
 
 
 class Clock:

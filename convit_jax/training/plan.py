@@ -10,7 +10,7 @@ from convit_jax.data.sources import open_source
 from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError
 from convit_jax.models.variants import check_seed, model_settings
-from convit_jax.training.rundir import default_fields
+from convit_jax.rundir import default_fields
 
 CHANNELS = 3  # of images as they are read
 

@@ -10,7 +10,8 @@ from conftest import ROOT
 from flax import nnx
 
 from convit_jax import create_model, load_pretrained
-from convit_jax.analysis import locality, locality_figures
+from convit_jax.analysis import locality
+from convit_jax.figures import locality as locality_figures
 
 GOLDEN = ROOT / "tests/golden"
 

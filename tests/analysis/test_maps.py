@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from convit_jax import create_model
-from convit_jax.analysis import map_figures
 from convit_jax.analysis.maps import check_query, init_maps, layer_maps
 from convit_jax.errors import UserError
+from convit_jax.figures import maps as map_figures
 from convit_jax.models.variants import model_settings
 
 SMALL = dict(image_size=(12, 16), patch_size=4, embed_dim=16, depth=4, num_classes=5, num_heads=4)

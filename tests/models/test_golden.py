@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from convit_jax import pretrained
 from convit_jax.models.variants import abstract_model
-from convit_jax.pytorch.weights import to_state_dict
+from convit_jax.weights import pretrained
+from convit_jax.weights.names import to_state_dict
 
 GOLDEN = ROOT / "tests/golden"
 FILES = ("convit_golden.safetensors", "convit_golden.pth", "convit_golden_training.pth")

@@ -14,7 +14,7 @@ from convit_jax.models.variants import FAMILIES, model_settings
 from convit_jax.study import __main__ as command
 from convit_jax.study.__main__ import next_run
 from convit_jax.study.plan import check, read_plan
-from convit_jax.study.runs import Signals, claim, folder, outcome, take, train_command
+from convit_jax.study.runner import Signals, claim, folder, outcome, take, train_command
 from convit_jax.training.plan import model_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections on Python 3.11

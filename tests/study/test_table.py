@@ -10,7 +10,7 @@ from matplotlib.collections import PathCollection
 from convit_jax.study import figure
 from convit_jax.study.figure import draw
 from convit_jax.study.plan import read_plan
-from convit_jax.study.runs import Outcome
+from convit_jax.study.runner import Outcome
 from convit_jax.study.table import markdown, relative_gap, write_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections on Python 3.11

@@ -11,9 +11,9 @@ from convit_jax.analysis import locality
 from convit_jax.data.augment import normalize
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
+from convit_jax.rundir import read_metrics
 from convit_jax.training.attention_log import image_count, make_attention_log, spread
 from convit_jax.training.loop import train
-from convit_jax.training.metrics import read_metrics
 from convit_jax.training.plan import make_plan
 from convit_jax.training.sharding import make_mesh
 

@@ -12,20 +12,20 @@ import pytest
 from conftest import assert_same, saved
 from flax import nnx
 
-from convit_jax import load_pretrained, pretrained
+from convit_jax import load_pretrained
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params, model_settings
-from convit_jax.pytorch import weights
-from convit_jax.pytorch.reader import open_state_dict
-from convit_jax.pytorch.stored import Stored
-from convit_jax.pytorch.writer import write
+from convit_jax.rundir import read_metrics
 from convit_jax.training.distill import distillation_loss, load_teacher
 from convit_jax.training.loop import train
-from convit_jax.training.metrics import read_metrics
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
 from convit_jax.training.step import augmented, make_train_step, new_state, step_keys, train_metrics
-from convit_jax.weight_formats import Preprocessing, Pretrained, save
+from convit_jax.weights import names, pretrained
+from convit_jax.weights.formats import Preprocessing, Pretrained, save
+from convit_jax.weights.reader import open_state_dict
+from convit_jax.weights.stored import Stored
+from convit_jax.weights.writer import write
 
 DIGITS = tuple("0123456789")
 LIKE_DIGITS = Preprocessing(crop_ratio=1.0, mean=(0.305,) * 3, std=(0.376,) * 3)
@@ -50,7 +50,7 @@ def teacher_weights(seed, **changed):
     usual = np.mean(jax.jit(lambda params: nnx.merge(graphdef, params)(images))(params), axis=0)
     for head in {"head", "head_dist"} & {*params}:
         params[head]["bias"] = params[head]["bias"] - usual
-    return weights.to_state_dict(params), settings
+    return names.to_state_dict(params), settings
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from conftest import ROOT, assert_same, saved
 
 from convit_jax.data import loader
 from convit_jax.errors import UserError
+from convit_jax.rundir import read_metrics
 from convit_jax.training import loop
 from convit_jax.training.loop import train
-from convit_jax.training.metrics import read_metrics
 
 
 def test_the_training_step_is_compiled_once(digits_config, tmp_path, monkeypatch):

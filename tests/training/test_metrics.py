@@ -7,9 +7,10 @@ import shutil
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from convit_jax.commands import load_config
+from convit_jax.cli import load_config
+from convit_jax.rundir import read_metrics
 from convit_jax.training import metrics
-from convit_jax.training.metrics import Clock, MetricsLog, Progress, duration, read_metrics
+from convit_jax.training.metrics import Clock, MetricsLog, Progress, duration
 from convit_jax.training.peaks import peak_flops
 
 VALUES = {

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from convit_jax.errors import UserError
+from convit_jax.rundir import check_same_run, claim, flatten
 from convit_jax.training.plan import check, make_plan
-from convit_jax.training.rundir import check_same_run, claim, flatten
 
 
 def test_steps_epochs_and_evaluations(digits_config):

@@ -12,10 +12,10 @@ import pytest
 from conftest import ROOT, assert_same, run_train, saved
 
 from convit_jax.errors import UserError
+from convit_jax.rundir import check_shared, hold, read_metrics
 from convit_jax.training import evaluation, loop
 from convit_jax.training.loop import train
-from convit_jax.training.metrics import SPEEDS, read_metrics
-from convit_jax.training.rundir import check_shared, hold
+from convit_jax.training.metrics import SPEEDS
 
 
 def curves(workdir):

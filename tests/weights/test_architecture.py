@@ -1,0 +1,97 @@
+"""What is read off names and shapes, and what only the caller can tell."""
+
+import numpy as np
+import pytest
+
+from convit_jax.errors import UserError
+from convit_jax.models.variants import abstract_model, list_models, model_settings
+from convit_jax.weights.architecture import infer
+from convit_jax.weights.names import shapes
+
+
+def tensors_of(settings):
+    """A state dict of these sizes that takes no memory."""
+    params = abstract_model(settings)[1]
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes(params).items()}
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_of_the_table_is_recognised(name):
+    settings = model_settings(name, num_classes=17, image_size=64)
+    assert infer(tensors_of(settings), "it") == settings
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("convit_tiny", dict(embed_dim=24, num_heads=6, depth=5, local_up_to_layer=1, mlp_ratio=2.5)),
+        ("convit_small", dict(qkv_bias=True, distilled=True, patch_size=8, in_chans=1)),
+        ("deit_tiny", dict(qkv_bias=False, depth=2)),
+        ("deit_base", dict(distilled=True)),
+        ("deit_tiny", dict(pos_embed_class_token=False)),
+        ("convit_small", dict(local_up_to_layer=0)),
+        ("convit_tiny", dict(pos_embed_class_token=True, distilled=True)),
+    ],
+)
+def test_other_sizes_are_recognised(name, settings):
+    settings = model_settings(name, num_classes=3, image_size=64, **settings)
+    assert infer(tensors_of(settings), "it") == settings
+
+
+def test_an_mlp_ratio_that_no_float_gives_exactly():
+    settings = model_settings("convit_tiny", image_size=32, mlp_ratio=517 / 192 + 1e-9)
+    found = infer(tensors_of(settings), "it")
+    assert int(192 * found["mlp_ratio"]) == 517
+
+
+def test_the_shape_of_an_oblong_grid_comes_from_the_caller():
+    settings = model_settings("convit_tiny", image_size=(32, 64))
+    tensors = tensors_of(settings)
+    assert infer(tensors, "it", trained_at=(32, 64)) == settings
+    assert infer(tensors, "it", image_size=(64, 32))["image_size"] == (64, 32)
+    with pytest.raises(UserError, match="is for 8 positions, which make no square: say with image_size"):
+        infer(tensors, "it", image_size=(48, 64))
+    with pytest.raises(UserError, match="8 positions, which images of 64 x 64 pixels in patches of 16"):
+        infer(tensors, "it", trained_at=(64, 64))
+
+
+def test_an_oblong_grid_and_a_class_token_are_not_taken_for_a_square():
+    settings = model_settings("deit_tiny", image_size=(32, 64))  # 2 x 4 + 1 = 3 x 3 entries
+    assert infer(tensors_of(settings), "it", image_size=(32, 64)) == settings
+
+
+def test_the_heads_of_an_unknown_deit_come_from_the_caller():
+    tensors = tensors_of(model_settings("deit_tiny", image_size=32, embed_dim=40, num_heads=5))
+    assert infer(tensors, "it", num_heads=5)["num_heads"] == 5
+    with pytest.raises(UserError, match="num_heads is 0: it must be at least 1"):
+        infer(tensors, "it", num_heads=0)
+    with pytest.raises(UserError, match=r"width 40, which is none of DeiT's .* with --heads"):
+        infer(tensors, "it")
+
+
+def without(tensors, *names, **more):
+    return {name: tensor for name, tensor in {**tensors, **more}.items() if name not in names}
+
+
+def test_what_is_no_network_of_this_kind_is_said_in_a_sentence():
+    tensors = tensors_of(model_settings("convit_tiny", image_size=32, depth=4, local_up_to_layer=2))
+    cases = {
+        "no usable patch_embed.proj.weight, pos_embed, cls_token": {"fc.weight": np.zeros((2, 2))},
+        "no usable pos_embed": {**tensors, "pos_embed": np.zeros(7)},
+        "it has no head: say with num_classes|has no head": without(tensors, "head.weight", "head.bias"),
+        "has no block 1 but later ones": {n: t for n, t in tensors.items() if not n.startswith("blocks.1.")},
+        "the blocks 0, 1, 3 have GPSA: they must be": {
+            **tensors,
+            "blocks.3.attn.gating_param": np.zeros(4),
+        },
+        "positional projections of 4, 5 heads": {**tensors, "blocks.1.attn.gating_param": np.zeros(5)},
+        "positional projections of no heads": without(
+            tensors, *(n for n in tensors if "gating" in n or "pos_proj" in n)
+        ),
+    }
+    for sentence, broken in cases.items():
+        with pytest.raises(UserError, match=sentence):
+            infer(broken, "it")
+    with pytest.raises(UserError, match="positional projections of 4 heads, not 3"):
+        infer(tensors, "it", num_heads=3)
+    assert infer(without(tensors, "head.weight"), "it", num_classes=8)["num_classes"] == 8

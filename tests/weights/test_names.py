@@ -1,0 +1,81 @@
+"""The table of names: both directions, and what is said of weights that do not fit."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convit_jax.errors import UserError
+from convit_jax.models.variants import abstract_model, model_settings
+from convit_jax.weights.names import check, shapes, to_params, to_state_dict
+
+TINY = dict(num_classes=5, image_size=16, patch_size=8, embed_dim=8, num_heads=4, depth=3)
+
+
+def settings(name="convit_tiny", **more):
+    local = {"local_up_to_layer": 2} if name.startswith("convit") else {}
+    return model_settings(name, **{**TINY, **local, **more})
+
+
+def state_dict(*name, **more):
+    rng = np.random.default_rng(0)
+    names = shapes(abstract_model(settings(*name, **more))[1])
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
+
+
+def test_the_names_are_those_of_the_original():
+    names = shapes(abstract_model(settings(qkv_bias=True))[1])
+    assert names["blocks.0.attn.qk.weight"] == (16, 8)
+    assert names["blocks.1.attn.pos_proj.weight"] == (4, 3)
+    assert names["blocks.1.attn.gating_param"] == (4,)
+    assert names["blocks.2.attn.qkv.weight"] == (24, 8)
+    assert names["blocks.2.attn.qkv.bias"] == (24,)
+    assert names["patch_embed.proj.weight"] == (8, 3, 8, 8)
+    assert names["norm.weight"] == (8,)
+    assert names["head.weight"] == (5, 8)
+    assert len(names) == 4 + 2 * 17 + 12 + 4
+
+
+@pytest.mark.parametrize(("name", "more"), [("convit_tiny", {}), ("deit_tiny", {"distilled": True})])
+def test_there_and_back_gives_the_same_tensors(name, more):
+    tensors = state_dict(name, **more)
+    params = abstract_model(settings(name, **more))[1]
+    filled = to_params(tensors, params)
+    assert jax.tree.map(np.shape, filled) == jax.tree.map(np.shape, params)
+    again = to_state_dict(filled)
+    assert sorted(again) == sorted(tensors)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(again[name], tensor)
+
+
+def test_each_layer_of_a_stack_is_its_own_block():
+    tensors = {name: np.full(shape, 0.0) for name, shape in shapes(abstract_model(settings())[1]).items()}
+    for block in range(3):
+        tensors[f"blocks.{block}.mlp.fc1.weight"] += np.arange(32)[:, None] + 100 * block
+    params = to_params(tensors, abstract_model(settings())[1])
+    np.testing.assert_array_equal(params["gpsa_blocks"]["mlp"]["fc1"]["kernel"][1, 3], 100 + np.arange(32))
+    np.testing.assert_array_equal(params["sa_blocks"]["mlp"]["fc1"]["kernel"][0, 3], 200 + np.arange(32))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_parameters_are_float32_whatever_the_file_holds(dtype):
+    tensors = {name: tensor.astype(dtype) for name, tensor in state_dict().items()}
+    params = to_params(tensors, abstract_model(settings())[1])
+    assert params["head"]["kernel"].dtype == np.float32
+    np.testing.assert_array_equal(params["head"]["kernel"], tensors["head.weight"].T.astype(np.float32))
+
+
+def test_everything_that_does_not_fit_is_reported_at_once():
+    tensors = state_dict()
+    del tensors["blocks.1.attn.qk.weight"], tensors["norm.bias"]
+    tensors["blocks.0.attn.qkv.weight"] = np.zeros((24, 8), np.float32)
+    tensors["head.bias"] = np.zeros(6, np.float32)
+    tensors["norm.weight"] = np.zeros(8, np.int64)
+    with pytest.raises(UserError) as error:
+        check(tensors, abstract_model(settings())[1], "some.pth")
+    said = str(error.value)
+    assert "in some.pth do not fit" in said
+    assert "missing: blocks.1.attn.qk.weight, norm.bias;" in said
+    assert "unexpected: blocks.0.attn.qkv.weight;" in said
+    assert "of another shape: head.bias [6] instead of [5];" in said
+    assert "not of floating point: norm.weight (int64)" in said

@@ -1,0 +1,240 @@
+"""Weights from every kind of source, and starting a training from them."""
+
+import dataclasses
+import json
+
+import huggingface_hub
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import ROOT, assert_same, saved
+
+import convit_jax
+from convit_jax.errors import UserError
+from convit_jax.training import loop
+from convit_jax.training.loop import train
+from convit_jax.weights import hub, pretrained
+from convit_jax.weights.formats import Preprocessing, save
+from convit_jax.weights.writer import write
+
+GOLDEN = ROOT / "tests/golden/convit_golden.safetensors"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return pretrained.load(GOLDEN)
+
+
+@pytest.fixture
+def golden_config(digits_config):
+    """A training of digits with the architecture of the golden file, enlarged to its 48 pixels."""
+    config = digits_config
+    config.model.image_size, config.model.patch_size, config.model.embed_dim = 48, 8, 32
+    config.model.depth, config.model.local_up_to_layer = 4, 3
+    config.batch_size, config.steps, config.checkpoint_every = 16, 1, 1
+    return config
+
+
+def test_a_converted_directory_gives_the_same_weights_and_preprocessing(golden, tmp_path):
+    how = Preprocessing(0.9, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    names = tuple("abcdefghij")
+    changed = dataclasses.replace(golden, preprocessing=how, class_names=names)
+    save(changed, tmp_path / "w")
+    loaded = pretrained.load(tmp_path / "w")
+    assert (loaded.settings, loaded.preprocessing, loaded.class_names) == (golden.settings, how, names)
+    assert list(loaded.tensors) == list(golden.tensors)
+    assert_same(loaded.tensors, golden.tensors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_the_way_back_gives_identical_tensors(golden, tmp_path, suffix, dtype):
+    tensors = {name: np.asarray(tensor).astype(dtype) for name, tensor in golden.tensors.items()}
+    write(tmp_path / f"there{suffix}", tensors)
+    save(pretrained.load(tmp_path / f"there{suffix}"), tmp_path / "weights")
+    back = pretrained.load(tmp_path / "weights").tensors
+    assert {name: tensor.dtype for name, tensor in back.items()} == dict.fromkeys(tensors, np.dtype(dtype))
+    assert_same(back, tensors)
+
+
+def test_a_new_head_and_larger_images(golden):
+    loaded = pretrained.load(GOLDEN, num_classes=3, image_size=(48, 64), seed=5)
+    assert loaded.tensors["head.weight"].shape == (3, 32)
+    assert loaded.tensors["pos_embed"].shape == (1, 48, 32)
+    assert loaded.changes == (
+        "new head for 3 classes",
+        "position embedding resized from 6 x 6 to 6 x 8 patches",
+    )
+    again = pretrained.load(GOLDEN, num_classes=3, seed=5).tensors["head.weight"]
+    other = pretrained.load(GOLDEN, num_classes=3, seed=6).tensors["head.weight"]
+    np.testing.assert_array_equal(loaded.tensors["head.weight"], again)
+    assert (again != other).any()
+    assert 0.01 < again.std() < 0.03
+    model = convit_jax.load_pretrained(GOLDEN, num_classes=3, image_size=(48, 64), dtype="bfloat16")
+    assert model(np.zeros((2, 48, 64, 3), np.float32)).shape == (2, 3)
+    assert pretrained.load(GOLDEN, num_classes=10).changes == ()
+
+
+def test_float32_does_without_the_kernel_that_does_not_take_it():
+    loaded = pretrained.load(GOLDEN)
+    faster = pretrained.behaving(loaded, dtype="bfloat16", attention="cudnn")
+    assert faster.settings["attention"] == "cudnn"
+    assert pretrained.behaving(faster, dtype="float32").settings["attention"] == "xla"
+    with pytest.raises(UserError, match="attention is cudnn and dtype float32"):
+        pretrained.behaving(loaded, attention="cudnn")
+
+
+def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
+    with pytest.raises(UserError, match=r"no file or directory convit_tinny, .* did you mean 'convit_tiny'"):
+        pretrained.load("convit_tinny")
+    with pytest.raises(UserError, match="neither a run directory"):
+        pretrained.load(tmp_path)
+    with pytest.raises(UserError, match="image_size 50 x 50 is not a multiple of the patches of 8"):
+        pretrained.load(GOLDEN, image_size=50)
+    with pytest.raises(UserError, match="no setting 'dtyp', did you mean 'dtype'"):
+        convit_jax.load_pretrained(GOLDEN, dtyp="bfloat16")
+    broken = {name: tensor for name, tensor in golden.tensors.items() if name != "blocks.2.norm1.bias"}
+    write(tmp_path / "broken.pth", broken)
+    with pytest.raises(UserError, match=r"broken.pth do not fit .*missing: blocks.2.norm1.bias\)"):
+        pretrained.load(tmp_path / "broken.pth")
+    save(golden, tmp_path / "w")
+    (tmp_path / "w/config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json is not as it should be \(JSONDecodeError"):
+        pretrained.load(tmp_path / "w")
+    (tmp_path / "w/config.json").write_text('{"model": {}}')
+    with pytest.raises(UserError, match=r"config.json is not as it should be \(KeyError: 'preprocessing'"):
+        pretrained.load(tmp_path / "w")
+    with pytest.raises(UserError, match="num_classes is 0: it must be at least 1"):
+        pretrained.load(GOLDEN, num_classes=0)
+    with pytest.raises(UserError, match="choose float32 or bfloat16"):
+        convit_jax.load_pretrained(GOLDEN, dtype="float16")
+    with pytest.raises(UserError, match="holds no moving average"):
+        pretrained.load(tmp_path / "w", ema=True)
+
+
+# ---- The Hub ----------------------------------------------------------------------------
+
+
+def test_published_names_lead_to_their_repositories():
+    assert hub.repository("convit_small") == "timm/convit_small.fb_in1k"
+    distilled = "deit_small_distilled_patch16_224"
+    assert hub.repository(distilled) == f"timm/{distilled}.fb_in1k"
+    assert hub.repository("someone/some.model") == "someone/some.model"
+    assert hub.repository("somewhere/weights.pth") is None
+    assert hub.repository("convit_tinny") is None
+
+
+def test_a_repository_brings_its_preprocessing(golden, tmp_path, monkeypatch):
+    write(tmp_path / "model.safetensors", golden.tensors)
+    how = {"crop_pct": 0.9, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
+    (tmp_path / "config.json").write_text(json.dumps({"num_classes": 10, "pretrained_cfg": how}))
+    asked = []
+
+    def fetch(repo, name):
+        asked.append((repo, name))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    loaded = pretrained.load("convit_tiny")
+    repo = "timm/convit_tiny.fb_in1k"
+    assert asked == [(repo, "config.json"), (repo, "model.safetensors")]
+    assert loaded.preprocessing == Preprocessing(0.9, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    assert_same(loaded.tensors, golden.tensors)
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("convit_tiny", "cannot download timm/convit_tiny.fb_in1k from the Hub (no connection to it"),
+        ("runs/none", "there is no file or directory runs/none, and as a name on the Hub: cannot download"),
+    ],
+)
+def test_no_connection_is_said_in_a_sentence(source, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as raised:
+        pretrained.load(source)
+    assert str(raised.value).startswith(sentence)
+
+
+# ---- Runs -------------------------------------------------------------------------------
+
+
+def test_best_and_latest_of_a_run_and_its_average(digits_config, tmp_path):
+    digits_config.optim.ema_decay = 0.9
+    digits_config.checkpoint_every, digits_config.eval_every = 6, 1 / 3
+    train(digits_config, tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+        if "val_top1" in line:
+            line["val_top1"] = 90.0 if line["step"] == 6 else 10.0
+            line["val_ema_top1"] = 10.0 if line["step"] == 6 else 90.0
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert steps[-1] == 12
+    assert 6 in steps
+
+    def params(**which):
+        return pretrained.load(tmp_path, **which).params()
+
+    assert_same(params(), to_numpy(saved(tmp_path, 6)["state"]["params"]))
+    assert_same(params(which="latest"), to_numpy(saved(tmp_path, 12)["state"]["params"]))
+    assert_same(params(ema=True), to_numpy(saved(tmp_path, 12)["state"]["ema"]))
+    loaded = pretrained.load(tmp_path)
+    assert loaded.class_names == tuple("0123456789")
+    assert loaded.preprocessing.crop_ratio == 1.0
+    assert loaded.preprocessing.mean == (0.305,) * 3
+    with pytest.raises(UserError, match="no checkpoint 'newest': choose best or latest"):
+        params(which="newest")
+
+
+def to_numpy(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def test_a_run_without_what_was_asked_for_says_so(trained, tmp_path):
+    with pytest.raises(UserError, match="kept no moving average"):
+        pretrained.load(tmp_path / "run", ema=True)
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="has saved no checkpoint yet"):
+        pretrained.load(tmp_path / "empty")
+
+
+def test_a_training_starts_from_weights(golden, golden_config, tmp_path, capsys, monkeypatch):
+    golden_config.init_from = str(GOLDEN)
+    golden_config.optim.lr = golden_config.optim.min_lr = golden_config.optim.warmup_lr = 0.0
+    golden_config.model.image_size = 40
+    compared = {}
+    monkeypatch.setattr(loop, "check_same", lambda facts, *_: compared.update(facts))
+    train(golden_config, tmp_path)
+    resized = pretrained.load(GOLDEN, image_size=40)
+    assert compared["the digest of the weights of init_from"] == pretrained.fingerprint(resized.params())
+    assert_same(saved(tmp_path)["state"]["params"], resized.params())
+    said = "position embedding resized from 6 x 6 to 5 x 5 patches"
+    assert f"Starting from {GOLDEN}; {said}\n" in capsys.readouterr().out
+    golden_config.steps = 2
+    train(golden_config, tmp_path)  # goes on with the run, not from the weights again
+    printed = capsys.readouterr().out
+    assert "Continuing at step 1" in printed
+    assert "Starting from" not in printed
+
+
+def test_weights_of_another_architecture_stop_a_training_before_anything_is_written(golden_config, tmp_path):
+    golden_config.init_from, golden_config.model.depth = str(GOLDEN), 5
+    with pytest.raises(UserError, match=r"has depth=4, but config.model asks for depth=5: set model.name"):
+        train(golden_config, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_damaged_weights_stop_a_training_before_anything_is_written(golden, golden_config, tmp_path):
+    write(tmp_path / "damaged.pth", golden.tensors)
+    data = bytearray((tmp_path / "damaged.pth").read_bytes())
+    data[data.index(np.asarray(golden.tensors["head.weight"]).tobytes()) + 1000] ^= 1
+    (tmp_path / "damaged.pth").write_bytes(data)
+    golden_config.init_from = str(tmp_path / "damaged.pth")
+    with pytest.raises(UserError, match=r"cannot read .*damaged.pth: it is damaged .wrong checksum of bytes"):
+        train(golden_config, tmp_path / "run")
+    assert not (tmp_path / "run/config.json").exists()
