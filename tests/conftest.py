@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import contextlib
 import shutil
 import site
 import subprocess
@@ -43,9 +44,13 @@ def home(tmp_path_factory):
     os.environ |= {"MPLCONFIGDIR": str(kept), "PYTHONUSERBASE": site.getuserbase()}
     os.environ["HOME"] = str(session / "home")
     os.environ.pop("XDG_CACHE_HOME", None)
-    compiled = str(session / "home/.cache/convit_jax/compiled")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
-    jax.config.update("jax_compilation_cache_dir", compiled)
+    compiled = session / "home/.cache/convit_jax/compiled"
+    if kept := os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # keeps compiled programs between test runs
+        compiled.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            compiled.symlink_to(Path(kept).absolute())
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
 
 
 @pytest.fixture
