@@ -4,8 +4,8 @@
 
 PYTHON: an interpreter with torch and timm; this one needs neither. For each model the peer writes random
 weights (every parameter, gates and positional projections included) as torch.save does, and timm's float32
-logits of four random images; they are read here, compared, written back as .pth and .safetensors, and
-the peer loads both with strict=True and compares again.
+logits of four random images; they are read here, compared and written back as .safetensors, which the peer
+loads with strict=True and compares again.
 """
 
 import subprocess
@@ -18,8 +18,8 @@ import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 
+from convit_jax.weights.formats import write_safetensors
 from convit_jax.weights.pretrained import load
-from convit_jax.weights.writer import write
 
 MODELS = (
     "convit_tiny",
@@ -58,12 +58,11 @@ import timm, torch
 from safetensors.torch import load_file
 folder, name = sys.argv[1:]
 io = np.load(f"{folder}/io.npz")
-for file, read in ((".pth", lambda path: torch.load(path, weights_only=True)), (".safetensors", load_file)):
-    model = timm.create_model(name).eval()
-    model.load_state_dict(read(f"{folder}/back{file}"), strict=True)
-    with torch.no_grad():
-        difference = np.abs(model(torch.from_numpy(io["images"])).numpy() - io["logits"]).max()
-    print(f"{file}: loaded strictly, largest difference {difference:.1e}", end="  ")
+model = timm.create_model(name).eval()
+model.load_state_dict(load_file(f"{folder}/back.safetensors"), strict=True)
+with torch.no_grad():
+    difference = np.abs(model(torch.from_numpy(io["images"])).numpy() - io["logits"]).max()
+print(f"loaded strictly, largest difference {difference:.1e}", end="  ")
 """
 
 
@@ -88,8 +87,7 @@ def compare(name, folder):
     with jax.default_matmul_precision("highest"):
         logits = jax.jit(lambda params: nnx.merge(graphdef, params)(images))(loaded.params())
     difference = float(np.abs(logits - expected).max())
-    for suffix in (".pth", ".safetensors"):
-        write(folder / f"back{suffix}", loaded.tensors)
+    write_safetensors(folder / "back.safetensors", loaded.tensors)
     count = sum(tensor.size for tensor in loaded.tensors.values())
     said = peer(CHECKER, folder, name)
     print(f"{name:34}{count:>12,}  {difference:<14.1e}{np.abs(expected).max():<8.2f}{said}", flush=True)

@@ -21,16 +21,15 @@ from convit_jax.data.augment import normalize
 from convit_jax.data.loader import EvalExample
 from convit_jax.data.sources import ImageFolder
 from convit_jax.models.variants import abstract_model, initial_params, model_settings
-from convit_jax.weights.formats import Preprocessing
+from convit_jax.weights.formats import Preprocessing, write_safetensors
 from convit_jax.weights.names import to_state_dict
-from convit_jax.weights.writer import write
 
 PEER = flags.DEFINE_string("peer", None, "A Python with torch and timm.", required=True)
 IMAGES = flags.DEFINE_string("images", None, "Image folder.", required=True)
 
 # python -c SCRIPT WEIGHTS FOLDER/train FOLDER/val. Labels are places among the classes of train.
 SCRIPT = """
-import os, sys, torch
+import os, sys, safetensors.torch, torch
 try: import timm_here
 except ImportError: pass
 import timm, timm.data
@@ -38,7 +37,7 @@ from torchvision.datasets import ImageFolder
 weights, train, val = sys.argv[1:]
 classes = sorted(os.listdir(train))
 model = timm.create_model("convit_tiny", num_classes=len(classes)).eval()
-model.load_state_dict(torch.load(weights, weights_only=True), strict=True)
+model.load_state_dict(safetensors.torch.load_file(weights), strict=True)
 transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
 data = ImageFolder(val, transform)
 data.target_transform = lambda label: classes.index(data.classes[label])
@@ -59,8 +58,8 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
     source = ImageFolder(IMAGES.value, "test")
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights.pth"
-        write(weights, fitted(source))
+        weights = Path(folder) / "weights.safetensors"
+        write_safetensors(weights, fitted(source))
         data = ["--config.data.name=folder", f"--config.data.dir={IMAGES.value}", "--config.data.workers=0"]
         config = ["--config=configs/convit_ti.py", "--config.eval_batch_size=32", *data]
         ours = [sys.executable, "-m", "convit_jax.evaluate", f"--checkpoint={weights}", *config]

@@ -319,7 +319,7 @@ def define_weights(*, checkpoint=True, new_head=False):
 
 def load_weights(source=None, which=None):
     """The Pretrained that the flags of define_weights ask for; which: instead of --which."""
-    from convit_jax.weights.pretrained import behaving, load
+    from convit_jax.weights.pretrained import load, with_behaviour
 
     values = flags.FLAGS
     source = source or values.checkpoint
@@ -338,4 +338,4 @@ def load_weights(source=None, which=None):
         ema=values.ema,
         **new_head,
     )
-    return behaving(loaded, dtype=values.dtype) if values.dtype else loaded
+    return with_behaviour(loaded, dtype=values.dtype) if values.dtype else loaded

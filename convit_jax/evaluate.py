@@ -41,6 +41,7 @@ def main(_):
     from convit_jax.data.subsample import select
     from convit_jax.rundir import to_agree_on
     from convit_jax.training.distributed import (
+        agree_on_checkpoint,
         check_same,
         in_turns,
         introduce,
@@ -55,8 +56,7 @@ def main(_):
     from convit_jax.training.loop import use_compilation_cache
     from convit_jax.training.sharding import make_mesh, put_same, replicated
     from convit_jax.training.step import eval_metrics, make_eval_step
-    from convit_jax.weights.pretrained import describe, fingerprint, match_classes
-    from convit_jax.weights.run import agree_on_checkpoint
+    from convit_jax.weights.pretrained import describe_weights, fingerprint, match_classes
 
     values = flags.FLAGS
     introduce(make_mesh(-1, 1))  # all devices, which several processes must take
@@ -109,7 +109,7 @@ def main(_):
         process=jax.process_index(),
         processes=jax.process_count(),
     )
-    say(describe(loaded))
+    say(describe_weights(loaded))
     if changes:
         say(f"Changed for this evaluation: {'; '.join(changes)}")
     say(f"{len(indices):,} images of {len(names)} classes in batches of {batch_size}; {how.words()}")

@@ -16,7 +16,7 @@ from convit_jax.rundir import read_metrics
 from convit_jax.training.evaluation import evaluate
 from convit_jax.training.step import eval_metrics
 from convit_jax.weights import pretrained
-from convit_jax.weights.formats import save
+from convit_jax.weights.formats import save_converted
 from convit_jax.weights.pretrained import match_classes
 
 
@@ -39,7 +39,7 @@ def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(traine
     file.write_text(json.dumps(saved))
     changed = ["--config.data.name=digits", "--config.data.dir=", "--config.eval_batch_size=50"]
     assert last_line(f"--checkpoint={tmp_path}/run", *changed) == expected
-    save(pretrained.load(tmp_path / "run"), tmp_path / "w")
+    save_converted(pretrained.load(tmp_path / "run"), tmp_path / "w")
     config = ["--config=configs/digits.py", "--config.eval_batch_size=77"]
     assert last_line(f"--checkpoint={tmp_path}/w", *config) == expected
 
@@ -81,7 +81,7 @@ def test_interventions_that_do_not_fit_are_refused():
 
 def test_images_in_folders(image_folder, tmp_path):
     loaded = pretrained.load(ROOT / "tests/golden/convit_golden.pth", num_classes=3)
-    save(loaded, tmp_path / "w")
+    save_converted(loaded, tmp_path / "w")
     (image_folder / "val/bee/0.jpg").write_bytes(b"not an image")
     data = [f"--config.data.{field}" for field in ("name=folder", f"dir={image_folder}", "workers=0")]
     done = run_python(

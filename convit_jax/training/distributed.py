@@ -314,3 +314,15 @@ def introduce(mesh):
         phase("first all-reduce over all devices")
         size, seconds = time_all_reduce(mesh)
         say(f"All-reduce of {size / 2**20:.0f} MiB a device in {1000 * seconds:.1f} ms")
+
+
+def agree_on_checkpoint(source: str | None, which: str | int = "best", ema: bool = False) -> str | int:
+    """Returns `which` for all processes; of a run directory a step, for another may become the best."""
+    from convit_jax.weights.run import find_step  # Orbax takes a second to import
+
+    if not several():
+        return which
+    with together():
+        if is_first() and source and ((directory := Path(source).expanduser()) / "checkpoints").is_dir():
+            which = find_step(directory, str(which), ema)
+    return from_first(which)

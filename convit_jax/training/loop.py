@@ -26,6 +26,7 @@ from convit_jax.training.attention_log import make_attention_log
 from convit_jax.training.distill import load_teacher
 from convit_jax.training.distributed import (
     Everywhere,
+    agree_on_checkpoint,
     check_same,
     ends_all,
     from_first,
@@ -62,7 +63,6 @@ from convit_jax.training.step import (
 from convit_jax.training.stop import AgreedStop, StopSignals, with_votes
 from convit_jax.training.summary import describe, facts
 from convit_jax.weights.pretrained import fingerprint, load_into
-from convit_jax.weights.run import agree_on_checkpoint
 
 
 def train(config, workdir):
