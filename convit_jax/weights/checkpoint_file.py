@@ -285,6 +285,7 @@ def check_pickle(stream: IO[bytes]) -> None:
     marks: list[int] = []
     memo: dict[int, int] = {}
     spent = 0
+    argument: Any
     for count, (code, argument, _) in enumerate(pickletools.genops(stream)):
         name, before = code.name, code.stack_before
         if name not in INSTRUCTIONS:

@@ -91,7 +91,7 @@ class Pretrained:
 
     def model(self) -> VisionTransformer:
         """Returns the model."""
-        return nnx.merge(self.network[0], jax.device_put(self.params()))
+        return nnx.merge(self.network[0], names.to_params(self.tensors, self.network[1], jax.device_put))
 
     def class_name(self, label: int) -> str:
         """Returns the name of a class, "class 7" if it has none."""

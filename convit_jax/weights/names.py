@@ -6,7 +6,7 @@ hold stacked: layer i of gpsa_blocks is blocks.i, layer i of sa_blocks is blocks
 blocks).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -82,12 +82,15 @@ def check_state_dict(tensors: Mapping[str, np.ndarray], params: Any, source: str
         )
 
 
-def to_params(tensors: Mapping[str, np.ndarray], params: Any) -> dict[str, Any]:
-    """Returns our parameters, a nested dict of float32 numpy arrays, of a state dict.
+def to_params(
+    tensors: Mapping[str, np.ndarray], params: Any, put: Callable[[np.ndarray], Any] = lambda array: array
+) -> dict[str, Any]:
+    """Returns our parameters, a nested dict of float32 arrays, of a state dict.
 
     Args:
       tensors: {name: array of any float type}; `check_state_dict` has passed it.
       params: our parameters, or their shapes.
+      put: called with each finished array, as jax.device_put; so the host holds one at a time.
     """
     filled: dict[str, Any] = {}
     for keys, stacked, names in name_table(params):
@@ -95,9 +98,8 @@ def to_params(tensors: Mapping[str, np.ndarray], params: Any) -> dict[str, Any]:
         branch = filled
         for key in keys[:-1]:
             branch = branch.setdefault(key, {})
-        branch[keys[-1]] = (
-            np.stack(layers, dtype=np.float32) if stacked else np.array(layers[0], np.float32, order="C")
-        )
+        array = np.stack(layers, dtype=np.float32) if stacked else np.array(layers[0], np.float32, order="C")
+        branch[keys[-1]] = put(array)
     return filled
 
 

@@ -1,8 +1,8 @@
 """Resizes the learned position embedding for images of another size than those of the training.
 
-Bicubic like PyTorch's F.interpolate(mode="bicubic", align_corners=False), which the authors' fine-tuning uses: pixel
-i of `new` lies at (i + 1/2) old / new - 1/2, its four neighbours (clamped to the edge) have weights k(t),
-Keys' cubic kernel with a = -3/4, and there is no antialiasing.
+Bicubic like PyTorch's F.interpolate(mode="bicubic", align_corners=False), which the authors' fine-tuning
+uses: pixel i of `new` lies at (i + 1/2) old / new - 1/2, its four neighbours (clamped to the edge) have
+weights k(t), Keys' cubic kernel with a = -3/4, and there is no antialiasing.
 """
 
 import numpy as np

@@ -119,8 +119,8 @@ def mutate_program(path, rng):
 
 def memory(field):
     """VmSize, VmRSS or VmHWM of this process in bytes."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024
 
 
 def main():
@@ -132,7 +132,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mutated"
         files = valid_files(Path(folder))
-        modules, before = {*sys.modules}, memory("VmRSS")
+        modules, before = {*sys.modules}, memory("VmHWM")
         resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + BYTES,) * 2)
         for number in range(arguments.files):
             rng = random.Random(f"{arguments.seed} {number}")
@@ -158,13 +158,12 @@ def main():
             finally:
                 signal.alarm(0)
             slowest = max(slowest, time.process_time() - start)
-        imported = {
-            name for name in {*sys.modules} - modules if not name.startswith("encodings.")
-        }  # of zip names
+        imported = [name for name in {*sys.modules} - modules if not name.startswith("encodings.")]
     print(
         f"{arguments.files} files: {counts['read']} read, {counts['refused']} refused with a message "
-        f"({counts['no memory']} for lack of memory, {counts['unprintable']} unprintable), {len(imported)} modules "
-        f"imported, the slowest took {slowest:.3f} s, memory grew by {(memory('VmHWM') - before) / 1e6:.0f} MB"
+        f"({counts['no memory']} for lack of memory, {counts['unprintable']} unprintable), "
+        f"{len(imported)} modules imported, the slowest took {slowest:.3f} s, "
+        f"memory grew by {(memory('VmHWM') - before) / 1e6:.0f} MB"
     )
 
 

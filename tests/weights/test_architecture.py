@@ -51,7 +51,7 @@ def test_the_shape_of_an_oblong_grid_comes_from_the_caller():
     assert infer(tensors, "it", image_size=(64, 32))["image_size"] == (64, 32)
     with pytest.raises(
         UserError,
-        match="is for 8 positions, which make no square: give the size of the training images with image_size",
+        match="is for 8 positions, which make no square: give the size of the training images",
     ):
         infer(tensors, "it", image_size=(48, 64))
     with pytest.raises(UserError, match="8 positions, which images of 64 x 64 pixels in patches of 16"):

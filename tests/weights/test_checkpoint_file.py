@@ -35,7 +35,7 @@ def read(tmp_path):
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
-    """A function: a file of these bytes is refused soon, with one message; nothing is run, imported or written."""
+    """A function: a file of these bytes is refused soon with one message; nothing is imported or written."""
     monkeypatch.chdir(tmp_path)
 
     def check(data, match):
@@ -130,11 +130,12 @@ def test_golden_files_are_equal():
 
 def test_nothing_is_imported():
     code = (
-        "import sys; from convit_jax.weights.checkpoint_file import read_state_dict; before = {*sys.modules}; "
-        "read_state_dict('tests/golden/kinds_zip.pth'); print(sorted({*sys.modules} - before), 'torch' in sys.modules)"
+        "import sys; from convit_jax.weights.checkpoint_file import read_state_dict as read; "
+        "before = {*sys.modules}; "
+        "read('tests/golden/kinds_zip.pth'); print({*sys.modules} - before, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[] False\n"
+    assert done.stdout == "set() False\n"
 
 
 # ---- Where the state dict is -----------------------------------------------------------------
@@ -175,7 +176,7 @@ def test_only_what_is_needed_is_read(refused, read):
         call("torch.Size", (2, 3)),
         call("pathlib.PosixPath", "runs", "one"),
         call("numpy._core.multiarray.scalar", "f8", b"12345678"),
-        call("numpy.core.multiarray._reconstruct", 0, (0,), b"b") + value((1, (2,), "f4", False, b"1" * 8)) + b"b",
+        call("numpy.core.multiarray._reconstruct", 0, (0,), b"b") + value((1, (2,), "f4", b"1")) + b"b",
         call("datetime.datetime", b"\7\xe8\5\1\f\0\0\0\0\0"),
         named("omegaconf.DictConfig") + b")\x81" + value({"lr": 0.1}) + b"b",
         named("os.system") + value(("touch ran",)) + b"R",
@@ -243,20 +244,22 @@ LIMITS = {
     "a deep key through OrderedDict": (
         named("collections.OrderedDict") + b"]]" + DEEP + b"aNaa\x85R", "makes a dictionary in a way"),
     "a deep key through a parameter": (
-        b"}" + named("torch._utils._rebuild_parameter") + DEEP + b"\x89N\x87RNs", "parameter that is no tensor"),
-    "a deep element type": (rebuilt(0, (4,), (1,), name="torch._utils._rebuild_tensor_v3", more=(False, {}))[:-2]
-        + DEEP + b"tR", "type is not supported"),
-    "a deep storage": (b"(" + value("storage") + named("torch.FloatStorage") + DEEP + b"NK\4tQ", "not supported"),
+        b"}" + named("torch._utils._rebuild_parameter") + DEEP + b"\x89N\x87RNs", "parameter that is"),
+    "a deep element type": (
+        rebuilt(0, (4,), (1,), name="torch._utils._rebuild_tensor_v3")[:-2] + DEEP + b"tR", "is not supported"),
+    "a deep storage": (
+        b"(" + value("storage") + named("torch.FloatStorage") + DEEP + b"NK\4tQ", "not supported"),
     "long numbers as keys": (value({k * (2**61 - 1): 0 for k in range(1, 9)}), "a key or a member"),
     "a key that cannot be one": (b"}]Ns", "TypeError: unhashable"),
-    "a long tuple for many calls": (LONG_TUPLE + named("a.b") + b"q\2" + b"h\2h\1R" * 20, "more than 200,000"),
+    "a long tuple for many calls": (
+        LONG_TUPLE + named("a.b") + b"q\2" + b"h\2h\1R" * 20, "more than 200,000 instructions"),
     "instructions": (b"N" * 250_000, "more than 200,000 instructions"),
     "names": (b"".join(b"ca\n%d\n" % n for n in range(1100)), "more than 1,000 unknown classes"),
     "a memo index of 2**31": (b"Nr\0\0\0\x80", "memo index 2,147,483,648"),
     "a function that changes": (
         named("torch._utils._rebuild_tensor_v2") + b"N}" + value("__defaults__") + value((1,)) + b"s\x86b",
         "changes something"),
-    "a tensor that changes": (rebuilt(0, (4,), (1,)) + value({"shape": (2**40,)}) + b"b", "changes something"),
+    "a tensor that changes": (rebuilt(0, (4,), (1,)) + value({"shape": (2,)}) + b"b", "changes something"),
     "a dtype that changes": (named("torch.float32") + value((3, ">", None)) + b"b", "damaged"),
     "a text of 4 GB": (b"X\xff\xff\xff\xffabc", "damaged"),
     "bytes of 2**40": (b"\x8e\0\0\0\0\0\1\0\0", "damaged"),
@@ -303,7 +306,7 @@ TENSORS = {
     "storage too short": (rebuilt(0, (5,), (1,), of=storage(5)), "storage 0 has not 20 bytes"),
     "storage of terabytes": (rebuilt(0, (4,), (1,), of=storage(2**40)), "has not 4,398,046,511,104 bytes"),
     "storage of -1": (rebuilt(0, (4,), (1,), of=storage(-1)), "not supported"),
-    "storage elsewhere": (rebuilt(0, (4,), (1,), of=storage(4, "../data.pkl")), r"storage ../data.pkl has not"),
+    "storage elsewhere": (rebuilt(0, (4,), (1,), of=storage(4, "../x")), r"storage ../x has not 16 bytes"),
     "storage of no type": (rebuilt(0, (4,), (1,), of=storage(4, kind="torch.QInt8Storage")), "not supported"),
     "not a storage": (rebuilt(0, (4,), (1,), of=b"(" + value("module") + b"NNNNtQ"), "is not a storage"),
     "no identity": (rebuilt(0, (4,), (1,), of=b"K\1Q"), "is not a storage"),

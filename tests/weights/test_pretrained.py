@@ -204,7 +204,7 @@ def test_no_connection_is_said_in_a_sentence(source, sentence, tmp_path, monkeyp
 
 
 def save_run(directory, golden, steps):
-    """A run directory as train.py leaves it: {step: (val_top1, val_ema_top1)}; parameters are the step's number."""
+    """A run directory with steps {step: (val_top1, val_ema_top1)}; all parameters are the step's number."""
     lines = []
     for step, (top1, ema_top1) in steps.items():
         params = jax.tree.map(lambda leaf, step=step: np.full_like(leaf, step), golden.params())
