@@ -1,8 +1,8 @@
 """Lists the images that a config trains on, with a hash to quote in a paper.
 
-    python -m convit_jax.subset --config=configs/convit_s.py --config.data.sampling_ratio=0.1
+    python -m convit_jax.subset --config=configs/convit_s.py --config.data.sampling_ratio=0.1 --list
 
-The last line, which starts with #, has the number of images and the SHA-256 of the lines before it.
+The last line has the number of images and the SHA-256 of the lines with their names.
 """
 
 import hashlib
@@ -17,8 +17,12 @@ from convit_jax.data.subsample import training_subset
 from convit_jax.errors import UserError
 
 
+def _define_flags() -> None:
+    flags.DEFINE_bool("list", False, "Print the name of every image.")
+
+
 def main(arguments: list[str]) -> None:
-    """Prints the names of the images, their number and their hash."""
+    """Prints the number of images and their hash; with --list their names first."""
     config = flags.FLAGS.config
     if config is None:
         raise UserError("there is no config: add --config=configs/convit_s.py, or another one.")
@@ -28,7 +32,8 @@ def main(arguments: list[str]) -> None:
     for index in indices:
         line = f"{source.names[index]}\n"
         digest.update(line.encode())
-        sys.stdout.write(line)
+        if flags.FLAGS.list:
+            sys.stdout.write(line)
     classes = len(np.unique(source.labels[indices]))
     print(
         f"# {len(indices):,} of {len(source):,} images in {classes} classes of {config.data.name}, "
@@ -37,4 +42,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launch("subset", main, config="")
+    launch("subset", main, define=_define_flags, config="")

@@ -127,7 +127,7 @@ def test_the_fraction_in_the_message_is_enough(size):
 def test_the_command_lists_a_subset_with_the_hash_of_its_lines(tfds_data):
     root = tfds_data / "tfrecord"
     config = ["--config=configs/convit_s.py", f"--config.data.dir={root}", "--config.data.name=cifar10"]
-    done = run_python("-m", "convit_jax.subset", *config, "--config.data.sampling_ratio=0.5")
+    done = run_python("-m", "convit_jax.subset", *config, "--config.data.sampling_ratio=0.5", "--list")
     *lines, summary = done.stdout.splitlines(keepends=True)
     source = TfdsImages("cifar10", root, "train")
     expected = [source.names[index] for index in select(source.labels, source.names, sampling_ratio=0.5)]
