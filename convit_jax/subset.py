@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 
 from convit_jax.cli import launch
+from convit_jax.config import check_config
 from convit_jax.data.sources import open_source
 from convit_jax.data.subsample import training_subset
 from convit_jax.errors import UserError
@@ -26,6 +27,7 @@ def main(arguments: list[str]) -> None:
     config = flags.FLAGS.config
     if config is None:
         raise UserError("there is no config: add --config=configs/convit_s.py, or another one.")
+    check_config(config)
     source = open_source(config.data, "train")
     indices = training_subset(config, source)
     digest = hashlib.sha256()

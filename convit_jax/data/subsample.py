@@ -16,8 +16,6 @@ from convit_jax.data.index import Names
 from convit_jax.data.sources import Source
 from convit_jax.errors import UserError
 
-RULES = ("first", "random")
-
 
 def select(
     labels: np.ndarray,
@@ -41,15 +39,11 @@ def select(
       seed: of the random rule.
 
     Raises:
-      UserError: a value is out of range, or a class is left without an image.
+      UserError: the data has fewer classes, or a class is left without an image.
     """
     present = int(labels.max()) + 1 if classes is None else classes
-    if not 0.0 < sampling_ratio <= 1.0:
-        raise UserError(f"data.sampling_ratio is {sampling_ratio}: it must be above 0 and at most 1.")
     if num_classes is not None and not 1 <= num_classes <= present:
         raise UserError(f"data.num_classes is {num_classes}, but the data has {present} classes.")
-    if rule not in RULES:
-        raise UserError(f"data.subset_rule is {rule!r}: choose {' or '.join(RULES)}.")
 
     def order(index: int) -> str | bytes:
         if rule == "first":

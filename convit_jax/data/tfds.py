@@ -92,7 +92,7 @@ class TfdsImages(Indexed):
         if min(labels) < 0:
             raise UserError(f"{self.directory} has no labels in {info.name}: use another data set.")
         names = [
-            f"{self.class_names[label]}/{f'{number:08d}' if name is None else name.decode()}"
+            f"{self.class_names[label]}/{f'{number:08d}' if name is None else os.fsdecode(name)}"
             for number, (label, name) in enumerate(described)
         ]
         return make_index(labels, names, **arrays)

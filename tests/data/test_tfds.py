@@ -223,15 +223,13 @@ def test_a_data_set_that_does_not_exist_is_answered_with_where_and_how(name, dam
         TfdsImages(name, root, "train")
 
 
-@pytest.mark.parametrize("damage", [cut, empty, html, os.unlink])
+@pytest.mark.parametrize("damage", [cut, empty, html])
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
 def test_a_damaged_description_is_named(file, damage, root):
     damage(root / IMAGENET / file)
-    with pytest.raises(UserError, match="'imagenet2012' in ") as caught:
+    with pytest.raises(UserError, match=r"'imagenet2012' in .* is missing or damaged \(.+\): copy") as caught:
         TfdsImages("imagenet2012", root, "train")
     assert "\n" not in str(caught.value)
-    if (file, damage) != ("features.json", os.unlink):
-        assert "is missing or damaged (" in str(caught.value)
 
 
 def test_a_directory_without_a_train_split_is_explained(root):
