@@ -67,10 +67,6 @@ def test_names_come_out_as_they_went_in(names):
         packed[len(names)]
 
 
-def test_records_are_in_the_order_of_label_and_name():
-    assert rows(build()) == IN_ORDER
-
-
 def test_an_index_is_built_once_then_mapped_and_pickles_as_its_path(data):
     for make in (build, never):
         index = cached_index(data, "train", "f", make)
@@ -101,12 +97,6 @@ def test_changed_data_replace_the_index(beside_the_data, data, home, read_only):
     assert rows(index) == rows(cached_index(data, "train", "after", never)) == IN_ORDER
     assert index.path.parent == data if beside_the_data else home / "cache/convit_jax/indices"
     assert os.listdir(index.path.parent) == [index.path.name]
-
-
-def test_an_index_that_is_not_worth_keeping_is_not_kept(data):
-    for _ in range(2):
-        assert rows(cached_index(data, "train", "f", build, keep=lambda arrays: False)) == IN_ORDER
-    assert not os.listdir(data)
 
 
 @pytest.mark.parametrize(

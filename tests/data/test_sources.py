@@ -163,6 +163,8 @@ def test_a_mistyped_data_name_is_answered_with_the_nearest(typed, meant, tmp_pat
 
 
 def test_the_list_of_a_large_flat_folder_is_kept_until_a_file_comes_or_goes(folder, monkeypatch):
+    ImageFolder(folder, "train")
+    assert sorted(os.listdir(folder)) == ["train", "val"]  # a small folder is listed again
     monkeypatch.setattr(sources, "LARGE_FOLDER", 3)
     before = list(ImageFolder(folder, "train").names)
     write_image(folder / "train/a/deep/er/new.jpg")  # changes no time of a class folder
