@@ -7,7 +7,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from convit_jax.errors import UserError
-from convit_jax.rundir import read_metrics
+from convit_jax.rundir import checkpoint_steps, read_metrics
 
 
 def read_run(directory: Path, which: str | int = "best", ema: bool = False) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def find_step(directory: Path, which: str, ema: bool) -> int:
     """
     if which not in ("best", "latest"):
         raise UserError(f"there is no checkpoint {which!r}: choose best or latest.")
-    steps = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+    steps = checkpoint_steps(directory)
     if not steps:
         raise UserError(f"the run in {directory} has not saved a checkpoint yet: let it train longer.")
     score = "val_ema_top1" if ema else "val_top1"

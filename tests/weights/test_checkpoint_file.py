@@ -246,7 +246,7 @@ LIMITS = {
     "a deep key through a parameter": (
         b"}" + named("torch._utils._rebuild_parameter") + DEEP + b"\x89N\x87RNs", "parameter that is"),
     "a deep element type": (
-        rebuilt(0, (4,), (1,), name="torch._utils._rebuild_tensor_v3")[:-2] + DEEP + b"tR", "is not supported"),
+        rebuilt(0, (4,), (1,), name="torch._utils._rebuild_tensor_v3")[:-2] + DEEP + b"tR", "not supported"),
     "a deep storage": (
         b"(" + value("storage") + named("torch.FloatStorage") + DEEP + b"NK\4tQ", "not supported"),
     "long numbers as keys": (value({k * (2**61 - 1): 0 for k in range(1, 9)}), "a key or a member"),
