@@ -39,7 +39,7 @@ WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
         (
             "export",
             [WEIGHTS, "--platforms=cpu,gpu", "x"],
-            "there is no platform 'gpu': choose from cpu, cuda",
+            "there is no platform 'gpu': choose from cpu",
         ),
         ("export", [WEIGHTS], "give one OUTPUT, not 0 arguments"),
     ],
