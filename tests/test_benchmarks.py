@@ -25,7 +25,7 @@ def test_the_benchmark_of_models_runs_and_writes_its_table(tmp_path):
     command = [sys.executable, "-m", "benchmarks.model", "--models=convit_tiny@16", "--batch=2", "--rounds=1"]
     options = [
         "--tasks=training",
-        "--programs=convit+unrolled,plain+unrolled,timm-convit",
+        "--programs=plain+unrolled,timm-convit",
         "--seconds=0.01",
         f"--settings={json.dumps(SETTINGS)}",
         f"--json={tmp_path / 'x'}",
@@ -34,10 +34,9 @@ def test_the_benchmark_of_models_runs_and_writes_its_table(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "convit_tiny@16, batch 2, 1 rounds, cpu" in done.stdout
     found = json.loads((tmp_path / "x").read_text())["models"]["convit_tiny@16"]
-    assert [row["program"] for row in found["rates"]] == ["convit+unrolled", "plain+unrolled"]  # no peer
-    for row in found["rates"]:
-        assert min(row["images_per_second"], *row["first_step"], row["mfu"], row["program_mb"]) > 0
-    assert [row["ratio"] for row in found["ratios"]] == ["convit+unrolled / plain+unrolled"]
+    (row,) = found["rates"]  # no peer, so timm is left out
+    assert row["program"] == "plain+unrolled"
+    assert min(row["images_per_second"], *row["first_step"], row["mfu"], row["program_mb"]) > 0
 
 
 def test_the_plain_network_differs_only_in_the_position():
