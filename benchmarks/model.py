@@ -94,10 +94,10 @@ def measure(processes, options, deadline, keep):
     for round_number in range(options.rounds):
         for program, process in processes.items():
             left = deadline - time.monotonic()
-            if program in failed:
-                continue
             if left <= 0:
-                print(f"  no time left for {program} in round {round_number + 1}", flush=True)
+                print(f"  no time left from {program} in round {round_number + 1} on", flush=True)
+                return
+            if program in failed:
                 continue
             tasks = [*options.tasks, *["peak"] * (program == reference)]
             found = run_once(process, tasks, options.seconds, left)
@@ -160,7 +160,8 @@ def show(found):
     print(f"  {'':46} images/s     MFU   first step, cold and warm   memory MB")
     for row in found["rates"]:
         mfu = f"{row['mfu']:7.1%}" if "mfu" in row else f"{'-':>7}"
-        first = f"{row['first_step'][0]:15.1f} s {row['first_step'][-1]:6.1f} s"
+        first, *later = row["first_step"]
+        first = f"{first:15.1f} s" + (f"{later[-1]:7.1f} s" if later else f"{'-':>9}")
         memory = f"{row['program_mb']:12.0f}" if row["program_mb"] else f"{'-':>12}"
         print(f"  {row['task']:10}{row['program']:36}{row['images_per_second']:9.2f} {mfu}{first}{memory}")
     for row in found["ratios"]:

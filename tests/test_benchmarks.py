@@ -93,6 +93,8 @@ def test_failed_and_late_programs_do_not_stop_the_others():
     found = {"inference": {"images_per_second": 5.0}}
     assert len(kept) == 3  # plain is not run again
     assert kept[-1] == str({"convit": [found, found], "plain": [{}]})
+    model.measure(processes, options, time.monotonic(), kept.append)
+    assert len(kept) == 3  # no time for any of them
     assert model.run_once(late, ["inference", "training"], 1, 1) == found
 
 
