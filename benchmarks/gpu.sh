@@ -61,7 +61,8 @@ timm-convit+compiled,convit+cudnn,plain+cudnn,convit+unrolled,plain+unrolled,con
         ;;
     loop)
         timeout 300 "$python" -m benchmarks.loop --config=configs/convit_s.py --rounds=2 --config.mesh.data=1 \
-            --config.model.attention=cudnn --config.model.scan_unroll=12 --json="$out/loop.json" "${loop[@]}"
+            --config.model.attention=cudnn --config.model.scan_unroll=12 --json="$out/loop.json" "${loop[@]}" ||
+            echo "benchmarks.loop ended with $? (124: no time left)."
         [ -z "$compare" ] || timeout 240 "$python" -m benchmarks.parity "$compare" --models=convit_tiny,convit_small
         ;;
     esac
