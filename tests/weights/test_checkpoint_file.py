@@ -15,7 +15,8 @@ from forgery import call, named, program, rebuilt, save_torch, storage, torch_zi
 
 from convit_jax.errors import UserError
 from convit_jax.weights import checkpoint_file
-from convit_jax.weights.checkpoint_file import DTYPES, MAGIC, read_state_dict
+from convit_jax.weights.checkpoint_file import MAGIC, read_state_dict
+from convit_jax.weights.torch_pickle import DTYPES
 
 GOLDEN = ROOT / "tests/golden"
 KINDS = ("kinds_zip.pth", "kinds_zip_protocol_5.pth", "kinds_stream.pth")
