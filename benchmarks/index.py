@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convit_jax.data.loader import Slots, TrainExample
+from convit_jax.data.examples import Slots, TrainExample
 from convit_jax.data.subsample import select
 from convit_jax.data.tfds import TfdsImages
 from convit_jax.data.tfrecord import CRC, HEADER, masked_crc

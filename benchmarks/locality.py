@@ -16,7 +16,8 @@ import jax
 from absl import flags
 
 from convit_jax.cli import launch
-from convit_jax.data.loader import Unreadable, batches
+from convit_jax.data.examples import Unreadable
+from convit_jax.data.loader import batches
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.training.attention_log import image_count, make_attention_log
 from convit_jax.training.evaluation import evaluate

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from flax import nnx
 
 from convit_jax.data.augment import normalize
-from convit_jax.data.loader import EvalExample
+from convit_jax.data.examples import EvalExample
 from convit_jax.data.sources import ImageFolder
 from convit_jax.models.variants import abstract_model, initial_params, model_settings
 from convit_jax.weights.formats import Preprocessing

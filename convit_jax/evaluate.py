@@ -35,8 +35,9 @@ def main(_):
     import jax
     from ml_collections import ConfigDict
 
+    from convit_jax.data.examples import EvalExample, Unreadable
     from convit_jax.data.index import digest
-    from convit_jax.data.loader import EvalExample, Unreadable, batches
+    from convit_jax.data.loader import batches
     from convit_jax.data.sources import open_source
     from convit_jax.data.subsample import select
     from convit_jax.rundir import to_agree_on

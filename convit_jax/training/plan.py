@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import math
 
+from convit_jax.data.examples import EvalExample, Slots, TrainExample
 from convit_jax.data.index import digest
-from convit_jax.data.loader import EvalExample, Slots, TrainExample
 from convit_jax.data.sources import open_source
 from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError

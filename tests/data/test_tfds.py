@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from convit_jax.data import open_files
-from convit_jax.data.loader import EvalExample, Slots, TrainExample, batches
+from convit_jax.data.examples import EvalExample, Slots, TrainExample
+from convit_jax.data.loader import batches
 from convit_jax.data.sources import ImageFolder, open_source
 from convit_jax.data.subsample import select
 from convit_jax.data.tfds import TfdsImages
