@@ -8,28 +8,16 @@ workers, and several processes can share the rows of a step.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from convit_jax.data.images import Picture, centre_crop, decode, random_resized_crop
+from convit_jax.data.sources import Source
 from convit_jax.errors import UserError
 
 TRIES = 10  # images tried in place of an unreadable one before the run fails
 
 Batch = dict[str, np.ndarray]
-
-
-class Source(Protocol):
-    """Labelled images by index: content of an image file, or uint8 [H, W, 3]."""
-
-    @property
-    def labels(self) -> np.ndarray: ...
-
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    def __getitem__(self, index: int) -> bytes | np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
