@@ -1,8 +1,8 @@
 """Pillow's pixel operations on uint8 batches inside jit: lookup tables, affine warp, blends.
 
 Each operation rounds, truncates and clips as Pillow's C code does, so tables and blends give exactly its
-pixels. The warp uses float32 where Pillow uses double. Images are uint8 [B, H, W, 3]. Every image has
-settings of its own in row b of a settings array, and the cost does not depend on them.
+pixels. The warp uses float32 where Pillow uses double. Images are uint8 [B, H, W, 3]. Settings have one row
+for each image, and the cost does not depend on their values.
 """
 
 import math

@@ -29,25 +29,19 @@ def test_an_epoch_shows_every_image_of_the_subset_once(indices):
         assert sorted(epoch_of(slots, epoch)) == indices
 
 
-def test_epochs_and_seeds_differ_and_each_image_is_first_equally_often():
+def test_the_order_is_a_random_function_of_seed_and_slot():
     orders = {tuple(epoch_of(Slots(np.arange(60), seed), epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
-    assert tuple(range(60)) not in orders
     slots = Slots(np.arange(8), seed=0)
     first = np.bincount([slots.example(8 * epoch) for epoch in range(400)], minlength=8)
     assert np.abs(first / 400 - 1 / 8).max() < 0.07  # four standard deviations
+    slots = Slots(np.arange(40), seed=5)
+    backwards = [slots.example(slot) for slot in reversed(range(150))]
+    assert [Slots(np.arange(40), seed=5).example(slot) for slot in range(150)] == backwards[::-1]
+    assert backwards[:-6:-1] == [31, 21, 12, 9, 27]  # in every version
 
 
-def test_the_order_depends_only_on_seed_and_slot():
-    forwards = [Slots(np.arange(40), 5).example(slot) for slot in range(150)]
-    slots = Slots(np.arange(40), 5)
-    assert [slots.example(slot) for slot in reversed(range(150))] == forwards[::-1]
-    assert forwards[:5] == [31, 21, 12, 9, 27]  # in every version
-
-
-@pytest.mark.parametrize(
-    ("count", "length"), [(1, 1), (30, 30), (255, 255), (256, 256), (511, 256), (700, 512)]
-)
+@pytest.mark.parametrize(("count", "length"), [(1, 1), (30, 30), (255, 255), (256, 256), (700, 512)])
 def test_repeated_augmentation_shows_a_third_of_the_images_three_times_in_a_row(count, length):
     slots = Slots(np.arange(1000, 1000 + count), 0, repeats=3)
     assert slots.epoch_length == length
@@ -64,11 +58,7 @@ def test_a_training_batch_holds_the_images_and_labels_of_its_slots():
     digits = Digits("test")
     example = TrainExample(digits, Slots(np.arange(40, 50), 0), (8, 8), "pad")
     batch = example(range(3, 18))  # over the border of an epoch
-    assert {name: (value.dtype, value.shape) for name, value in batch.items()} == {
-        "image": (np.uint8, (15, 8, 8, 3)),
-        "label": (np.int32, (15,)),
-        "unreadable": (np.int64, (15,)),
-    }
+    assert [batch[name].dtype for name in ("image", "label", "unreadable")] == [np.uint8, np.int32, np.int64]
     shown = [example.slots.example(slot) for slot in range(3, 18)]
     np.testing.assert_array_equal(batch["image"], digits.images[shown])
     np.testing.assert_array_equal(batch["label"], digits.labels[shown])
@@ -113,17 +103,6 @@ def test_repeats_are_read_once_and_cropped_differently(folder):
         np.testing.assert_array_equal(alone["image"][0], batch["image"][slot])
 
 
-def test_evaluation_shows_its_subset_and_then_nothing(folder):
-    indices = np.array([1, 4, 9])
-    batch = EvalExample(folder, indices, (8, 8), 0.875)(range(5))
-    assert batch["valid"].dtype == bool
-    assert batch["valid"].tolist() == [True, True, True, False, False]
-    assert batch["label"][:3].tolist() == folder.labels[indices].tolist()
-    for row, index in enumerate(indices):
-        expected = centre_crop(decode(folder[index], "image"), (8, 8), 0.875)
-        np.testing.assert_array_equal(batch["image"][row], expected)
-
-
 def damage(root, *names):
     for name in names:
         (root / name).write_bytes(b"not an image")
@@ -151,11 +130,17 @@ def test_training_fails_when_too_many_images_in_a_row_are_unreadable(image_folde
         example([0])
 
 
-def test_an_unreadable_test_image_is_not_valid(image_folder, folder):
+def test_evaluation_shows_its_subset_and_marks_other_rows_as_not_valid(image_folder, folder):
     damage(image_folder, "train/ant/4.jpg")
-    batch = EvalExample(folder, np.arange(6), (8, 8), 1.0)(range(7))
-    assert batch["valid"].tolist() == [True, True, True, True, False, True, False]
-    assert batch["unreadable"].tolist() == [-1, -1, -1, -1, 4, -1, -1]
+    indices = np.array([1, 4, 9])
+    batch = EvalExample(folder, indices, (8, 8), 0.875)(range(5))
+    assert batch["valid"].dtype == bool
+    assert batch["valid"].tolist() == [True, False, True, False, False]
+    assert batch["unreadable"].tolist() == [-1, 4, -1, -1, -1]
+    for row in (0, 2):
+        expected = centre_crop(decode(folder[indices[row]], "image"), (8, 8), 0.875)
+        np.testing.assert_array_equal(batch["image"][row], expected)
+        assert batch["label"][row] == folder.labels[indices[row]]
 
 
 def test_unreadable_images_are_reported_once_and_stop_the_run_at_the_limit(image_folder, folder):

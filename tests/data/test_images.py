@@ -64,11 +64,6 @@ def test_every_kind_of_image_decodes_to_uint8_rgb(kind):
     assert np.abs(pixels.astype(int) - colour).max() <= 3
 
 
-def test_an_array_is_already_decoded():
-    pixels = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
-    np.testing.assert_array_equal(decode(pixels, "4"), pixels)
-
-
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_damaged_file_is_refused_by_name(kind, monkeypatch):
     record, reason = BROKEN[kind]
@@ -93,9 +88,8 @@ def test_random_crops_have_the_areas_aspects_and_places_of_the_definition(width,
     rng = np.random.default_rng(0)
     boxes = np.array([random_resized_crop_box(width, height, rng) for _ in range(4000)])
     left, top, right, bottom = boxes.T
-    assert (boxes >= 0).all()
-    assert (right <= width).all()
-    assert (bottom <= height).all()
+    assert boxes.min() >= 0
+    assert (right.max(), bottom.max()) == (width, height)
     w, h = right - left, bottom - top
     expected_w, expected_h = defined_crops(width, height, 4000).T
     assert ks_2samp(w * h, expected_w * expected_h).pvalue > 0.01
@@ -157,4 +151,5 @@ def test_arrays_and_images_are_cut_and_resized_alike(kind):
     cut = Image.fromarray(pixels).crop((3, 2, 25, 20)).resize((16, 12), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(crop_resize(kind(pixels), (12, 16), (3, 2, 25, 20)), np.asarray(cut))
     np.testing.assert_array_equal(centre_crop(kind(pixels), (24, 32), 1.0), pixels)  # already of that size
+    np.testing.assert_array_equal(decode(pixels, "name"), pixels)
     assert centre_crop(kind(pixels), (16, 16), 0.875).shape == (16, 16, 3)

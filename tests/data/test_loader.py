@@ -1,5 +1,6 @@
 """The stream of batches: the same for threads, workers, restarts and processes, whatever signals come."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -40,8 +41,9 @@ def test_workers_load_the_same_stream_although_signals_reach_them(workers, examp
     def send_signals():
         while not done.wait(0.002):
             for worker in {*multiprocessing.active_children()} - before:
-                os.kill(worker.pid, signal.SIGINT)
-                os.kill(worker.pid, signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(worker.pid, signal.SIGINT)
+                    os.kill(worker.pid, signal.SIGTERM)
                 signalled.add(worker.pid)
 
     sender = threading.Thread(target=send_signals)
