@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from convit_jax.data.loader import Unreadable, batches, empty
+from convit_jax.data.examples import Unreadable, empty_batch
+from convit_jax.data.loader import batches
 from convit_jax.errors import UserError
 from convit_jax.figures.curves import draw_curves
 from convit_jax.models.variants import abstract_model, initial_params
@@ -286,7 +287,7 @@ def train(config, workdir):
                     raise
                 stop.error = error
             if stop.error is not None:  # the others are under way: go on with them until all know of it
-                blank = empty(config.batch_size // jax.process_count(), plan.train.size)
+                blank = empty_batch(config.batch_size // jax.process_count(), plan.train.size)
                 batch = put_batch(unreadable.take(blank), mesh)
             votes = stop.votes()
             began = time.monotonic()

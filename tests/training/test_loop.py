@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_same, saved
 
-from convit_jax.data import loader
+from convit_jax.data import examples
 from convit_jax.errors import UserError
 from convit_jax.rundir import read_metrics
 from convit_jax.training import loop
@@ -187,7 +187,7 @@ def test_unreadable_images_are_named_and_counted_and_the_run_goes_on(
     (image_folder / "val/cat/1.jpg").write_bytes(b"")
     last = train(digits_config, tmp_path / "run")
     said = capsys.readouterr().out
-    assert said.count("cannot decode the image bee/3.jpg (of no known format)") == 1
+    assert said.count("cannot decode the image bee/3.jpg (unknown image format)") == 1
     assert said.count("cannot decode the image cat/1.jpg (it is empty, 0 bytes)") == 1
     assert last["step"] == 6
     assert last["val_top1"] in [pytest.approx(100 * hits / 5) for hits in range(6)]  # of 6 images
@@ -211,13 +211,13 @@ def test_too_many_unreadable_images_stop_the_run_and_what_was_saved_stays(
 def test_the_loader_of_a_run_draws_only_the_images_of_its_subset(digits_config, tmp_path, monkeypatch):
     digits_config.data.sampling_ratio, digits_config.data.num_classes = 0.1, 4
     digits_config.batch_size, digits_config.eval_batch_size = 8, 16
-    seen, decode = set(), loader.decode
+    seen, decode = set(), examples.decode
 
     def spy(record, name):
         seen.add(name)
         return decode(record, name)
 
-    monkeypatch.setattr(loader, "decode", spy)
+    monkeypatch.setattr(examples, "decode", spy)
     train(digits_config, tmp_path)
     assert {name.split("/")[0] for name in seen} == {"0", "1", "2", "3"}
     assert json.loads((tmp_path / "run.json").read_text())["train_images"] == sum(
