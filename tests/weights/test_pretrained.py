@@ -121,7 +121,7 @@ def test_float32_does_without_the_kernel_that_does_not_take_it():
     faster = pretrained.with_behaviour(loaded, dtype="bfloat16", attention="cudnn")
     assert faster.settings["attention"] == "cudnn"
     assert pretrained.with_behaviour(faster, dtype="float32").settings["attention"] == "xla"
-    with pytest.raises(UserError, match="attention.*cudnn.*float32"):
+    with pytest.raises(UserError, match=r"attention.*cudnn.*float32"):
         pretrained.with_behaviour(loaded, attention="cudnn")
 
 
