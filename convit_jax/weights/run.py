@@ -1,26 +1,10 @@
 """The parameters that a run directory has kept; reads only, so the run may still be going."""
 
-from pathlib import Path
-
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from convit_jax.errors import UserError
 from convit_jax.rundir import read_metrics
-from convit_jax.training.distributed import from_first, is_first, several, together
-
-
-def agree_on_checkpoint(source, which="best", ema=False):
-    """`which` of a source of weights for all processes, which call this together; of a run directory a step.
-
-    The run may go on, and another checkpoint be the best a moment later.
-    """
-    if not several():
-        return which
-    with together():
-        if is_first() and source and ((directory := Path(source).expanduser()) / "checkpoints").is_dir():
-            which = find_step(directory, which, ema)
-    return from_first(which)
 
 
 def read_run(directory, which="best", ema=False):
