@@ -13,8 +13,9 @@ Done: top-1 {val_top1:.2f}  top-5 {val_top5:.2f}  loss {val_loss:.4f}
   checkpoints  {workdir}/checkpoints (latest and best)
   curves       {curves}
   TensorBoard  tensorboard --logdir={workdir}/tensorboard (after pip install tensorboard)
-  next         your own images: {python} train.py --config=configs/convit_ti.py --config.init_from=convit_tiny \
---config.data.name=folder --config.data.dir=FOLDER with FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"""
+  next         your own images: {python} train.py --config=configs/convit_ti.py \
+--config.init_from=convit_tiny --config.data.name=folder --config.data.dir=FOLDER with \
+FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"""
 
 
 def _define_flags() -> None:
@@ -32,7 +33,8 @@ def main(arguments: list[str]) -> None:
     if is_first():
         curves = draw_curves(workdir, workdir)[0]
         if last:
-            print(SUMMARY.format(workdir=workdir, curves=curves, python=os.path.relpath(sys.executable), **last))
+            python = os.path.relpath(sys.executable)
+            print(SUMMARY.format(workdir=workdir, curves=curves, python=python, **last))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@
     python -m convit_jax.evaluate --checkpoint=runs/convit_s --gates=content --gpsa_layers=5
 
 The preprocessing (crop, interpolation, mean, std) comes with the weights. The images come from the `data`
-section of --config; for a run directory from its own config, which --config.data.dir=IMAGES and other fields
-change. The last two commands are Tables 5 and 6 of the paper: the accuracy without the position embedding, and
-with gates forced to position or content.
+section of --config; for a run directory from its own config, which --config.data.dir=IMAGES and other
+fields change. The last two commands are Tables 5 and 6 of the paper: the accuracy without the position
+embedding, and with gates forced to position or content.
 """
 
 import dataclasses

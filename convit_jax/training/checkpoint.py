@@ -112,10 +112,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            full = any(getattr(error, "errno", None) == code or os.strerror(code) in str(error) for code in NO_SPACE)
+            number, text = getattr(error, "errno", None), str(error)
+            full = any(number == code or os.strerror(code) in text for code in NO_SPACE)
             if not full and not isinstance(error, OSError):
                 raise
-            cause = "the disk is full" if full else str(error)
+            cause = "the disk is full" if full else text
             steps = [int(path.name) for path in self.directory.iterdir() if path.name.isdigit()]
             kept = f"continues from step {max(steps)}" if steps else "starts over, there is no checkpoint yet"
             raise UserError(

@@ -102,12 +102,13 @@ def join(
     for name, seconds in (("start_timeout", start_timeout), ("heartbeat_timeout", heartbeat)):
         if seconds < 1:
             raise UserError(f"--{name} is {seconds}: it must be at least 1 second.")
-    starter = None
+    starter: str | None = None
+    rank: int | None = process_id
     if coordinator is not None and num_processes is not None and process_id is not None:
         _check_flags(coordinator, num_processes, process_id)
         if num_processes == 1:
             return
-        where, rank = f"the {num_processes} processes at {coordinator}", process_id
+        where = f"the {num_processes} processes at {coordinator}"
     elif len(missing) < len(given):
         raise UserError(
             f"--{missing[0]} is missing: give --coordinator=HOST:PORT, --num_processes and --process_id "
@@ -213,7 +214,9 @@ def _sentence(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command continues from the last checkpoint."
-    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+    if isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and "Gloo" in str(error)
+    ):
         reason = str(error).partition("\n")[0]
         return out_of_memory(error) or (
             f"an operation across processes failed ({reason}). If another process has ended, its output says "

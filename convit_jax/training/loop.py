@@ -27,7 +27,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
     Returns:
       The last line of metrics.jsonl with an evaluation (step, epoch, val_top1 and val_top5 in per cent,
-      val_loss, ...), or None if a signal stopped the run. Of several processes the first one writes and prints.
+      val_loss, ...), or None if a signal stopped the run. Only the first of several processes writes.
 
     Raises:
       UserError: a config, data or disk that cannot be used, or a loss that is not finite.
@@ -72,7 +72,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
 
 def evaluate_if_due(run: Training, state: dict[str, Any], step: int, stop: Stop) -> None:
-    """Evaluates and logs the weights, and their moving average, at the steps of the plan; a signal ends it."""
+    """Evaluates and logs the weights and their moving average, if the plan says so; a signal ends it."""
     if step not in run.plan.eval_at or step in run.log.top1:
         return
     models = {"val": state["params"]} | ({"val_ema": state["ema"]} if "ema" in state else {})
@@ -86,7 +86,8 @@ def evaluate_if_due(run: Training, state: dict[str, Any], step: int, stop: Stop)
     )
     if results is None:
         return
-    values = {f"{model}_{name}": results[model][name] for model in models for name in ("top1", "top5", "loss")}
+    names = ("top1", "top5", "loss")
+    values = {f"{model}_{name}": results[model][name] for model in models for name in names}
     run.checkpoints.wait()  # the log must not describe weights that a full disk has lost
     run.log.write(step, run.plan.epoch(step), values | run.attention_log(state["params"]))
     shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())

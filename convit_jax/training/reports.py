@@ -56,7 +56,7 @@ class Clock:
 class Reports(contextlib.AbstractContextManager["Reports"]):
     """Logs windows of log_every steps, each when the device has long finished it.
 
-    The device has AHEAD steps to do at any time: `add` waits for the step before these, and logs a window whose
+    The device always has AHEAD steps to do: `add` waits for the step before these, and logs a window whose
     last step is done. Leaving the context waits for the device, which may use the loader's memory.
 
     Attributes:
@@ -103,7 +103,7 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
         return run.steps.no_sums if full else sums  # a short last window goes on if the run gets more steps
 
     def finish(self, sums: Sums) -> None:
-        """Waits for the device, logs all windows, and checks the sums of the open one. Raises as `add` does."""
+        """Waits for the device, logs all windows and checks the open one's sums; raises as `add` does."""
         self._wait(0)
         while self._windows:
             self._report(*self._windows.popleft())

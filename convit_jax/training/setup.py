@@ -48,75 +48,54 @@ from convit_jax.weights.pretrained import fingerprint, load_into
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The compiled functions of a run and what they start from; every array is on the devices.
-
-    Attributes:
-      graphdef: of the model.
-      train: (state, sums, batch) -> (state, sums); the old state's memory is reused.
-      evaluate: (parameters, sums, batch) -> sums.
-      first: parameters or None for new ones -> (state of step 0, sums of an empty window).
-      shapes: shapes and dtypes of {"state", "metrics"}, what a checkpoint holds.
-      shardings: their place on the devices.
-      no_sums: of an empty window.
-      no_eval_sums: before the first batch of an evaluation.
-    """
+    """The compiled functions of a run and what they start from, with all arrays on the devices."""
 
     graphdef: nnx.GraphDef
-    train: Callable[[Any, Any, Any], tuple[Any, Any]]
-    evaluate: Callable[[Any, Any, Any], Any]
-    first: Callable[[Any], dict[str, Any]]
-    shapes: Any
+    train: Callable[
+        [Any, Any, Any], tuple[Any, Any]
+    ]  # (state, sums, batch) -> (state, sums); donates the state
+    evaluate: Callable[[Any, Any, Any], Any]  # (parameters, sums, batch) -> sums
+    first: Callable[
+        [Any], dict[str, Any]
+    ]  # parameters, or None for new ones -> {"state", "metrics"} of step 0
+    shapes: Any  # of {"state", "metrics"}, the content of a checkpoint
     shardings: Any
-    no_sums: dict[str, jax.Array]
-    no_eval_sums: dict[str, jax.Array]
+    no_sums: dict[str, jax.Array]  # of an empty window
+    no_eval_sums: dict[str, jax.Array]  # before the first batch of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A run that is ready for its next step.
-
-    Attributes:
-      config: fields of configs/default.py.
-      workdir: the run directory, locked by process 0.
-      mesh: devices.
-      plan: what the config amounts to.
-      facts: content of run.json.
-      steps: compiled functions.
-      state: {"step", "params", "opt_state"} and perhaps "ema", after `first_step` steps.
-      sums: of the open window of log_every steps.
-      first_step: number of steps done before this start.
-      batches: this process's rows of the batches from that step on.
-      unreadable: the training images that could not be read.
-      test_batches: starts an evaluation; this process's rows of its batches.
-      attention_log: parameters -> what the attention looks at, for a line of the log.
-      checkpoints: of the run directory.
-      log: metrics.jsonl and TensorBoard.
-      progress: display of the steps.
-    """
+    """A run that is ready for its next step."""
 
     config: ConfigDict
-    workdir: Path
+    workdir: Path  # locked by process 0
     mesh: Mesh
     plan: Plan
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # content of run.json
     steps: Steps
-    state: dict[str, Any]
-    sums: dict[str, jax.Array]
+    state: dict[str, Any]  # {"step", "params", "opt_state"} and perhaps "ema", after first_step steps
+    sums: dict[str, jax.Array]  # of the open window of log_every steps
     first_step: int
-    batches: Iterator[dict[str, np.ndarray]]
-    unreadable: Unreadable
-    test_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
-    attention_log: Callable[[Any], dict[str, Any]]
+    batches: Iterator[dict[str, np.ndarray]]  # this process's rows, from first_step on
+    unreadable: Unreadable  # training images
+    unreadable_test: Unreadable
+    attention_log: Callable[[Any], dict[str, Any]]  # parameters -> values for an evaluation's line of the log
     checkpoints: Checkpoints
     log: MetricsLog
     progress: Progress
+
+    def test_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """Starts an evaluation; returns this process's rows of its batches."""
+        rows = our_batches(self.plan.test, self.config.eval_batch_size, 0, self.plan.eval_steps, self.config)
+        return map(self.unreadable_test.take, rows)
 
 
 @contextlib.contextmanager
 def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
     """Builds the training of a config; leaving the context ends the writers, the loader and the lock.
 
-    All processes call this together, and each checks that the others do the same.
+    All processes call this together, and each checks that the others have the same.
 
     Args:
       config: fields of configs/default.py.
@@ -127,38 +106,24 @@ def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
     """
     if not several():
         use_compilation_cache(config.compilation_cache)
-
-    # ---- What to train, checked before anything expensive ----------------------------------
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     introduce()
-    check_same({"workdir": str(workdir), **comparable(config)})
-    plan = _agreed_plan(config, mesh)
-    teacher, teacher_params = _agreed_teacher(config, plan)
+    plan, teacher, teacher_params = _agree_on_plan(config, workdir, mesh)
     steps = make_steps(config, plan, mesh, teacher, teacher_params)
     del teacher_params  # their memory
-    run_facts = facts(
-        config, plan, steps.shapes["state"]["params"], mesh.shape, jax.devices()[0].device_kind, teacher
-    )
+    device_kind = jax.devices()[0].device_kind
+    run_facts = facts(config, plan, steps.shapes["state"]["params"], mesh.shape, device_kind, teacher)
 
     with contextlib.ExitStack() as stack:
-        # ---- The run directory -------------------------------------------------------------
-        phase(f"taking {workdir}")
-        _lock(workdir, stack)
-        if several() and config.compilation_cache:  # one folder for all: see docs/clusters.md
-            use_compilation_cache(workdir / "compiled")
-        start_from = _agreed_weights(config, plan, workdir)
-        with together():
-            if is_first():
-                claim_run(workdir, config, run_facts)
-        say(describe(config, run_facts, workdir))
+        start_from = _take_directory(config, workdir, plan, run_facts, stack)
 
         # ---- The state: from the latest checkpoint, from init_from, or from the seed -------
         phase("opening the checkpoints")
-        top1: dict[int, float] = {}  # of each evaluation, filled by the log
+        top1: dict[int, float] = {}  # of each evaluation: the log fills it, the checkpoints read it
         checkpoints = Checkpoints(workdir / "checkpoints", top1)
         stack.callback(checkpoints.close)
         stack.enter_context(ends_all())  # closing would wait for the other processes
-        tree = _restored(checkpoints, steps, plan.total_steps) or steps.first(start_from)
+        tree = _restore(checkpoints, steps, plan.total_steps) or steps.first(start_from)
         del start_from
         first_step = int(tree["state"]["step"])
 
@@ -169,9 +134,9 @@ def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
         stack.callback(progress.close)
         tell = progress.say if is_first() else warn
         unreadable = Unreadable(plan.train.source, config.data.max_unreadable, tell)
-        unreadable_test = Unreadable(plan.test.source, config.data.max_unreadable, tell)
-        train_rows = _rows(plan.train, config, config.batch_size, first_step, plan.total_steps)
-        stack.callback(train_rows.close)
+        rows = our_batches(plan.train, config.batch_size, first_step, plan.total_steps, config)
+        stack.callback(rows.close)
+        attention_log = make_attention_log(steps.graphdef, config, plan, mesh)
         phase("the first step, which is compiled")
         yield Training(
             config=config,
@@ -183,20 +148,19 @@ def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
             state=tree["state"],
             sums=tree["metrics"],
             first_step=first_step,
-            batches=map(unreadable.take, train_rows),
+            batches=map(unreadable.take, rows),
             unreadable=unreadable,
-            test_batches=lambda: map(
-                unreadable_test.take, _rows(plan.test, config, config.eval_batch_size, 0, plan.eval_steps)
-            ),
-            attention_log=make_attention_log(steps.graphdef, config, plan, mesh),
+            unreadable_test=Unreadable(plan.test.source, config.data.max_unreadable, tell),
+            attention_log=attention_log,
             checkpoints=checkpoints,
             log=log,
             progress=progress,
         )
 
 
-def _agreed_plan(config: ConfigDict, mesh: Mesh) -> Plan:
-    """The plan of a config, for the same images on all processes."""
+def _agree_on_plan(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Plan, Teacher | None, Any]:
+    """The plan, the teacher and its parameters (None without one), the same on all processes."""
+    check_same({"workdir": str(workdir), **comparable(config)})
     phase("reading the lists of images")
     plan = first_then_others(lambda: make_plan(config, devices=mesh.size))
     check_same(
@@ -207,11 +171,6 @@ def _agreed_plan(config: ConfigDict, mesh: Mesh) -> Plan:
         },
         "give all processes the same images",
     )
-    return plan
-
-
-def _agreed_teacher(config: ConfigDict, plan: Plan) -> tuple[Teacher | None, Any]:
-    """The teacher and its parameters, the same on all processes; (None, None) without one."""
     if config.distill.teacher:
         phase("reading the teacher")
     which = agree_on_checkpoint(config.distill.teacher)
@@ -219,7 +178,7 @@ def _agreed_teacher(config: ConfigDict, plan: Plan) -> tuple[Teacher | None, Any
         teacher, params = load_teacher(config, plan, which)
     digest = {"the digest of the teacher's weights": teacher and teacher.facts["weights"]}
     check_same(digest, "give all processes the same teacher")
-    return teacher, params
+    return plan, teacher, params
 
 
 def make_steps(
@@ -270,8 +229,11 @@ def make_steps(
     )
 
 
-def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:
-    """Locks the run directory on process 0, and checks that the others see the same one."""
+def _take_directory(
+    config: ConfigDict, workdir: Path, plan: Plan, run_facts: dict[str, Any], stack: contextlib.ExitStack
+) -> Any:
+    """Locks the run directory for this run, and returns the parameters to start from, or None."""
+    phase(f"taking {workdir}")
     owner = from_first(secrets.token_hex())
     with together():
         if is_first():
@@ -279,9 +241,17 @@ def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:
     with together():
         if not is_first():
             wait_for_owner(workdir, owner)
+    if several() and config.compilation_cache:  # one folder for all, see docs/clusters.md
+        use_compilation_cache(workdir / "compiled")
+    start_from = _agree_on_weights(config, plan, workdir)
+    with together():
+        if is_first():
+            claim_run(workdir, config, run_facts)
+    say(describe(config, run_facts, workdir))
+    return start_from
 
 
-def _agreed_weights(config: ConfigDict, plan: Plan, workdir: Path) -> Any:
+def _agree_on_weights(config: ConfigDict, plan: Plan, workdir: Path) -> Any:
     """The parameters in config.init_from for a run that starts, the same on all processes, or None."""
     if not config.init_from or from_first(bool(checkpoint_steps(workdir))):
         return None
@@ -295,7 +265,7 @@ def _agreed_weights(config: ConfigDict, plan: Plan, workdir: Path) -> Any:
     return params
 
 
-def _restored(checkpoints: Checkpoints, steps: Steps, total_steps: int) -> dict[str, Any] | None:
+def _restore(checkpoints: Checkpoints, steps: Steps, total_steps: int) -> dict[str, Any] | None:
     """The tree of the latest checkpoint, or None if there is none."""
     latest = from_first(checkpoints.latest)
     phase("making the first weights" if latest is None else f"reading the checkpoint of step {latest}")
@@ -311,10 +281,10 @@ def _restored(checkpoints: Checkpoints, steps: Steps, total_steps: int) -> dict[
     return tree
 
 
-def _rows(
-    example: TrainExample | EvalExample, config: ConfigDict, batch_size: int, first: int, last: int
+def our_batches(
+    example: TrainExample | EvalExample, batch_size: int, first: int, last: int, config: ConfigDict
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """This process's rows of the batches of steps first .. last - 1."""
+    """Returns this process's rows of the batches of steps first .. last - 1."""
     return batches(
         example,
         batch_size=batch_size,
