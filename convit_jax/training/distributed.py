@@ -6,6 +6,7 @@ prints and writes; the others print only what stops them.
 """
 
 import contextlib
+import faulthandler
 import importlib.util
 import json
 import os
@@ -123,6 +124,7 @@ def join(
     if rank == 0:
         print(f"... joining {where} (at most {start_timeout} s)", flush=True)
     jax.config.update("jax_enable_preemption_service", True)
+    faulthandler.disable()  # its dump would hide the line with which JAX aborts when a process is lost
     try:
         jax.distributed.initialize(
             coordinator,
