@@ -1,15 +1,35 @@
 """Exact top-1, top-5 and loss over a whole split: every image counts once, whatever the batch and devices."""
 
 import collections
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from convit_jax.training.distributed import Everywhere
-from convit_jax.training.sharding import put_batch
+from convit_jax.data.loader import EvalExample, TrainExample, Unreadable, batches
+from convit_jax.data.sources import digest, open_source
+from convit_jax.data.subsample import select
+from convit_jax.progress import Progress
+from convit_jax.training.distributed import (
+    Everywhere,
+    check_same,
+    comparable,
+    first_then_others,
+    is_first,
+    phase,
+    say,
+    together,
+    warn,
+)
+from convit_jax.training.sharding import put_batch, put_same, replicated
+from convit_jax.training.step import eval_metrics, make_eval_step
+from convit_jax.weights.formats import Pretrained
+from convit_jax.weights.pretrained import fingerprint, match_classes
 
 AHEAD = 2  # steps that the host is ahead of the device: hides the host's work, keeps few batches in memory
 
@@ -65,3 +85,101 @@ def evaluate(
             "images": images,
         }
     return results
+
+
+def our_batches(
+    example: TrainExample | EvalExample, batch_size: int, first: int, last: int, config: ConfigDict
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """Returns this process's rows of the batches of steps first .. last - 1."""
+    return batches(
+        example,
+        batch_size=batch_size,
+        start=first,
+        stop=last,
+        workers=min(config.data.workers, (last - first) // 4),  # starting them takes seconds
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+
+
+# ---- Pretrained weights, on images that they may not have been trained on -------------------
+
+
+def match_images(
+    config: ConfigDict, loaded: Pretrained, params: dict[str, Any]
+) -> tuple[EvalExample, np.ndarray]:
+    """Opens the test images of a config for weights, the same on all processes.
+
+    Args:
+      config: with the `data` section.
+      loaded: weights, whose preprocessing is used.
+      params: their parameters as they are evaluated, to compare them between processes.
+
+    Returns:
+      (the images, the weights' label of each class of the data, int32 [classes]).
+
+    Raises:
+      UserError: images that cannot be read, or classes that do not match.
+    """
+    phase("reading the lists of images")
+    source = first_then_others(lambda: open_source(config.data, "test"))
+    with together():
+        labels, remark = match_classes(source.class_names[: config.data.num_classes], loaded)
+        indices = select(
+            source.labels,
+            source.names,
+            classes=len(source.class_names),
+            num_classes=config.data.num_classes,
+            rule=config.data.subset_rule,
+            seed=config.seed,
+        )
+    if remark:
+        say(remark)
+    how = loaded.preprocessing
+    of_weights = {**loaded.settings, **dataclasses.asdict(how)}
+    check_same(
+        {
+            **comparable(config),
+            **{f"the weights' {name}": value for name, value in of_weights.items()},
+            "the digest of the weights": fingerprint({"labels": labels, "params": params}),
+            "the digest of the images' classes, labels and names": digest(source),
+        },
+        "start all processes with the same command, weights and images",
+    )
+    size = loaded.settings["image_size"]
+    return EvalExample(source, indices, size, how.crop_ratio, how.interpolation), labels
+
+
+def evaluate_weights(
+    config: ConfigDict,
+    loaded: Pretrained,
+    params: dict[str, Any],
+    images: EvalExample,
+    labels: np.ndarray,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Returns the result of `evaluate` for weights, with what `match_images` returned."""
+    count, how = len(images.indices), loaded.preprocessing
+    batch_size = math.ceil(min(config.eval_batch_size, count) / mesh.size) * mesh.size
+    say(f"{count:,} images of {len(labels)} classes in batches of {batch_size}; {how.words()}")
+    rows = our_batches(images, batch_size, 0, math.ceil(count / batch_size), config)
+    unreadable = Unreadable(images.source, config.data.max_unreadable, say if is_first() else warn)
+
+    def relabelled() -> Iterator[dict[str, np.ndarray]]:
+        for batch in map(unreadable.take, rows):
+            yield {**batch, "label": labels[batch["label"]]}
+
+    normalization = ConfigDict({"data": {"mean": how.mean, "std": how.std}})
+    step = jax.jit(make_eval_step(loaded.network[0], normalization), out_shardings=replicated(mesh))
+    zero = jax.jit(eval_metrics, out_shardings=replicated(mesh))()
+    params = put_same(params, jax.tree.map(lambda _: replicated(mesh), params))
+    progress = Progress("images", count, every=0.1, enabled=is_first())
+    phase("the first batch, which is compiled")
+
+    def show(done: int) -> None:
+        progress.update(min(done * batch_size, count), "")
+
+    results = evaluate({"": params}, relabelled(), step, zero, mesh, progress=show)
+    progress.close()
+    assert results is not None  # nothing stops it
+    return results[""]

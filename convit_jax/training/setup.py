@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from convit_jax.data.loader import EvalExample, TrainExample, Unreadable, batches
+from convit_jax.data.loader import Unreadable
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.progress import Progress
 from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, wait_for_owner
@@ -37,6 +37,7 @@ from convit_jax.training.distributed import (
     together,
     warn,
 )
+from convit_jax.training.evaluation import our_batches
 from convit_jax.training.metrics import MetricsLog
 from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.plan import Plan, make_plan
@@ -279,21 +280,6 @@ def _restore(checkpoints: Checkpoints, steps: Steps, total_steps: int) -> dict[s
     tree = checkpoints.restore(latest, steps.shapes, steps.shardings)
     say(f"Continuing at step {latest}")
     return tree
-
-
-def our_batches(
-    example: TrainExample | EvalExample, batch_size: int, first: int, last: int, config: ConfigDict
-) -> Generator[dict[str, np.ndarray], None, None]:
-    """Returns this process's rows of the batches of steps first .. last - 1."""
-    return batches(
-        example,
-        batch_size=batch_size,
-        start=first,
-        stop=last,
-        workers=min(config.data.workers, (last - first) // 4),  # starting them takes seconds
-        process=jax.process_index(),
-        processes=jax.process_count(),
-    )
 
 
 def use_compilation_cache(folder: str | Path) -> None:
