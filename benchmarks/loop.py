@@ -27,7 +27,7 @@ from absl import flags
 from convit_jax.cli import launch
 from convit_jax.data.index import Names
 from convit_jax.models.variants import abstract_model, initial_params
-from convit_jax.training import loop, plan
+from convit_jax.training import evaluation, loop, plan, setup
 from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.step import make_train_step, new_state, train_metrics
 
@@ -71,8 +71,8 @@ def whole_loop(config, settings):
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(loop, "batches", batches),
-        mock.patch.object(loop, "make_plan", return_value=settings),
+        mock.patch.object(evaluation, "batches", batches),
+        mock.patch.object(setup, "make_plan", return_value=settings),
     ):
         loop.train(config, folder)
         lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
@@ -81,7 +81,7 @@ def whole_loop(config, settings):
 
 def bare_step(config, settings):
     """Images/s of each window of the step alone."""
-    loop.use_compilation_cache(config.compilation_cache)
+    setup.use_compilation_cache(config.compilation_cache)
     graphdef, shapes = abstract_model(settings.model)
     schedule = run_schedule(config, settings)
     optimizer = make_optimizer(config.optim, schedule, shapes)

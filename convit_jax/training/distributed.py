@@ -84,12 +84,10 @@ def join(
 ) -> None:
     """Joins the other processes, if there are any, before anything else uses JAX.
 
-    Give the first three arguments together, or none of them under Slurm, Open MPI, Kubernetes or on a TPU,
-    where JAX finds them. With them a process takes all devices of its machine, or those in
-    JAX_LOCAL_DEVICE_IDS. SIGTERM now belongs to JAX's preemption service, see `stop.Stop`.
+    Then SIGTERM belongs to JAX's preemption service, see `stop.Stop`.
 
     Args:
-      coordinator: "HOST:PORT" of process 0.
+      coordinator: "HOST:PORT" of process 0; None, as the next two, if JAX finds them (Slurm, Open MPI, ...).
       num_processes: number of processes.
       process_id: number of this process, from 0.
       start_timeout: seconds to wait for the other processes.
@@ -115,12 +113,11 @@ def join(
             f"--{missing[0]} is missing: give --coordinator=HOST:PORT, --num_processes and --process_id "
             "together, or none of them under Slurm, Open MPI, Kubernetes or on a TPU."
         )
-    else:
-        found = cluster(os.environ)
-        if found is None:
-            return
+    elif found := cluster(os.environ):
         starter, rank = found
         where = f"the processes that {starter} has started"
+    else:
+        return
     if rank == 0:
         print(f"... joining {where} (at most {start_timeout} s)", flush=True)
     jax.config.update("jax_enable_preemption_service", True)
