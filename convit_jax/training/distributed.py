@@ -162,17 +162,15 @@ def _check_flags(coordinator: str, num_processes: int, process_id: int) -> None:
 
 def cluster(environment: Mapping[str, str]) -> tuple[str, int | None] | None:
     """Returns (what started several processes, this one's number or None if only JAX can tell), or None."""
-    for name, size, rank, needed in (
-        ("Slurm", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
-        ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ):
-        if needed in environment and rank in environment and int(environment.get(size, 1)) > 1:
-            if name == "Open MPI" and "OMPI_MCA_orte_hnp_uri" not in environment:
-                raise UserError(
-                    "Open MPI 5 does not say where process 0 is: add --coordinator=HOST:PORT "
-                    "--num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK."
-                )
-            return name, int(environment[rank])
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        return "Slurm", int(environment["SLURM_PROCID"])
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        if "OMPI_MCA_orte_hnp_uri" not in environment:
+            raise UserError(
+                "Open MPI 5 does not say where process 0 is: add --coordinator=HOST:PORT "
+                "--num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK."
+            )
+        return "Open MPI", int(environment["OMPI_COMM_WORLD_RANK"])
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return "Kubernetes", int(environment["JOB_COMPLETION_INDEX"])
     if importlib.util.find_spec("libtpu"):

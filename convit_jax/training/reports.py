@@ -151,9 +151,10 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
 
 
 def _line(epoch: float, values: dict[str, float]) -> str:
-    """The text of a window for the progress display."""
-    mfu = f"  MFU {values['mfu']:.0%}" if "mfu" in values else ""
+    """The text of a window for the progress display, which a narrow terminal cuts off at its end."""
+    mfu = f"MFU {values['mfu']:.0%}  " if "mfu" in values else ""
     return (
-        f"epoch {epoch:.1f}  loss {values['train_loss']:.4f}  top-1 {values['train_top1']:.1f}  "
-        f"lr {values['lr']:.2e}  {values['images_per_second']:.0f} img/s{mfu}  data {values['data_wait']:.0%}"
+        f"loss {values['train_loss']:.4f}  top-1 {values['train_top1']:.1f}  "
+        f"{values['images_per_second']:.0f} img/s  {mfu}epoch {epoch:.1f}  lr {values['lr']:.2e}  "
+        f"data {values['data_wait']:.0%}"
     )
