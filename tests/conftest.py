@@ -57,11 +57,11 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def xla_for_cudnn(monkeypatch):
-    """As on a GPU that has cuDNN's attention, with XLA in the kernel's place."""
+    """Layers take the way around cuDNN's attention, as on a GPU that has it, and XLA computes it."""
     from convit_jax.models import kernels
 
-    monkeypatch.setattr(kernels, "available", lambda: True)
-    monkeypatch.setattr(kernels, "IMPLEMENTATION", "xla")
+    monkeypatch.setattr(kernels, "cudnn_available", lambda: True)
+    monkeypatch.setattr(kernels.CudnnBackend, "implementation", "xla")
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from convit_jax.data.loader import EvalExample, TrainExample, Unreadable, batches
+from convit_jax.data.examples import EvalExample, TrainExample, Unreadable
+from convit_jax.data.loader import batches
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select
 from convit_jax.progress import Progress

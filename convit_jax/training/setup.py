@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from convit_jax.data.loader import Unreadable
+from convit_jax.data.examples import Unreadable
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.progress import Progress
 from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, wait_for_owner

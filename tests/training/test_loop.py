@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import assert_same, run_train, saved
 
-from convit_jax.data import loader
+from convit_jax.data import examples
 from convit_jax.data.sources import Digits
 from convit_jax.errors import UserError
 from convit_jax.rundir import read_metrics
@@ -148,13 +148,13 @@ def test_unreadable_images_are_named_and_counted_until_there_are_too_many(
 def test_the_loader_draws_only_the_images_of_the_subset(digits_config, tmp_path, monkeypatch):
     digits_config.data.sampling_ratio, digits_config.data.num_classes = 0.1, 4
     digits_config.batch_size, digits_config.eval_batch_size = 8, 16
-    seen, decode = set(), loader.decode
+    seen, decode = set(), examples.decode
 
     def spy(record, name):
         seen.add(name)
         return decode(record, name)
 
-    monkeypatch.setattr(loader, "decode", spy)
+    monkeypatch.setattr(examples, "decode", spy)
     train(digits_config, tmp_path)
     assert {name.split("/")[0] for name in seen} == {"0", "1", "2", "3"}
     images = json.loads((tmp_path / "run.json").read_text())["train_images"]
