@@ -6,7 +6,7 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -26,7 +26,7 @@ def batches(
     workers: int = 0,
     process: int = 0,
     processes: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields this process's rows of the batches of steps start .. stop - 1.
 
     Args:

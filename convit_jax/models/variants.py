@@ -174,7 +174,7 @@ def abstract_model(settings: Settings) -> tuple[Any, Any]:
     return graphdef, nnx.to_pure_dict(params)
 
 
-def initial_params(settings: Settings, seed: int) -> Any:
+def initial_params(settings: Settings, seed: int | jax.Array) -> Any:
     """Returns random parameters, a nested dict of float32 arrays; one program serves all seeds below 2^32."""
     return _initial_params(tuple(sorted(settings.items())), jnp.asarray(seed, jnp.uint32))
 
