@@ -116,19 +116,19 @@ def draw_training(directory):
 def draw_attention(directory):
     """Attention maps of the weights for the image."""
     from convit_jax.analysis.maps import check_query, layer_maps
-    from convit_jax.figures.maps import attention_pages
+    from convit_jax.figures.maps import draw_attention_maps
 
     loaded = load_weights()
     query = check_query(parse_query(flags.FLAGS.query), grid_of(loaded.settings))
     image, normalised = read_image(loaded.settings, loaded.preprocessing)
     make_folder(directory)
-    return attention_pages(directory, layer_maps(loaded.model(), normalised, query), image, query)
+    return draw_attention_maps(directory, layer_maps(loaded.model(), normalised, query), image, query)
 
 
 def draw_init(directory):
     """The first GPSA layer of the weights' model, or of the config's, before training."""
     from convit_jax.analysis.maps import check_query, init_maps
-    from convit_jax.figures.maps import init_page
+    from convit_jax.figures.maps import draw_init_maps
     from convit_jax.models.variants import model_settings
     from convit_jax.training.plan import model_arguments
     from convit_jax.weights.formats import Preprocessing
@@ -148,7 +148,7 @@ def draw_init(directory):
     strengths = (alpha / 2, alpha, 2 * alpha)
     content, positions = init_maps(settings, seed, query, strengths, normalised)
     make_folder(directory)
-    return init_page(
+    return draw_init_maps(
         directory, content, positions, strengths if settings["conv_init"] else None, image, query
     )
 
