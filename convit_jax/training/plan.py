@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import math
 
+from convit_jax.config import check_config, default_config, flatten
 from convit_jax.data.index import digest
 from convit_jax.data.loader import EvalExample, Slots, TrainExample
 from convit_jax.data.sources import open_source
 from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError
-from convit_jax.models.variants import check_seed, model_settings
-from convit_jax.rundir import default_fields
+from convit_jax.models.variants import model_settings
 
 CHANNELS = 3  # of images as they are read
 
@@ -103,20 +103,7 @@ def model_arguments(config, num_classes):
 
 def check(config, *, devices):
     """Refuse values that no data could make work; arguments and UserError as of make_plan."""
-    for name in ("batch_size", "eval_batch_size", "accumulate", "log_every", "checkpoint_every"):
-        if config[name] < 1:
-            raise UserError(f"{name} is {config[name]}: it must be at least 1.")
-    if config.epochs <= 0 or config.eval_every <= 0:
-        raise UserError(
-            f"epochs is {config.epochs} and eval_every {config.eval_every}: both must be above 0."
-        )
-    if config.locality.images is not None and config.locality.images < 0:
-        raise UserError(
-            f"locality.images is {config.locality.images}: give how many, 0 for none, or leave it out."
-        )
-    check_seed(config.seed)
-    if config.steps is not None and config.steps < 1:
-        raise UserError(f"steps is {config.steps}: leave it out or give at least 1.")
+    check_config(config)
     for name, parts in (("batch_size", config.accumulate), ("eval_batch_size", 1)):
         share = devices * parts
         if config[name] % share:
@@ -127,65 +114,24 @@ def check(config, *, devices):
                 f"{name} is {config[name]}, which {devices} devices{micro} do not divide: use {near}, "
                 "or fewer devices with mesh.data."
             )
-    choices = {
-        "optim.schedule_per": (config.optim.schedule_per, ("epoch", "step")),
-        "augment.crop": (config.augment.crop, ("resized", "pad")),
-        "augment.policy": (config.augment.policy, ("randaugment", "three_augment", "none")),
-        "distill.kind": (config.distill.kind, ("hard", "soft")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise UserError(f"{name} is {value!r}: choose {' or '.join(allowed)}.")
-    limits = {
-        "num_ops": (0, 15),
-        "magnitude": (0, 10),
-        "magnitude_std": (0, 10),
-        "color_jitter": (0, 1),
-        "erase_prob": (0, 1),
-        "mix_prob": (0, 1),
-        "mix_switch_prob": (0, 1),
-    }
-    for name, (low, high) in limits.items():
-        if not low <= config.augment[name] <= high:
-            raise UserError(f"augment.{name} is {config.augment[name]}: it must be between {low} and {high}.")
-    for name in ("mixup", "cutmix"):
-        if not 0 <= config.augment[name] < math.inf:
-            raise UserError(f"augment.{name} is {config.augment[name]}: it must be at least 0, which is off.")
-    shares = {
-        "optim.ema_decay": config.optim.ema_decay,
-        "augment.label_smoothing": config.augment.label_smoothing,
-    }
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 0 and below 1.")
-    if not 0 < config.data.crop_ratio <= 1:
-        raise UserError(f"data.crop_ratio is {config.data.crop_ratio}: it must be above 0 and at most 1.")
     for name in ("mean", "std"):
         if len(config.data[name]) != CHANNELS:
             raise UserError(
                 f"data.{name} is {config.data[name]}: it must have {CHANNELS} numbers: red, green and blue."
             )
-    if not all(value > 0 for value in config.data.std):
-        raise UserError(f"data.std is {config.data.std}: its numbers must be above 0.")
     check_distillation(config.distill)
     if config.data.name == "digits" and config.data.dir:
         raise UserError("data.dir is set but data.name is digits, which needs none: set data.name=folder.")
-    if config.data.repeats < 1 or config.data.workers < 0:
-        raise UserError("data.repeats must be at least 1, data.workers at least 0.")
 
 
 def check_distillation(distill):
     """Refuse values of a config's section that cannot work, or that nothing would come of."""
-    if not 0 <= distill.alpha <= 1:
-        raise UserError(f"distill.alpha is {distill.alpha}: it must be between 0 and 1.")
-    if not 0 < distill.temperature < math.inf:
-        raise UserError(f"distill.temperature is {distill.temperature}: it must be above 0.")
     if distill.kind == "hard" and distill.temperature != 1:
         raise UserError(
             f"distill.temperature is {distill.temperature}, but only kind=soft has one: add "
             "distill.kind=soft, or leave it out."
         )
-    for name, usual in default_fields().items():
+    for name, usual in flatten(default_config()).items():
         section, _, field = name.partition(".")
         if section == "distill" and not distill.teacher and distill[field] != usual:
             raise UserError(

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from convit_jax.config import flatten
 from convit_jax.errors import UserError
-from convit_jax.rundir import check_same_run, claim, flatten
+from convit_jax.rundir import check_same_config, claim_run
 from convit_jax.training.plan import check, make_plan
 
 
@@ -105,55 +106,55 @@ def test_a_distilled_run_may_leave_its_teacher_idle(digits_config):
 
 def test_a_run_directory_belongs_to_one_config(digits_config, tmp_path):
     images = dict(train_images=1437, test_images=360, classes=10)
-    claim(tmp_path, digits_config, images)
+    claim_run(tmp_path, digits_config, images)
     (tmp_path / "checkpoints/5").mkdir(parents=True)
     digits_config.steps, digits_config.data.workers, digits_config.mesh.fsdp = 99, 5, 2
     digits_config.model.remat, digits_config.eval_every = True, 3.0
-    claim(tmp_path, digits_config, images)  # none of these changes a number
+    claim_run(tmp_path, digits_config, images)  # none of these changes a number
     digits_config.optim.lr, digits_config.seed = 1.0, 5
     with pytest.raises(UserError, match=r"another config \(optim.lr was 0.008, is 1.0; seed was 0, is 5\)"):
-        claim(tmp_path, digits_config, images)
+        claim_run(tmp_path, digits_config, images)
     digits_config.optim.lr, digits_config.seed = 0.008, 0
     with pytest.raises(UserError, match="had train_images 1,437, now there are 1,436"):
-        claim(tmp_path, digits_config, {**images, "train_images": 1436})
+        claim_run(tmp_path, digits_config, {**images, "train_images": 1436})
     images["image_lists"] = ["a", "b"]  # which run.json has not had before
-    claim(tmp_path, digits_config, images)
+    claim_run(tmp_path, digits_config, images)
     with pytest.raises(UserError, match="had images of other names, labels or classes than those now given"):
-        claim(tmp_path, digits_config, {**images, "image_lists": ["a", "c"]})
+        claim_run(tmp_path, digits_config, {**images, "image_lists": ["a", "c"]})
 
 
 def test_a_run_that_saved_nothing_takes_another_config(digits_config, tmp_path):
-    claim(tmp_path, digits_config, dict(train_images=1437, test_images=360, classes=10))
+    claim_run(tmp_path, digits_config, dict(train_images=1437, test_images=360, classes=10))
     (tmp_path / "checkpoints").mkdir()
     digits_config.batch_size = 40
-    claim(tmp_path, digits_config, dict(train_images=99, test_images=360, classes=10))
+    claim_run(tmp_path, digits_config, dict(train_images=99, test_images=360, classes=10))
     assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 40
     assert json.loads((tmp_path / "run.json").read_text())["train_images"] == 99
 
 
 def test_a_run_that_has_lost_its_checkpoints_keeps_its_log(digits_config, tmp_path):
     facts = dict(train_images=1437, test_images=360, classes=10)
-    claim(tmp_path, digits_config, facts)
+    claim_run(tmp_path, digits_config, facts)
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "train_loss": 2.3}\n')
-    claim(tmp_path, digits_config, facts)  # never saved, so nothing is lost
+    claim_run(tmp_path, digits_config, facts)  # never saved, so nothing is lost
     (tmp_path / "metrics.jsonl").write_text('{"step": 4, "val_top1": 50.0}\n')
     with pytest.raises(UserError, match=r"holds a run without its checkpoints.* remove metrics.jsonl"):
-        claim(tmp_path, digits_config, facts)
+        claim_run(tmp_path, digits_config, facts)
 
 
 def test_a_field_that_a_run_did_not_know_was_at_its_default(digits_config, tmp_path):
     saved = json.loads(digits_config.to_json_best_effort())
     del saved["optim"]["clip_norm"], saved["locality"]
-    check_same_run(digits_config, saved, tmp_path)
+    check_same_config(digits_config, saved, tmp_path)
     digits_config.optim.clip_norm = 1.0
     with pytest.raises(UserError, match=r"another config \(optim.clip_norm was 0.0, is 1.0\)"):
-        check_same_run(digits_config, saved, tmp_path)
+        check_same_config(digits_config, saved, tmp_path)
 
 
 def test_a_run_directory_that_cannot_be_made(digits_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"Not a directory\): check the path and its permissions"):
-        claim(tmp_path / "file" / "run", digits_config, {})
+        claim_run(tmp_path / "file" / "run", digits_config, {})
 
 
 def test_a_flat_config_is_what_json_gives_back(digits_config):
