@@ -81,8 +81,8 @@ def draw_attention_maps(
 
 
 def _gates(layer: LayerMaps) -> list[str]:
-    """Captions with the gate of each head."""
-    return [f"σ(λ) {gate:.2f}" for gate in np.asarray(layer.gates)]
+    """Captions with the gate of each head; plain characters, because layout of formulas is slow."""
+    return [f"\u03c3(\u03bb) {gate:.2f}" for gate in np.asarray(layer.gates)]
 
 
 def _shares(attention: np.ndarray) -> list[str]:
@@ -102,7 +102,7 @@ def _plot_page(
     inch = min(1.3, max(0.78, min(9 / heads, 13 / len(rows)))) / PIXELS
     width, height = max(0.7 + heads * step[1] * inch, 6.0), 0.3 + len(rows) * step[0] * inch
     figure = Figure(figsize=(width, 1.6 + height), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.6, height))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.6, height))[:, 0]
 
     photo, words = top.subplots(1, 2, width_ratios=(1.5, width - 1.5))
     photo.imshow(image, extent=(0, grid[1], grid[0], 0))
