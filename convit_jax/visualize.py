@@ -83,11 +83,12 @@ def visualize_augmentations(path: Path) -> list[Path]:
     """Draws training images into a file, or into augmentations.png of a directory."""
     from convit_jax.figures.augmentations import draw_augmentations
     from convit_jax.training.plan import make_plan
+    from convit_jax.training.preview import preview_augmentation
 
     if path.is_dir() or not path.suffix:
         path = path / "augmentations.png"
     config = required_config()
-    return draw_augmentations(config, make_plan(config, devices=1), path)
+    return draw_augmentations(path, *preview_augmentation(config, make_plan(config, devices=1)))
 
 
 def visualize_run(directory: Path) -> list[Path]:

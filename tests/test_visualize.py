@@ -12,8 +12,8 @@ from convit_jax import cli
 from convit_jax import visualize as command
 from convit_jax.analysis import maps
 from convit_jax.errors import UserError
-from convit_jax.figures import augmentations
 from convit_jax.models.variants import model_settings
+from convit_jax.training import preview
 from convit_jax.weights.formats import Preprocessing
 
 GOLDEN = ROOT / "tests/golden/convit_golden.pth"
@@ -82,7 +82,7 @@ def test_init_of_a_config_and_of_a_run_with_its_seed(trained, visualize, tmp_pat
 
 def test_augmentations_into_a_file_or_a_folder(visualize, tmp_path, monkeypatch):
     for name, number in (("IMAGES", 2), ("VERSIONS", 2), ("STEPS", 2)):
-        monkeypatch.setattr(augmentations, name, number)
+        monkeypatch.setattr(preview, name, number)
     for output, path in (("new", "new/augmentations.png"), ("some.png", "some.png")):
         assert visualize("--augmentations", f"--output={tmp_path}/{output}") == [f"{tmp_path}/{path}"]
         with Image.open(tmp_path / path) as picture:
@@ -125,7 +125,7 @@ def test_the_image_is_what_the_network_sees(parse, tmp_path):
 )
 def test_mistakes(arguments, sentence, visualize, monkeypatch):
     for name in ("IMAGES", "VERSIONS", "STEPS"):
-        monkeypatch.setattr(augmentations, name, 2)
+        monkeypatch.setattr(preview, name, 2)
     with pytest.raises(UserError) as raised:
         visualize(*arguments)
     assert str(raised.value).startswith(sentence)

@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convit_jax.figures.style import COLORS, save_figure, tidy_axes
-from convit_jax.study.plan import METRICS, Name, Study, is_number
+from convit_jax.study.plan import METRICS, Study
 from convit_jax.study.runner import Outcome
 from convit_jax.study.table import Cells, collect_cells, relative_gap, sample_deviation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SHADES = ("#6BAED6", "#2171B5", "#08306B", "#000000")  # of rows that are numbers, from small to large
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GREY = "#777777"
-PAPER: dict[str, Any] = {"ls": ":", "lw": 1.2, "zorder": 1}
 
 
 def draw_study(study: Study, outcomes: Mapping[str, Outcome], output: Path) -> None:
@@ -37,43 +32,33 @@ def _plot_lines(study: Study, cells: Cells) -> "Figure":
     """The metric over the columns, a line per row; next to it the gap to the baseline, if there is one."""
     from matplotlib.figure import Figure
 
-    rows, columns, gaps = study.row_names(), study.column_names(), study.baseline is not None
-    paper: Cells = {
-        cell: [it[study.metrics[0]]] for cell, it in study.paper.items() if study.metrics[0] in it
-    }
+    columns, gaps, metric = study.column_names(), study.baseline is not None, study.metrics[0]
+    paper: Cells = {cell: [found[metric]] for cell, found in study.paper.items() if metric in found}
     figure = Figure(figsize=(9.6 if gaps else 6.2, 3.9), layout="constrained")
     panels = figure.subplots(1, 1 + gaps, squeeze=False, width_ratios=(3, 2)[: 1 + gaps])[0]
-    ends = []
-    for row, look in zip(rows, _looks(rows), strict=True):
-        numbers = {column: cells[row, column] for column in columns if cells.get((row, column))}
-        theirs = {column: paper[row, column] for column in columns if (row, column) in paper}
-        if not numbers:
-            continue
+    for row, color, marker in zip(
+        study.row_names(), itertools.cycle(COLORS), itertools.cycle("os^DvPX"), strict=False
+    ):
+        label = study.row_label(row, in_figure=True)
         if sum(cell[0] == row for cell in cells) == 1:  # a level to compare with, as "no GPSA"
-            look["color"] = GREY
-            _plot_level(panels[0], next(iter(numbers.values())))
-        else:
-            _plot_means(panels[0], numbers, look, lw=1.6)
-        last = statistics.fmean(list(numbers.values())[-1])
-        ends.append((last, study.row_label(row, in_figure=True), look["color"]))
-        if theirs:
-            means = [statistics.fmean(each) for each in theirs.values()]
-            panels[0].plot(list(theirs), means, color=look["color"], **PAPER)
-        if gaps and row != study.baseline:
-            for found, baseline, style in ((numbers, cells, {**look, "lw": 1.6}), (theirs, paper, PAPER)):
-                points = [(c, relative_gap(found[c], baseline.get((study.baseline, c), []))) for c in found]
-                known = [(column, gap[0], gap[1] or 0.0) for column, gap in points if gap is not None]
+            _plot_level(panels[0], next(cells[cell] for cell in cells if cell[0] == row), color, label)
+            continue
+        look = {"color": color, "marker": marker, "lw": 1.6, "label": label}
+        theirs = {"color": color, "ls": ":", "lw": 1.2, "label": f"{label}, paper"}
+        for source, style in ((cells, look), (paper, theirs)):
+            numbers = {column: source[row, column] for column in columns if source.get((row, column))}
+            _plot_means(panels[0], numbers, style)
+            if gaps and row != study.baseline:
+                points = [(c, relative_gap(numbers[c], source.get((study.baseline, c), []))) for c in numbers]
+                known = [(column, gap[0], gap[1]) for column, gap in points if gap is not None]
                 if known:
-                    style = {"color": look["color"], "capsize": 3, **style}
-                    panels[1].errorbar(*zip(*known, strict=True), **style)
-
+                    places, values, errors = zip(*known, strict=True)
+                    bars = None if None in errors else errors
+                    panels[1].errorbar(places, values, bars, **{"capsize": 3, **style})
     _label_columns(panels[0], study, "standard deviation over seeds", cells)
     panels[0].set_title(study.title, loc="left", fontweight="bold", fontsize=11)
-    panels[0].set_ylabel(METRICS[study.metrics[0]])
-    _name_ends(panels[0], ends)
-    if paper:
-        panels[0].plot([], [], color="black", label="paper", **PAPER)
-        panels[0].legend(frameon=False, loc="lower right")
+    panels[0].set_ylabel(METRICS[metric])
+    panels[0].legend(frameon=False, fontsize=8)
     if gaps:
         _label_columns(panels[1], study, "standard error", cells)
         panels[1].axhline(0, color="black", lw=0.8)
@@ -99,11 +84,12 @@ def _label_bars(label: str, bars: str, cells: Cells) -> str:
     return label + (f"\nbars: {bars}" if any(len(numbers) > 1 for numbers in cells.values()) else "")
 
 
-def _plot_level(axes: "Axes", numbers: Sequence[float]) -> None:
+def _plot_level(axes: "Axes", numbers: Sequence[float], color: str, label: str) -> None:
     """A row of one number as a horizontal line with a band of one standard deviation."""
-    mean, deviation = statistics.fmean(numbers), sample_deviation(numbers) or 0.0
-    axes.axhline(mean, color=GREY, ls="--", lw=1, zorder=1)
-    axes.axhspan(mean - deviation, mean + deviation, color=GREY, alpha=0.15, lw=0, zorder=0)
+    if numbers:
+        mean, deviation = statistics.fmean(numbers), sample_deviation(numbers) or 0.0
+        axes.axhline(mean, color=color, ls="--", lw=1, label=label)
+        axes.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.15, lw=0)
 
 
 def _plot_dots(study: Study, cells: Cells) -> "Figure":
@@ -115,11 +101,12 @@ def _plot_dots(study: Study, cells: Cells) -> "Figure":
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
     handles: list[Any] = []
+    look = {"color": COLORS[1], "marker": "o", "ls": ""}
     for axes, column in zip(panels, columns, strict=True):
         for place, row in enumerate(rows):
             numbers, paper = cells.get((row, column)), study.paper.get((row, column), {}).get(metric)
             if numbers:
-                _plot_means(axes, {place: numbers}, {"color": COLORS[1], "marker": "o"}, across=True)
+                _plot_means(axes, {place: numbers}, look, across=True)
             if paper is not None:
                 handles = axes.plot(paper, place, "D", mfc="none", mec=COLORS[0], ms=6, label="paper")
         axes.set_yticks(range(len(rows)), [study.row_label(row, in_figure=True) for row in rows])
@@ -130,48 +117,24 @@ def _plot_dots(study: Study, cells: Cells) -> "Figure":
             axes.set_title(f"{study.columns}: {study.column_label(column)}", fontsize=10)
     figure.suptitle(study.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     if handles:
-        handles += panels[0].plot([], [], color=COLORS[1], marker="o", ls="", label="this code")
+        handles += panels[0].plot([], [], **look, label="this code")
         figure.legend(handles=handles, frameon=False, loc="upper right", borderaxespad=0, ncols=2)
     return figure
 
 
 def _plot_means(
-    axes: "Axes",
-    cells: Mapping[Any, Sequence[float]],
-    look: Mapping[str, Any],
-    *,
-    across: bool = False,
-    lw: float = 0.0,
+    axes: "Axes", cells: Mapping[Any, Sequence[float]], look: Mapping[str, Any], *, across: bool = False
 ) -> None:
     """Means over seeds with bars of a standard deviation, and the seeds; across: along x instead of y."""
+    if not cells:
+        return
     means = [statistics.fmean(numbers) for numbers in cells.values()]
-    bars = [sample_deviation(numbers) or 0.0 for numbers in cells.values()]
     seeds = [(place, number) for place, numbers in cells.items() for number in numbers]
-    places, numbers = zip(*seeds, strict=True)
-    style = {"lw": lw, "elinewidth": 1.2, "ms": 6, "capsize": 3, **look}
-    if across:
-        axes.errorbar(means, list(cells), xerr=bars, **style)
-        axes.scatter(numbers, places, s=12, color="white", ec=look["color"], lw=0.8, zorder=3)
-    else:
-        axes.errorbar(list(cells), means, yerr=bars, **style)
-        axes.scatter(places, numbers, s=12, color="white", ec=look["color"], lw=0.8, zorder=3)
-
-
-def _looks(rows: Sequence[Name]) -> list[dict[str, Any]]:
-    """Colour and marker of each row."""
-    numbers = sorted(row for row in rows if is_number(row))
-    shades, colors = dict(zip(numbers, SHADES, strict=False)), itertools.cycle(COLORS)
-    return [
-        {"color": shades.get(row) or next(colors), "marker": marker}
-        for row, marker in zip(rows, itertools.cycle(MARKERS), strict=False)
-    ]
-
-
-def _name_ends(axes: "Axes", ends: Sequence[tuple[float, str, str]]) -> None:
-    """Writes (height, name, colour) of each line at its right end, without overlap."""
-    low, high = axes.get_ylim()
-    at = float("-inf")
-    for height, name, color in sorted(ends):
-        at = max(height, at + 0.06 * (high - low))
-        place = axes.get_yaxis_transform()  # x in fractions of the axes, y in data
-        axes.text(1.01, at, name, color=color, fontweight="bold", va="center", transform=place)
+    bars = (
+        [sample_deviation(numbers) or 0.0 for numbers in cells.values()] if len(seeds) > len(means) else None
+    )
+    points = (means, list(cells), None, bars) if across else (list(cells), means, bars)
+    axes.errorbar(*points, **{"capsize": 3, **look})
+    if bars:
+        of_seeds = zip(*(seed[::-1] if across else seed for seed in seeds), strict=True)
+        axes.scatter(*of_seeds, s=12, color="white", ec=look["color"], lw=0.8, zorder=3)

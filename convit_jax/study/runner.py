@@ -95,9 +95,7 @@ def claim_study(output: Path, study: Study) -> None:
       UserError: the directory holds another study or a single run, or cannot be written.
     """
     if (output / "config.json").exists():
-        raise UserError(
-            f"{output} is a run directory of train.py, not of a study: use another --output."
-        )
+        raise UserError(f"{output} is a run directory of train.py, not of a study: use another --output.")
     with study_lock(output), disk_errors(output):
         saved = read_json(output / "study.json")
         if different := _compare_runs(study, saved.get("runs", {})):

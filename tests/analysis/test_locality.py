@@ -1,5 +1,4 @@
-"""Eq. 8 and the positional Gaussians against values known beforehand, and the figures of a run."""
-
+"""Eq. 8 and the positional Gaussians against values known beforehand."""
 
 import jax
 import jax.numpy as jnp

@@ -126,6 +126,7 @@ def test_a_row_of_one_number_is_a_level_and_names_make_dots(panels):
     assert has_line(axes, [0, 1], [40, 40])  # in fractions of the axis
     assert has_line(axes, [1, 3, 5], [60, 60, 60])
     (band,) = axes.patches
+    assert [text.get_text() for text in axes.get_legend().get_texts()][1] == "locality strength 0.01"
     assert (band.get_y(), band.get_height()) == (pytest.approx(40 - 2.5**0.5), pytest.approx(2 * 2.5**0.5))
     every, tenth = panels("imagenet.py:ablations", lambda run: 50.0 if run.column == "all" else 20.0)
     assert every.get_xlim() == tenth.get_xlim()

@@ -1,4 +1,4 @@
-"""The picture of augmentations shows what the training step trains on; test_visualize.py draws it."""
+"""The preview of augmentation shows what the training step trains on; test_visualize.py draws it."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from configs import default
 from convit_jax.data.augment import stage_keys
 from convit_jax.data.randaugment import Op, draw
-from convit_jax.figures import augmentations
+from convit_jax.training import preview
 from convit_jax.training.plan import make_plan
 from convit_jax.training.step import step_keys
 
@@ -23,9 +23,9 @@ def config(image_folder):
 def test_it_shows_the_pixels_of_the_step(config):
     config.augment.update(policy="none", erase_prob=0.0, hflip=False, cutmix=0.0)
     batch = make_plan(config, devices=1).train(range(8))
-    before, steps = augmentations.augment_batch(config, batch, 3)
+    before, steps = preview.augment_batch(config, batch, 3)
     np.testing.assert_allclose(before, batch["image"] / 255, atol=1e-6)
-    assert len(steps) == augmentations.STEPS
+    assert len(steps) == preview.STEPS
     low, high = np.minimum(before, before[::-1]), np.maximum(before, before[::-1])
     for mixed, targets in steps:
         assert np.abs(mixed - before).max() > 0.01
@@ -34,12 +34,12 @@ def test_it_shows_the_pixels_of_the_step(config):
 
 
 def test_captions_name_what_is_drawn_and_mixed(config):
-    captions = augmentations.list_operations(config, 40)
+    captions = preview.list_operations(config, 40)
     ops = jax.device_get(draw(stage_keys(step_keys(0, 0)[0])["policy"], 40, 9.0, 0.5, 2)[0])
     for caption, row in zip(captions, ops, strict=True):
         assert caption.splitlines() == [Op(op).name.title().replace("_", "") for op in row if op != Op.NONE]
     names = ("ant", "bee", "cat")
-    assert augmentations.format_shares(np.array([0.6, 0.3, 0.1]), [0, 1], names) == "60% ant\n30% bee"
-    assert augmentations.format_shares(np.array([0.9, 0.05, 0.05]), [0, 1], names) == "90% ant"
+    assert preview.format_shares(np.array([0.6, 0.3, 0.1]), [0, 1], names) == "60% ant\n30% bee"
+    assert preview.format_shares(np.array([0.9, 0.05, 0.05]), [0, 1], names) == "90% ant"
     config.augment.policy = "none"
-    assert augmentations.list_operations(config, 3) == ["", "", ""]
+    assert preview.list_operations(config, 3) == ["", "", ""]
