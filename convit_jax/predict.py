@@ -1,9 +1,9 @@
-"""What is in an image: the five likeliest classes with their probabilities.
+"""Print the five most likely classes of images.
 
     python -m convit_jax.predict --checkpoint=convit_small cat.jpg holiday/ "more/*.png"
 
-IMAGE: files, folders (the images below them) and patterns. Images that cannot be read are reported, the
-others go on, and the exit status is then 1. --json prints one object a line:
+IMAGE is a file, a folder with images at any depth, or a pattern. Unreadable images are reported, the others
+go on, and the exit status is 1. --json prints one object per line:
 {"image": path, "predictions": [{"label": 281, "class": "n02123045", "words": ..., "probability": 0.91}, ...]}
 """
 
@@ -11,29 +11,30 @@ import glob
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from convit_jax.cli import define_weights, launch, load_weights
-from convit_jax.data.class_names import words
 from convit_jax.errors import UserError
 
 SHOWN = 5
 
 
-def define():
+def _define_flags() -> None:
     define_weights()
-    flags.DEFINE_bool("json", False, "One JSON object a line.")
-    flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
+    flags.DEFINE_bool("json", False, "One JSON object per line.")
+    flags.DEFINE_integer("batch_size", 32, "Images per batch.", lower_bound=1)
 
 
-def main(arguments):
-    """Predict the classes of the images."""
+def main(arguments: list[str]) -> int:
+    """Predicts the classes of the images; returns the exit status."""
     import jax
     import numpy as np
     from flax import nnx
 
     from convit_jax.data.augment import normalize
+    from convit_jax.data.class_names import words
     from convit_jax.data.images import centre_crop, decode
 
     paths = find_images(arguments)
@@ -43,31 +44,50 @@ def main(arguments):
     batch_size = min(flags.FLAGS.batch_size, len(paths))
 
     @jax.jit
-    def predict(params, images):
+    def predict(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = nnx.merge(graphdef, params)(normalize(images, how.mean, how.std))
         return jax.lax.top_k(jax.nn.softmax(logits), min(SHOWN, logits.shape[-1]))
 
     params = jax.device_put(loaded.params())
-    failed = 0
+    failed = False
     for first in range(0, len(paths), batch_size):
-        images, read = np.zeros((batch_size, *size, 3), np.uint8), []
+        images = np.zeros((batch_size, *size, 3), np.uint8)
+        read: list[str] = []
         for path in paths[first : first + batch_size]:
             try:
-                image = decode(read_bytes(path), path)
+                image = decode(read_image_file(path), path)
                 images[len(read)] = centre_crop(image, size, how.crop_ratio, how.interpolation)
                 read.append(path)
             except UserError as error:
-                failed += 1
+                failed = True
                 print(f"predict: {error}", file=sys.stderr)
-        if read:
-            probabilities, labels = jax.device_get(predict(params, images))
-            for path, *best in zip(read, probabilities, labels, strict=False):  # the rest is empty
-                show(path, [answer(*pair, loaded) for pair in zip(*best, strict=True)])
-    return 1 if failed else 0
+        if not read:
+            continue
+        probabilities, labels = jax.device_get(predict(params, images))
+        for path, *best in zip(read, probabilities, labels, strict=False):  # the batch may be longer
+            answers = []
+            for probability, label in zip(*best, strict=True):
+                name = loaded.class_name(label)
+                answer = {"label": int(label), "class": name, "words": words(name)}
+                answers.append({**answer, "probability": float(probability)})
+            _print_answers(path, answers)
+    return int(failed)
 
 
-def find_images(arguments):
-    """Paths of the image files that the arguments name: each a file, a folder or a pattern."""
+def _print_answers(path: str, answers: list[dict[str, Any]]) -> None:
+    """Prints the predictions of one image."""
+    if flags.FLAGS.json:
+        print(json.dumps({"image": path, "predictions": answers}), flush=True)
+    else:
+        lines = [f"  {100 * each['probability']:5.1f} %  {each['words']}" for each in answers]
+        print("\n".join([path, *lines]), flush=True)
+
+
+def find_images(arguments: list[str]) -> list[str]:
+    """Returns the paths of files, of images in folders and of matches of patterns.
+
+    What does not exist stays in the list, so that it is reported when it is read.
+    """
     from convit_jax.data.sources import IMAGE_SUFFIXES
 
     if not arguments:
@@ -75,40 +95,24 @@ def find_images(arguments):
     paths = []
     for argument in arguments:
         path = Path(argument).expanduser()
+        found: list[str] = []
         if path.is_dir():
             found = [str(file) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
         elif glob.has_magic(argument) and not path.exists():
             found = [file for file in glob.glob(str(path), recursive=True) if not Path(file).is_dir()]
-        else:
-            found = []
-        paths += sorted(found) or [str(path)]  # what is not there is reported with the unreadable ones
+        paths += sorted(found) or [str(path)]
     return paths
 
 
-def read_bytes(path):
-    """The content of a file."""
+def read_image_file(path: str) -> bytes:
+    """Returns the content of an image file. Raises UserError if it cannot be read."""
     try:
-        return Path(path).read_bytes()
+        return Path(path).expanduser().read_bytes()
     except IsADirectoryError as error:
         raise UserError(f"there is no image in the folder {path}: give another.") from error
     except OSError as error:
         raise UserError(f"cannot read the image {path} ({error.strerror}): check the path.") from error
 
 
-def answer(probability, label, loaded):
-    """One prediction, as JSON gives it."""
-    name = loaded.class_name(label)
-    return {"label": int(label), "class": name, "words": words(name), "probability": float(probability)}
-
-
-def show(path, predictions):
-    """Print the predictions of an image."""
-    if flags.FLAGS.json:
-        print(json.dumps({"image": path, "predictions": predictions}), flush=True)
-        return
-    lines = [f"  {100 * each['probability']:5.1f} %  {each['words']}" for each in predictions]
-    print("\n".join([path, *lines]), flush=True)
-
-
 if __name__ == "__main__":
-    launch("predict", main, define=define, arguments="IMAGE...")
+    launch("predict", main, define=_define_flags, arguments="IMAGE...")

@@ -1,19 +1,24 @@
-"""Pictures of what a network looks at, and of what a training sees.
+"""Draw what a network looks at, and what a training sees.
 
     python -m convit_jax.visualize --checkpoint=PATH --image=photo.jpg --output=DIR [--query=ROW,COLUMN]
     python -m convit_jax.visualize --init --config=configs/convit_s.py [--image=photo.jpg] --output=DIR
     python -m convit_jax.visualize --run=RUN --output=DIR
     python -m convit_jax.visualize --augmentations --config=configs/convit_ti.py --output=augmented.png
 
-The first draws attention maps of every layer and head, the second those of a GPSA layer before training
-(Fig. 3; with --checkpoint in place of --config, of that model and, of a run, its seed), the third learning
-curves, gates and non-locality through training (Figs. 5, 6). An image is a file, or a number: that image of
-the test split of the run's own data, or of --config's.
+1. Attention maps of every layer and head.
+2. Attention of a GPSA layer before training (Fig. 3). With --checkpoint instead of --config: of that model,
+   with the seed of the run.
+3. Learning curves, gates and non-locality of a run (Figs. 5 and 6).
+4. Training images after augmentation.
+
+--image is a file, or the number of an image in the test split of the run's data or of --config.
 """
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from absl import flags
 
 from convit_jax.cli import define_weights, launch, load_weights, required_config
@@ -21,198 +26,174 @@ from convit_jax.config import load_run_config
 from convit_jax.errors import UserError
 from convit_jax.rundir import is_run
 
-OF_WEIGHTS = ("checkpoint", "image_size", "heads", "which", "dtype", "ema")
+if TYPE_CHECKING:
+    from convit_jax.weights.formats import Preprocessing
+
+WEIGHT_FLAGS = {"checkpoint", "image_size", "heads", "which", "dtype", "ema"}
 
 
-def define():
-    flags.DEFINE_bool("augmentations", False, "Draw training images as the training step sees them.")
+def _define_flags() -> None:
+    flags.DEFINE_bool("augmentations", False, "Draw training images after augmentation.")
     flags.DEFINE_bool("init", False, "Draw the attention of a GPSA layer before training (Fig. 3).")
-    flags.DEFINE_string(
-        "run", None, "Draw learning curves, gates and non-locality of the training in this run directory."
-    )
+    flags.DEFINE_string("run", None, "Draw learning curves, gates and non-locality of this run directory.")
     flags.DEFINE_string("image", None, "An image file, or the number of an image of the test split.")
-    flags.DEFINE_string(
-        "query", None, "ROW,COLUMN of the patch whose attention is drawn, from 0; the centre."
-    )
-    flags.DEFINE_string("output", None, "Folder for the pictures.")
+    flags.DEFINE_string("query", None, "ROW,COLUMN of the patch to look from, counted from 0; the centre.")
+    flags.DEFINE_string("output", None, "Directory for the pictures.")
     define_weights()
 
 
-def main(_):
-    """Draw what the flags ask for and say where it is."""
-    draw, values = choose(), flags.FLAGS
-    if values.output is None:
-        raise UserError("say where to draw it: --output=DIR.")
-    for path in draw(Path(values.output).expanduser()):
+def main(arguments: list[str]) -> None:
+    """Draws what the flags ask for and prints the paths."""
+    draw = {
+        "augmentations": visualize_augmentations,
+        "run": visualize_run,
+        "init": visualize_init,
+        "checkpoint": visualize_attention,
+    }[_choose_mode()]
+    if flags.FLAGS.output is None:
+        raise UserError("there is no place for the pictures: add --output=DIR.")
+    for path in draw(Path(flags.FLAGS.output).expanduser()):
         print(path)
 
 
-def choose():
-    """The function that draws what the flags ask for.
-
-    Raises:
-      UserError: they ask for nothing or for two things, or some would be ignored.
-    """
+def _choose_mode() -> str:
+    """The flag that says what to draw. Raises UserError for contradictions and flags without effect."""
     values = flags.FLAGS
-    modes = {"augmentations": draw_augmentations, "init": draw_init, "run": draw_training}
-    asked = [mode for mode in modes if values[mode].value]
-    if len(asked) > 1:
-        raise UserError(f"--{asked[0]} and --{asked[1]} are different pictures: ask for one at a time.")
-    if not asked and not (values.checkpoint and values.image):
+    modes = [mode for mode in ("augmentations", "init", "run") if values[mode].value]
+    if len(modes) > 1:
+        raise UserError(f"--{modes[0]} and --{modes[1]} are different pictures: give one of them.")
+    if not modes and not (values.checkpoint and values.image):
         raise UserError(
-            "say what to draw: --checkpoint=PATH --image=IMAGE for attention maps, --init for the "
-            "convolutional init, --run=DIR for learning curves, gates and non-locality, or --augmentations."
+            "nothing to draw: give --checkpoint=PATH --image=IMAGE for attention maps, --init for the "
+            "convolutional init, --run=DIR for curves of a training, or --augmentations."
         )
-    config = [name for name in values if re.match(r"config(\.|$)", name)]
-    if asked == ["augmentations"]:
-        read = config
-    elif asked == ["run"]:
-        read = []
-    elif values.checkpoint is None:
-        read = [*config, "image", "query"]
-    else:  # a config for its images only
-        read = [*(config if numbered() else []), "image", "query", *OF_WEIGHTS]
-    for name in (*config, "image", "query", *OF_WEIGHTS):
-        if values[name].present and name not in read:
-            remedy = "leave it out"
-            if asked == ["init"] and name in OF_WEIGHTS:
-                remedy += ", add --checkpoint=PATH, or change the model with --config.model.FIELD=VALUE"
-            drawing = asked[0] if asked else "checkpoint"
-            raise UserError(f"--{name} would change nothing of what --{drawing} draws: {remedy}.")
-    return modes[asked[0]] if asked else draw_attention
+    mode = modes[0] if modes else "checkpoint"
+    with_config = mode == "augmentations" or (mode == "init" and not values.checkpoint)
+    used = {"image", "query"} if mode in ("init", "checkpoint") else set()
+    used |= WEIGHT_FLAGS if used and values.checkpoint else set()
+    used |= {"config"} if with_config or (used and _is_number(values.image)) else set()
+    for name in values:
+        of = name.partition(".")[0]
+        if values[name].present and of in WEIGHT_FLAGS | {"image", "query", "config"} and of not in used:
+            raise UserError(f"--{name} has no effect on what --{mode} draws: leave it out.")
+    return mode
 
 
-def draw_augmentations(path):
-    """Training images after augmentation, into a file, or a folder's augmentations.png."""
-    from convit_jax.figures.augmentations import augmentation_montage
+def visualize_augmentations(path: Path) -> list[Path]:
+    """Draws training images into a file, or into augmentations.png of a directory."""
+    from convit_jax.figures.augmentations import draw_augmentations
     from convit_jax.training.plan import make_plan
+    from convit_jax.training.preview import preview_augmentation
 
-    config = required_config()
     if path.is_dir() or not path.suffix:
         path = path / "augmentations.png"
-    plan = make_plan(config, devices=1)
-    make_folder(path.parent)
-    augmentation_montage(config, plan, path)
-    return [path]
+    config = required_config()
+    return draw_augmentations(path, *preview_augmentation(config, make_plan(config, devices=1)))
 
 
-def draw_training(directory):
-    """Learning curves, gates and non-locality of a run, by epoch."""
-
+def visualize_run(directory: Path) -> list[Path]:
+    """Draws learning curves, gates and non-locality of --run."""
     from convit_jax.figures.curves import draw_curves
     from convit_jax.figures.locality import draw_locality
-    from convit_jax.models.variants import model_settings
     from convit_jax.rundir import read_metrics
-    from convit_jax.training.plan import model_arguments
 
     run = Path(flags.FLAGS.run).expanduser()
     if not read_metrics(run / "metrics.jsonl") or not (run / "config.json").exists():
-        raise UserError(
-            f"{run} lacks config.json, or a line in metrics.jsonl: give the directory of a run that trains."
-        )
-    config = load_run_config(run)
-    model = model_settings(**model_arguments(config, config.data.num_classes or 1000))
-    return [*draw_curves(run, directory), *draw_locality(run, directory, model)]
+        raise UserError(f"{run} has no config.json or an empty metrics.jsonl: give a run directory.")
+    settings = _config_settings(load_run_config(run))
+    return [*draw_curves(run, directory), *draw_locality(run, directory, settings)]
 
 
-def draw_attention(directory):
-    """Attention maps of the weights for the image."""
-    from convit_jax.analysis.maps import check_query, layer_maps
-    from convit_jax.figures.maps import attention_pages
+def visualize_attention(directory: Path) -> list[Path]:
+    """Draws the attention maps of --checkpoint for --image."""
+    from convit_jax.analysis.maps import layer_maps
+    from convit_jax.figures.maps import draw_attention_maps
 
     loaded = load_weights()
-    query = check_query(parse_query(flags.FLAGS.query), grid_of(loaded.settings))
+    query = _read_query(loaded.settings)
     image, normalised = read_image(loaded.settings, loaded.preprocessing)
-    make_folder(directory)
-    return attention_pages(directory, layer_maps(loaded.model(), normalised, query), image, query)
+    return draw_attention_maps(directory, layer_maps(loaded.model(), normalised, query), image, query)
 
 
-def draw_init(directory):
-    """The first GPSA layer of the weights' model, or of the config's, before training."""
-    from convit_jax.analysis.maps import check_query, init_maps
-    from convit_jax.figures.maps import init_page
-    from convit_jax.models.variants import model_settings
-    from convit_jax.training.plan import model_arguments
+def visualize_init(directory: Path) -> list[Path]:
+    """Draws the first GPSA layer of --checkpoint's or --config's model before training."""
+    from convit_jax.analysis.maps import init_maps
+    from convit_jax.figures.maps import draw_init_maps
     from convit_jax.weights.formats import Preprocessing
 
-    config = flags.FLAGS.config
-    if flags.FLAGS.checkpoint:
+    checkpoint = flags.FLAGS.checkpoint
+    if checkpoint:
         loaded = load_weights()
-        settings, how = loaded.settings, loaded.preprocessing
-        seed = config.seed if is_run(flags.FLAGS.checkpoint) else 0
+        settings, preprocessing = loaded.settings, loaded.preprocessing
+        seed = load_run_config(Path(checkpoint).expanduser()).seed if is_run(checkpoint) else 0
     else:
         config = required_config()
-        settings = model_settings(**model_arguments(config, config.data.num_classes or 1000))
-        how = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
-        seed = config.seed
-    query = check_query(parse_query(flags.FLAGS.query), grid_of(settings))
-    image, normalised = read_image(settings, how) if flags.FLAGS.image else (None, None)
+        settings, seed = _config_settings(config), config.seed
+        preprocessing = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
+    query = _read_query(settings)
+    image, normalised = read_image(settings, preprocessing) if flags.FLAGS.image else (None, None)
     alpha = settings["locality_strength"]
     strengths = (alpha / 2, alpha, 2 * alpha)
     content, positions = init_maps(settings, seed, query, strengths, normalised)
-    make_folder(directory)
-    return init_page(
-        directory, content, positions, strengths if settings["conv_init"] else None, image, query
-    )
+    shown = strengths if settings["conv_init"] else None
+    return draw_init_maps(directory, content, positions, shown, image, query)
 
 
-def grid_of(settings):
-    """(rows, columns) of patches."""
-    return tuple(side // settings["patch_size"] for side in settings["image_size"])
+def _config_settings(config: Any) -> dict[str, Any]:
+    """The settings of a config's VisionTransformer."""
+    from convit_jax.models.variants import model_settings
+    from convit_jax.training.plan import model_arguments
+
+    return model_settings(**model_arguments(config, config.data.num_classes or 1000))
 
 
-def parse_query(text):
-    """(row, column) of "3,4"; None of None."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
-    if match is None:
-        raise UserError(f"--query is {text!r}: give ROW,COLUMN of a patch, as 3,4, counted from 0.")
-    return int(match[1]), int(match[2])
+def _read_query(settings: dict[str, Any]) -> tuple[int, int]:
+    """(row, column) of --query, by default the centre."""
+    from convit_jax.analysis.maps import check_query
+
+    text, query = flags.FLAGS.query, None
+    if text is not None:
+        match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+        if match is None:
+            raise UserError(f"--query is {text!r}: give ROW,COLUMN of a patch, as 3,4, counted from 0.")
+        query = int(match[1]), int(match[2])
+    rows, columns = (side // settings["patch_size"] for side in settings["image_size"])
+    return check_query(query, (rows, columns))
 
 
-def read_image(settings, how):
-    """(uint8 [H, W, 3] as the network sees --image, the same normalised, float32)."""
+def read_image(settings: dict[str, Any], preprocessing: "Preprocessing") -> tuple[np.ndarray, np.ndarray]:
+    """Returns --image as the network sees it, uint8 [H, W, 3], and normalised, float32 [H, W, 3]."""
     import jax
 
     from convit_jax.data.augment import normalize
     from convit_jax.data.images import centre_crop, decode
-    from convit_jax.predict import read_bytes
+    from convit_jax.predict import read_image_file
 
     if settings["in_chans"] != 3:
-        raise UserError(f"these weights take images of {settings['in_chans']} channels: pictures have 3.")
-    given = flags.FLAGS.image
-    record = test_image(int(given)) if numbered() else read_bytes(Path(given).expanduser())
+        raise UserError(f"the network takes images with {settings['in_chans']} channels: pictures have 3.")
+    given, how = flags.FLAGS.image, preprocessing
+    record = _read_test_image(int(given)) if _is_number(given) else read_image_file(given)
     image = centre_crop(decode(record, given), settings["image_size"], how.crop_ratio, how.interpolation)
-    return image, jax.device_get(normalize(image[None], how.mean, how.std))[0]
+    return image, jax.device_get(normalize(jax.numpy.asarray(image[None]), how.mean, how.std))[0]
 
 
-def numbered():
+def _is_number(image: str | None) -> bool:
     """Whether --image is the number of an image."""
-    given = flags.FLAGS.image
-    return given is not None and given.isdigit() and not Path(given).exists()
+    return image is not None and image.isdigit() and not Path(image).exists()
 
 
-def test_image(number):
-    """The record of an image of the test split, of the run's data or of --config's."""
+def _read_test_image(number: int) -> Any:
+    """The record of an image of the test split."""
     from convit_jax.data.sources import open_source
 
-    values = flags.FLAGS
-    if values.checkpoint and not values["config"].present and not is_run(values.checkpoint):
-        raise UserError(f"{values.checkpoint} is not a run directory: add --config for the images.")
+    checkpoint = flags.FLAGS.checkpoint
+    if checkpoint and not flags.FLAGS["config"].present and not is_run(checkpoint):
+        raise UserError(f"{checkpoint} is not a run directory: add --config for the images.")
     source = open_source(required_config().data, "test")
     if number >= len(source):
-        raise UserError(f"--image is {number}, but the test split has the images 0 to {len(source) - 1}.")
+        raise UserError(f"--image is {number}, but the test split has images 0 to {len(source) - 1}.")
     return source[number]
 
 
-def make_folder(path):
-    """A folder for pictures."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path} ({error}): give another --output.") from error
-
-
 if __name__ == "__main__":
-    launch("visualize", main, define=define, config="configs/digits.py")
+    launch("visualize", main, define=_define_flags, config="configs/digits.py")

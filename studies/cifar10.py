@@ -5,10 +5,10 @@ python -m convit_jax.study studies/cifar10.py:sample_efficiency --config.data.di
 # without a GPU :sample_efficiency_cpu and :ablations_cpu, a narrower model, fewer images, no mixing
 """
 
-from studies import ablations, chosen, sample_efficiency, small_ablations, small_models, small_plans
+from studies import ablations, chosen, sample_efficiency, small_plans, small_rows
 
 CONFIG = "configs/cifar10.py"  # patches of 4: a grid of 8 x 8
-RANDOM = {"data.subset_rule": "random"}  # so that seeds differ in their images too
+RANDOM = {"data.subset_rule": "random"}  # seeds then differ in their images too
 GPU = RANDOM | {
     "epochs": 100,
     "optim.warmup_epochs": 5,
@@ -35,29 +35,20 @@ CPU = RANDOM | {  # 100,000 images, ten minutes on a core
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,
 }
-LONG = CPU | {"epochs": 6, "eval_every": 1.0}  # with fewer DeiT does not come to overfit larger parts
+LONG = CPU | {"epochs": 6, "eval_every": 1.0}  # with fewer, DeiT does not overfit larger parts
 TEACHER = "runs/cifar10_models/runs/convit-b+-seed0"
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)
 
 
 def get_plan(name=""):
-    with_a_gpu = small_plans(
-        "CIFAR-10",
-        CONFIG,
-        settings=GPU,
-        seeds=SEEDS,
-        fractions=FRACTIONS,
-        share=4,
-        layers=(3, 6, 9),
-        teacher=TEACHER,
+    sizes = {"width_divisor": 4, "layers": (3, 6, 9)}
+    rows, letters = small_rows(CONFIG)
+    return chosen(
+        name,
+        {
+            **small_plans("CIFAR-10", CONFIG, GPU, SEEDS, FRACTIONS, **sizes, teacher=TEACHER),
+            "sample_efficiency_cpu": sample_efficiency("CIFAR-10", rows, FRACTIONS[:3], SEEDS, LONG),
+            "ablations_cpu": ablations("CIFAR-10", letters, {"10%": 0.1}, SEEDS, CPU),
+        },
     )
-    without = {
-        "sample_efficiency_cpu": sample_efficiency(
-            "CIFAR-10", small_models(CONFIG), FRACTIONS[:3], SEEDS, baseline="DeiT", overrides=LONG
-        ),
-        "ablations_cpu": ablations(
-            "CIFAR-10", small_ablations(CONFIG), SEEDS, fractions={"10%": 0.1}, overrides=CPU
-        ),
-    }
-    return chosen(name, with_a_gpu | without)

@@ -1,4 +1,4 @@
-"""The paper's experiments on ImageNet, with the paper's recipe; its numbers are printed beside ours.
+"""The paper's experiments on ImageNet, with the paper's recipe; its numbers are printed next to ours.
 
 python -m convit_jax.study studies/imagenet.py:models --config.data.dir=IMAGENET              # Table 1
 python -m convit_jax.study studies/imagenet.py:sample_efficiency --config.data.dir=IMAGENET   # Table 2
@@ -8,7 +8,7 @@ python -m convit_jax.study studies/imagenet.py:locality_early --config.data.dir=
 python -m convit_jax.study studies/imagenet.py:distillation --config.data.dir=IMAGENET        # Table 4
 """
 
-from studies import ablations, chosen, locality, sample_efficiency
+from studies import ABLATIONS, ablations, chosen, locality, run, sample_efficiency
 
 SEEDS = (0,)
 TOP1 = {
@@ -50,8 +50,8 @@ def models():
     for size in TOP1["DeiT"]:
         for kind in TOP1:
             row = f"{kind}-{size}"
-            paper = {"top1": TOP1[kind][size]} | ({"top5": TOP5[kind][size]} if size in TOP5[kind] else {})
-            runs.append({"row": row, "config": config_of(row), "seeds": SEEDS, "paper": paper})
+            top5 = {"top5": TOP5[kind][size]} if size in TOP5[kind] else {}
+            runs.append(run(row, None, config_of(row), SEEDS, paper={"top1": TOP1[kind][size], **top5}))
     return {
         "title": "The twelve models on ImageNet",
         "question": "ConViT against DeiT at six sizes (the paper's Table 1).",
@@ -69,36 +69,28 @@ def distillation():
         "question": "What a student learns from a teacher too (the paper's Table 4, with a RegNetY-16GF).",
         "rows": "student",
         "runs": [
-            {
-                "row": row,
-                "config": config_of(row),
-                "overrides": taught,
-                "seeds": SEEDS,
-                "paper": {"top1": top1},
-            }
+            run(row, None, config_of(row), SEEDS, taught, paper={"top1": top1})
             for row, top1 in TABLE_4.items()
         ],
     }
 
 
-def fig_8(images, overrides):
+def fig_8(data, overrides):
     """Fig. 8, of ConViT-S: the size is our choice."""
-    return locality(images, "configs/convit_s.py", (0.01, 0.1, 1.0), (3, 6, 9), SEEDS, overrides=overrides)
+    return locality(data, "configs/convit_s.py", (3, 6, 9), SEEDS, overrides)
 
 
 def get_plan(name=""):
-    small = {"DeiT-S": ("configs/deit_s.py", {}), "ConViT-S": ("configs/convit_s.py", {})}
-    rows = {row: (f"configs/ablations.py:{row}", {}) for row in TABLE_3}
-    return chosen(
-        name,
-        {
-            "models": models(),
-            "sample_efficiency": sample_efficiency(
-                "ImageNet", small, FRACTIONS, SEEDS, baseline="DeiT-S", paper=TABLE_2
-            ),
-            "ablations": ablations("ImageNet", rows, SEEDS, paper={"top1": TABLE_3}),
-            "locality": fig_8("100 classes of ImageNet", FIRST_100),
-            "locality_early": fig_8("100 classes of ImageNet, 20 of 300 epochs", FIRST_100 | EARLY),
-            "distillation": distillation(),
-        },
-    )
+    rows = {row: (config_of(row), {}) for row in ("DeiT-S", "ConViT-S")}
+    letters = {letter: (f"configs/ablations.py:{letter}", {}) for letter in ABLATIONS}
+    plans = {
+        "models": models(),
+        "sample_efficiency": sample_efficiency("ImageNet", rows, FRACTIONS, SEEDS, {}, paper=TABLE_2),
+        "ablations": ablations(
+            "ImageNet", letters, {"all": 1.0, "10%": 0.1}, SEEDS, {}, paper={"top1": TABLE_3}
+        ),
+        "locality": fig_8("100 classes of ImageNet", FIRST_100),
+        "locality_early": fig_8("100 classes of ImageNet, 20 of 300 epochs", FIRST_100 | EARLY),
+        "distillation": distillation(),
+    }
+    return chosen(name, plans)

@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from conftest import ROOT, run_python
 from PIL import Image
 
+from convit_jax import predict
 from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.data.images import centre_crop
 from convit_jax.errors import UserError
 from convit_jax.export import export
-from convit_jax.predict import find_images, read_bytes
 from convit_jax.weights import pretrained
 from convit_jax.weights.formats import save_converted
 
@@ -47,43 +49,36 @@ def test_probabilities_of_readable_images_and_a_report_of_the_others(weights, im
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 5 + 3
 
-    model = pretrained.load(weights).model()
-    for answer in answers:
-        image = centre_crop(Image.open(answer["image"]), (48, 48), 0.875)
-        logits = model(
-            (image[None] / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
-        )
-        expected = np.asarray(jax.nn.softmax(logits)[0])
+    images = np.stack([centre_crop(Image.open(each["image"]), (48, 48), 0.875) for each in answers])
+    expected = np.asarray(jax.nn.softmax(pretrained.load(weights).model()((images / 255 - MEAN) / STD)))
+    for answer, probabilities in zip(answers, expected, strict=True):
         found = answer["predictions"]
-        assert [each["label"] for each in found] == np.argsort(-expected)[:5].tolist()
-        np.testing.assert_allclose(
-            [each["probability"] for each in found], np.sort(-expected)[:5] * -1, atol=1e-5
-        )
+        best = np.argsort(-probabilities)[:5]
+        assert [each["label"] for each in found] == best.tolist()
+        np.testing.assert_allclose([each["probability"] for each in found], probabilities[best], atol=1e-5)
         assert all(each["class"] == NAMES[each["label"]] for each in found)
         assert all(each["words"] == words(each["class"]) for each in found)
 
 
-def test_the_text_for_people(weights, image_folder):
-    done = run_python("-m", "convit_jax.predict", f"--checkpoint={weights}", image_folder / "val/bee/0.jpg")
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, done.stderr
-    assert lines[0] == f"{image_folder}/val/bee/0.jpg"
-    assert len(lines) == 6
-    assert lines[1].split()[1] == "%"
+def test_text_for_people(monkeypatch, capsys):
+    monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(json=False))
+    answers = [{"words": "tench, Tinca tinca", "probability": 0.91}, {"words": "bee", "probability": 0.04}]
+    predict._print_answers("a.jpg", answers)
+    assert capsys.readouterr().out == "a.jpg\n   91.0 %  tench, Tinca tinca\n    4.0 %  bee\n"
 
 
 def test_files_folders_and_patterns(image_folder):
     val = image_folder / "val"
-    assert len(find_images([str(val)])) == 6
-    assert find_images([f"{val}/*/0.jpg", "gone.jpg"]) == [
-        *(f"{val}/{name}/0.jpg" for name in ("ant", "bee", "cat")),
-        "gone.jpg",
-    ]
+    assert len(predict.find_images([str(val)])) == 6
+    first = [f"{val}/{name}/0.jpg" for name in ("ant", "bee", "cat")]
+    assert predict.find_images([f"{val}/*/0.jpg", "gone.jpg"]) == [*first, "gone.jpg"]
     (val / "empty").mkdir()
     for nothing in (f"{val}/*.png", f"{val}/empty"):
-        assert find_images([nothing]) == [nothing]  # reported when it cannot be read; the others go on
+        assert predict.find_images([nothing]) == [nothing]  # reported when it is read; the others go on
         with pytest.raises(UserError, match=r"there is no image in the folder .*empty|cannot read the image"):
-            read_bytes(nothing)
+            predict.read_image_file(nothing)
+    with pytest.raises(UserError, match="give at least one IMAGE"):
+        predict.find_images([])
 
 
 @pytest.mark.parametrize(

@@ -1,40 +1,42 @@
-"""Learning curves of a training, from its log: loss, top-1 and learning rate by epoch."""
+"""Learning curves of a run: loss, top-1 accuracy and learning rate by epoch."""
 
-from convit_jax.figures.style import COLORS, STYLE, save
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convit_jax.figures.style import COLORS, save_figure, tidy_axes
 from convit_jax.rundir import read_metrics
 
-HELD_OUT, TRAIN, AVERAGED = COLORS[:3]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def draw_curves(run, directory):
-    """Draw metrics.jsonl of a run directory into another, or the same; the paths of curves.png and .pdf."""
-    from matplotlib import rc_context
-
-    with rc_context(STYLE):
-        return save(curves(read_metrics(run / "metrics.jsonl")), directory / "curves")
+def draw_curves(run: Path, directory: Path) -> list[Path]:
+    """Draws the log of a run directory as curves.png and curves.pdf; returns their paths."""
+    return save_figure(plot_curves(read_metrics(run / "metrics.jsonl")), directory, "curves")
 
 
-def curves(lines):
-    """A Figure of the lines of a log."""
+def plot_curves(lines: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Returns the figure of the lines of a metrics.jsonl."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for panel, title, train, held_out in (
-        (panels[0], "loss", "train_loss", "loss"),
-        (panels[1], "top-1 (%)", "train_top1", "top1"),
-        (panels[2], "learning rate", "lr", None),
-    ):
+    panels = (
+        ("loss", "train_loss", "loss"),
+        ("top-1 (%)", "train_top1", "top1"),
+        ("learning rate", "lr", ""),
+    )
+    for axes, (title, training, test) in zip(figure.subplots(1, 3), panels, strict=True):
         for name, label, color, marker in (
-            (train, "training", TRAIN, None),
-            (f"val_{held_out}", "test", HELD_OUT, "o"),
-            (f"val_ema_{held_out}", "test, EMA of the weights", AVERAGED, "s"),
+            (training, "training", COLORS[1], None),
+            (f"val_{test}", "test", COLORS[0], "o"),
+            (f"val_ema_{test}", "test, moving average of the weights", COLORS[2], "s"),
         ):
             points = [(line["epoch"], line[name]) for line in lines if name in line]
             if points:
-                panel.plot(*zip(*points, strict=True), marker=marker, ms=3, lw=1.4, color=color, label=label)
-        panel.set(xlabel="epoch", title=title)
-        panel.grid(alpha=0.3)
-        if held_out and panel.lines:
-            panel.legend(frameon=False)
+                axes.plot(*zip(*points, strict=True), marker=marker, ms=3, lw=1.4, color=color, label=label)
+        axes.set(xlabel="epoch", title=title)
+        tidy_axes(axes)
+        if test and axes.lines:
+            axes.legend(frameon=False)
     return figure

@@ -1,109 +1,108 @@
-"""How local attention was in the course of a training, from the log in its run directory.
+"""How local the attention of a run was, by epoch: non-locality per layer and gates per head.
 
-Non-locality of each layer by epoch (ConViT, Fig. 5), and the gates sigma(lambda) of the heads of each GPSA
-layer by epoch (Fig. 6). Layers and heads are counted from 1, as in the paper.
+These are figures 5 and 6 of the paper. Layers and heads are counted from 1, as there.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from convit_jax.analysis.locality import patch_distances
-from convit_jax.figures.style import STYLE, save
+from convit_jax.figures.style import save_figure, tidy_axes
 from convit_jax.rundir import read_metrics
 
-COLUMNS = 5  # panels in a row
-GREY = "0.45"
-SIZES = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 9, "figure.labelsize": 9}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANELS_PER_ROW = 5
 
 
-def draw_locality(run, directory, model):
-    """Draw what a training has logged of its attention.
+def draw_locality(run: Path, directory: Path, model: Mapping[str, Any]) -> list[Path]:
+    """Draws what a run logged about its attention.
 
     Args:
-      run: directory of train.py, finished or not. directory: of the pictures. model: settings of the run's
-        VisionTransformer.
+      run: the run directory; the training may still be going on.
+      directory: where to write nonlocality.png, gates.png and the same as PDF.
+      model: settings of the run's VisionTransformer.
 
     Returns:
-      The pictures' paths, of what was logged: nonlocality and, of a model with GPSA, gates; .png and .pdf.
+      The paths written; no gates for a model without GPSA.
     """
-    from matplotlib import rc_context
-
     lines = read_metrics(run / "metrics.jsonl")
     paths = []
-    for name, draw in (("nonlocality", draw_nonlocality), ("gates", draw_gates)):
-        found = [line for line in lines if name in line]
-        if not found:
-            continue
-        epochs, values = [line["epoch"] for line in found], np.array([line[name] for line in found])
-        with rc_context(STYLE | SIZES):
-            paths += save(draw(epochs, values, model), directory / name)
+    for name, plot in (("nonlocality", plot_nonlocality), ("gates", plot_gates)):
+        logged = [line for line in lines if name in line]
+        if logged:
+            epochs, values = [line["epoch"] for line in logged], np.array([line[name] for line in logged])
+            paths += save_figure(plot(epochs, values, model), directory, name)
     return paths
 
 
-def draw_nonlocality(epochs, values, model):
-    """A Figure of non-locality [evaluations, layers, heads]: the mean over heads, a curve for each layer."""
+def plot_nonlocality(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, Any]) -> "Figure":
+    """Returns the figure of non-locality, Eq. 8: one curve per layer, the mean over its heads.
+
+    Args:
+      epochs: of the evaluations.
+      values: [evaluations, layers, heads], in patches.
+      model: settings of the VisionTransformer.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8, 3), layout="constrained")
-    panel = figure.subplots()
-    layers, local = values.shape[1], model["local_up_to_layer"]
-    for layer, color in enumerate(shades(layers)):
-        kind, dashes = ("GPSA", "-") if layer < local else ("plain", "--")
+    figure = Figure(figsize=(6, 3.75), layout="constrained")
+    axes = figure.subplots()
+    layers = values.shape[1]
+    for layer in range(layers):
+        kind, dashes = ("GPSA", "-") if layer < model["local_up_to_layer"] else ("plain", "--")
         means = values[:, layer].mean(axis=1)
-        panel.plot(epochs, means, color=color, ls=dashes, label=f"{layer + 1} {kind}", **points(epochs))
+        axes.plot(epochs, means, ls=dashes, label=f"{layer + 1} {kind}", **_look(layer, layers, epochs))
     rows, columns = (side // model["patch_size"] for side in model["image_size"])
-    panel.axhline(patch_distances((rows, columns)).mean(), color=GREY, lw=1, ls=":", label="uniform")
-    panel.set(xlabel="epoch", ylabel=f"non-locality (patches, of {rows} x {columns})")
-    panel.set_ylim(bottom=0)
-    tidy(panel)
-    legend(figure, panel, "layer", 1)
+    axes.axhline(patch_distances((rows, columns)).mean(), color="0.45", lw=1, ls=":", label="uniform")
+    axes.set(xlabel="epoch", ylabel=f"non-locality (patches, of {rows} x {columns})")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    tidy_axes(axes)
+    _add_legend(figure, axes, "layer")
     return figure
 
 
-def draw_gates(epochs, values, model):
-    """A Figure of gates [evaluations, GPSA layers, heads]: a panel for each layer, a curve for each head."""
+def plot_gates(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, Any]) -> "Figure":
+    """Returns the figure of gates [evaluations, GPSA layers, heads]: a panel per layer, a curve per head."""
     from matplotlib.figure import Figure
 
     layers, heads = values.shape[1:]
-    columns = min(COLUMNS, layers)
+    columns = min(PANELS_PER_ROW, layers)
     rows = math.ceil(layers / columns)
-    figure = Figure(figsize=(1.4 + 1.3 * columns, 0.7 + 1.5 * rows), layout="constrained")
+    figure = Figure(figsize=(1.8 + 1.6 * columns, 0.9 + 1.9 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for layer, panel in enumerate(panels[:layers]):
-        for head, color in enumerate(shades(heads)):
-            panel.plot(epochs, values[:, layer, head], color=color, label=f"{head + 1}", **points(epochs))
-        panel.plot(epochs, values[:, layer].mean(axis=1), color="black", lw=1.3, ls=(0, (1, 2)), label="mean")
-        panel.set(ylim=(-0.02, 1.02), title=f"layer {layer + 1}")
-        tidy(panel)
-    for number, panel in enumerate(panels[layers:], start=layers):
-        panel.remove()
+    for layer, axes in enumerate(panels[:layers]):
+        for head in range(heads):
+            axes.plot(epochs, values[:, layer, head], label=f"{head + 1}", **_look(head, heads, epochs))
+        axes.plot(epochs, values[:, layer].mean(axis=1), color="black", lw=1.6, ls=(0, (1, 2)), label="mean")
+        axes.set(ylim=(-0.02, 1.02), title=f"layer {layer + 1}")
+        axes.set_xlim(left=0)
+        tidy_axes(axes)
+    for number in range(layers, len(panels)):
+        panels[number].remove()
         panels[number - columns].xaxis.set_tick_params(labelbottom=True)
     figure.supxlabel("epoch")
     figure.supylabel("gate $\\sigma(\\lambda)$")
-    legend(figure, panels[0], "head", 1 + (heads > 10 * rows))
+    _add_legend(figure, panels[0], "head", columns=2 if heads > 10 * rows else 1)
     return figure
 
 
-def legend(figure, panel, title, columns):
-    """The legend of one panel, to the right of all."""
-    place = {"loc": "outside right center", "ncols": columns, "frameon": False}
-    figure.legend(*panel.get_legend_handles_labels(), title=title, handlelength=2.4, **place)
-
-
-def shades(count):
-    """So many colours from dark to light, in an order that the colour-blind and a grey print keep."""
+def _look(number: int, count: int, epochs: Sequence[float]) -> dict[str, Any]:
+    """Shade and markers of curve `number` of `count`; a few evaluations are marked one by one."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"](np.linspace(0, 0.88, count))
+    shade = colormaps["viridis"](0.88 * number / max(count - 1, 1))
+    return {"color": shade, "lw": 1.6, "marker": "o" if len(epochs) <= 12 else None, "ms": 4}
 
 
-def points(epochs):
-    """How a curve is drawn: where there are few evaluations, each is seen."""
-    return {"lw": 1.3, "marker": "o" if len(epochs) <= 12 else None, "ms": 3}
-
-
-def tidy(panel):
-    """Epochs from 0, and a grid."""
-    panel.set_xlim(left=0)
-    panel.grid(alpha=0.3)
+def _add_legend(figure: "Figure", axes: "Axes", title: str, columns: int = 1) -> None:
+    """Puts the legend of one panel to the right of all."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, title=title, loc="outside right center", ncols=columns, frameon=False)

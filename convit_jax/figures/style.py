@@ -1,37 +1,51 @@
-"""How figures look and how they are written: one set of colours, PNG to look at and PDF to print.
+"""The look of all figures, and the one function that writes them."""
 
-Fonts in the PDF are TrueType, as publishers ask for, and a file is never seen half-written.
-"""
-
-import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from convit_jax.errors import UserError
+from convit_jax.rundir import atomic_write
 
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-STYLE = {"pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def save(figure, stem):
-    """Write a Figure beside a path without ending, in a folder that is made if it is not there.
+def tidy_axes(axes: "Axes") -> None:
+    """Adds a light grid and removes the upper and right edges."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(
+    figure: "Figure", directory: Path, name: str, kinds: Sequence[str] = ("png", "pdf")
+) -> list[Path]:
+    """Writes a figure in one or more formats.
+
+    Args:
+      figure: to be written. Fonts in a PDF are TrueType, as publishers require.
+      directory: made if it does not exist.
+      name: of the files, without ending.
+      kinds: endings of the files.
 
     Returns:
-      [stem.png, stem.pdf].
+      The paths written, in the order of `kinds`.
 
     Raises:
-      UserError: they cannot be written.
+      UserError: a file cannot be written, or Matplotlib does not know its format.
     """
     from matplotlib import rc_context
 
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
-    for path in paths:
-        beside = path.with_name(f"{path.name}.tmp")
+    paths = [directory / f"{name}.{kind}" for kind in kinds]
+    for path, kind in zip(paths, kinds, strict=True):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with rc_context(STYLE):
-                figure.savefig(beside, format=path.suffix[1:], dpi=160)
-            os.replace(beside, path)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the picture {path} ({error}): make room, or choose another folder."
-            ) from error
+            directory.mkdir(parents=True, exist_ok=True)
+            with rc_context({"pdf.fonttype": 42}), atomic_write(path, "wb") as file:
+                figure.savefig(file, format=kind, dpi=160)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write the picture {path} ({error}): use another output path.") from error
     return paths

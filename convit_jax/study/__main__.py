@@ -1,16 +1,16 @@
-"""Run a study: the trainings of a plan one after another, then their table and figure.
+"""Run a study: train one run after another, then print the table.
 
     python -m convit_jax.study studies/digits.py:sample_efficiency --output=DIR [--config.epochs=5]
 
-What is done is skipped, what was cut off continues, what failed is tried again. The same command on
-another GPU or machine that sees DIR shares the work. --config.FIELD=VALUE changes a field in all runs.
+Finished runs are skipped, stopped ones continue, failed ones are tried again. The same command on another GPU
+or machine that sees DIR shares the work. --config.FIELD=VALUE changes a field of all runs.
 """
 
 import functools
 import shlex
-import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -19,154 +19,139 @@ from tqdm import tqdm
 
 from convit_jax.cli import launch
 from convit_jax.errors import UserError
-from convit_jax.rundir import disk_errors, lock_directory
-from convit_jax.study.figure import draw
-from convit_jax.study.plan import check, read_plan
-from convit_jax.study.runner import Signals, claim, folder, outcome, take, train, train_command
+from convit_jax.progress import Progress
+from convit_jax.rundir import disk_errors
+from convit_jax.study.figure import draw_study
+from convit_jax.study.plan import Study, StudyRun, check_study, read_study
+from convit_jax.study.runner import (
+    Outcome,
+    claim_study,
+    collect_signals,
+    lock_run,
+    read_outcome,
+    read_outcomes,
+    run_directory,
+    run_training,
+    study_lock,
+    train_command,
+)
 from convit_jax.study.table import write_tables
 
-SAVED = "interrupted; what was done stays, the same command continues."
 
-
-def define():
+def _define_flags() -> None:
     flags.DEFINE_string("output", None, "Directory of the study; by default runs/NAME of the plan.")
-    flags.DEFINE_bool("list", False, "Print the runs and their commands, and run nothing.")
+    flags.DEFINE_bool("list", False, "Print the runs and their commands without running them.")
 
 
-def main(arguments, changes):
-    """Run what of the plan is left to do; returns the exit status."""
+def main(arguments: list[str], changes: list[str]) -> int:
+    """Runs what is left of a study; returns the exit status."""
     if len(arguments) != 1:
         raise UserError("give one PLAN, as studies/digits.py:sample_efficiency.")
-    plan = read_plan(arguments[0], changes)
-    path, _, name = plan.source.partition(":")
-    output = flags.FLAGS.output or f"runs/{'_'.join(filter(None, (Path(path).stem, name)))}"
-    output = Path(output).expanduser()
+    study = read_study(arguments[0], changes)
+    path, _, name = study.source.partition(":")
+    default = f"runs/{'_'.join(filter(None, (Path(path).stem, name)))}"
+    output = Path(flags.FLAGS.output or default).expanduser()
     if flags.FLAGS.list:
-        for run in plan.runs:
+        for run in study.runs:
             print(f"# {run.name}\n{shlex.join(train_command(run, output))}")
         return 0
-    jax.config.update("jax_platforms", "cpu")  # to look at a teacher: a GPU's memory is for the runs
-    work = check(plan)
-    claim(output, plan)
-    with Signals() as signals:
-        with_others = study(plan, output, signals, work)
-        outcomes = write(plan, output)
-    return conclude(plan, output, outcomes, with_others, signals.number)
+    jax.config.update("jax_platforms", "cpu")  # the checks load a teacher; the GPU's memory is for the runs
+    check_study(study)
+    claim_study(output, study)
+    with collect_signals() as signals:
+        shared = run_study(study, output, signals)
+        outcomes = write_results(study, output)
+    return _conclude(study, output, outcomes, shared, signals)
 
 
-def study(plan, output, signals, work):
-    """Train run after run, until none is left but what other commands have, or a signal came.
+def run_study(study: Study, output: Path, signals: list[int]) -> int:
+    """Trains until nothing is left or a signal arrives; returns how many runs other commands work on."""
+    at_start = read_outcomes(output, study)
+    states = [found.state for found in at_start.values()]
+    names = ("done", "begun", "failed", "to do")
+    counts = ", ".join(f"{states.count(name)} {name}" for name in names if name in states)
+    print(f"{study.title}\n{study.question}\n{len(states)} runs in {output}: {counts}", flush=True)
+    progress = Progress("runs", len(states), every=2)  # no lines in a file but those of `say`
+    progress.start(states.count("done"))
+    started, tried = time.monotonic(), set()
 
-    work: what `check` returned. Returns how many runs other commands have.
-    """
-    outcomes = {run.name: outcome(output, run) for run in plan.runs}
-    failed_before = {name: found.failed_at for name, found in outcomes.items()}
-    states = [found.state for found in outcomes.values()]
-    counts = {state: states.count(state) for state in ("done", "begun", "failed", "to do")}
-    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    print(f"{plan.title}\n{plan.question}\n{len(plan.runs)} runs in {output}: {said}", flush=True)
-    tried, seconds, worked = set(), 0.0, 0.0
+    def is_left(run: StudyRun) -> bool:
+        """Whether to train a run; not if it was tried here or has failed in another command meanwhile."""
+        now = read_outcome(run_directory(output, run))
+        failed_since = now.state == "failed" and now.ended_at != at_start[run.name].ended_at
+        return run.name not in tried and now.state != "done" and not failed_since
 
-    def may_try(run, now):
-        """Whether it is to be done; what another command has seen fail since we started is not."""
-        again = now.failed_at in (None, failed_before[run.name]) and run.name not in tried
-        return again and now.state != "done"
-
-    while True:
-        run, before, ours, others = next_run(plan, output, may_try)
-        if run is None or signals.number:
-            return others
-        tried.add(run.name)
-        live = Live(f"[{plan.runs.index(run) + 1}/{len(plan.runs)}] {run.name}")
+    def train(number: int, run: StudyRun) -> None:
+        """Trains a run and reports it."""
+        done = _count_done(read_outcomes(output, study))
         began = time.monotonic()
-        try:
-            now = train(run, output, ours, signals, live.show)
-        finally:
-            ours.release()
-        took = time.monotonic() - began
-        seconds, worked = seconds + took, worked + work[run.name] * (now.share() - before.share())
+        now = run_training(run, output, signals, lambda line: progress.update(done, f"{run.name}: {line}"))
+        done = _count_done(write_results(study, output))
         if now.state == "done":
-            text = f"top-1 {now.last['top1']:.2f} in {tqdm.format_interval(took)}"
-            rest = [(other, outcome(output, other)) for other in plan.runs]
-            left = sum(work[each.name] * (1 - found.share()) for each, found in rest if may_try(each, found))
-            if left and worked:
-                text += f", about {tqdm.format_interval(left / worked * seconds / (1 + others))} left"
-            live.end(text)
+            rate = (time.monotonic() - started) / (done - states.count("done"))
+            text = f"top-1 {now.last['top1']:.2f} in {tqdm.format_interval(time.monotonic() - began)}"
+            text += (
+                f", about {tqdm.format_interval(rate * (len(states) - done))} left"
+                if done < len(states)
+                else ""
+            )
         elif now.failure:
-            live.end(f"failed: {now.failure} (its output: {folder(output, run)}/output.log)")
+            text = f"failed: {now.failure} (its output: {run_directory(output, run)}/output.log)"
         else:
-            live.end("stopped; the same command continues it")
-        if not signals.number:
-            write(plan, output)
+            text = "stopped; the same command continues it"
+        progress.say(f"[{number}/{len(states)}] {run.name}: {text}")
+
+    trained, shared = True, 0
+    while trained and not signals:  # again, for runs that other commands have left
+        trained, shared = False, 0
+        for number, run in enumerate(study.runs, 1):
+            if signals or not is_left(run):
+                continue
+            with lock_run(output, run) as locked:
+                shared += not locked
+                if locked and is_left(run):  # another command may just have finished it
+                    tried.add(run.name)
+                    train(number, run)
+                    trained = True
+    progress.close()
+    return shared
 
 
-def next_run(plan, output, may_try):
-    """The next run that nobody has, as (run, its Outcome, what `take` returned, how many others have).
-
-    may_try: of a run and its Outcome, whether it is wanted. The first three are None if there is none.
-    """
-    others = 0
-    for run in plan.runs:
-        if not may_try(run, outcome(output, run)):
-            continue
-        ours = take(output, run)
-        if ours is None:
-            others += 1
-            continue
-        now = outcome(output, run)  # another command may have ended it since
-        if may_try(run, now):
-            return run, now, ours, others
-        ours.release()
-    return None, None, None, others
+def _count_done(outcomes: Mapping[str, Outcome]) -> int:
+    return sum(found.state == "done" for found in outcomes.values())
 
 
-def write(plan, output):
-    """Write the tables and draw the figure of what is there; returns {name of the run: Outcome}."""
-    with lock_directory(output, "study.lock", wait=True), disk_errors(output):
-        outcomes = {run.name: outcome(output, run) for run in plan.runs}
-        write_tables(plan, outcomes, output)
+def write_results(study: Study, output: Path) -> dict[str, Outcome]:
+    """Writes the tables and the figure of what there is; returns the outcome of each run by name."""
+    with study_lock(output), disk_errors(output):
+        outcomes = read_outcomes(output, study)
+        write_tables(study, outcomes, output)
         try:
-            draw(plan, outcomes, output)
-        except Exception as error:  # of the plotting library: no reason to end a study of hours
-            print(f"the figure cannot be drawn, the tables are there: {error}", flush=True)
+            draw_study(study, outcomes, output)
+        except Exception as error:  # whatever Matplotlib raises must not end a study that runs for hours
+            print(f"cannot draw the figure ({error}); the tables are complete.", flush=True)
     return outcomes
 
 
-def conclude(plan, output, outcomes, with_others, signal_number):
-    """Print what came out and what is left to do; returns the exit status."""
+def _conclude(
+    study: Study, output: Path, outcomes: Mapping[str, Outcome], shared: int, signals: list[int]
+) -> int:
+    """Prints the table and what is left; returns the exit status."""
     print((output / "table.md").read_text().rstrip())
     print(f"\n  table   {output}/table.md, table.csv")
     if (output / "figure.png").exists():
         print(f"  figure  {output}/figure.pdf, figure.png")
-    states = [found.state for found in outcomes.values()]
-    left, failed = len(states) - states.count("done"), states.count("failed")
+    left = len(outcomes) - _count_done(outcomes)
     if not left:
         return 0
-    if signal_number or left > with_others:
-        command = ["python", "-m", "convit_jax.study", plan.source, f"--output={output}", *plan.changes]
-        said = f"{left} of {len(states)} runs" + (f", {failed} failed" if failed else "")
-        print(f"  left    {said}; the same command goes on with them:\n          {shlex.join(command)}")
-        return 128 + signal_number if signal_number else 1
-    print(f"  left    {left} of {len(states)} runs, which other commands are at")
-    return 0
-
-
-class Live:
-    """The line of the run under way: redrawn in a terminal; in a file only its end."""
-
-    def __init__(self, head):
-        self.head, self.live = head, sys.stdout.isatty()
-        self.show("starting")
-
-    def show(self, text):
-        """What the run is doing now."""
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1
-            print("\r\x1b[K" + f"{self.head}: {text}"[:width], end="", flush=True)
-
-    def end(self, text):
-        """What became of it, a line that stays."""
-        print(("\r\x1b[K" if self.live else "") + f"{self.head}: {text}", flush=True)
+    if not signals and left <= shared:
+        print(f"  left    {left} of {len(outcomes)} runs, in other commands")
+        return 0
+    failed = sum(found.state == "failed" for found in outcomes.values())
+    words = f"{left} of {len(outcomes)} runs" + (f", {failed} failed" if failed else "")
+    command = ["python", "-m", "convit_jax.study", study.source, f"--output={output}", *study.changes]
+    print(f"  left    {words}; the same command continues:\n          {shlex.join(command)}")
+    return 128 + signals[0] if signals else 1
 
 
 if __name__ == "__main__":
@@ -175,7 +160,7 @@ if __name__ == "__main__":
     launch(
         "study",
         functools.partial(main, changes=changes),
-        define=define,
+        define=_define_flags,
         arguments="PLAN",
-        interrupted=SAVED,
+        interrupted="interrupted; the same command continues.",
     )

@@ -1,261 +1,249 @@
-"""A plan: which runs a study is made of, read from a short Python file and checked before the first one.
+"""Studies: which runs a table or figure needs, read from a short Python file and checked before the first.
 
-The file (studies/digits.py) has get_plan(), or get_plan(name) for PLAN.py:NAME, which returns a dict:
+The file (studies/digits.py) has get_plan(), or get_plan(name) for FILE.py:NAME. It returns a dict:
 
-  title, question    what is compared, and which table or figure of the paper that is
-  rows, columns      what the rows and the columns of the table are, as "model" and "fraction of each
-                     class"; without columns there is one
-  scale              of columns that are numbers: "linear", "log", or "fraction", which is "log" in per cent
+  title, question    what is compared, and which table or figure of the paper it is
+  rows, columns      meaning of the table's rows and columns, as "model" and "fraction of each class"
+  scale              of columns that are numbers: "linear", "log", or "fraction" (logarithmic, in per cent)
   runs               dicts of row, column, config (a file), overrides {"optim.lr": 1e-3}, seeds, and the
-                     paper's own numbers, {"top1": 47.8}
-  labels             of rows, where a row's name should be longer in the table; may be left out
-  baseline           the row to which the others' relative gap is given (Table 2); may be left out
-  metrics            of "top1", "top5", "loss": a table each, a figure of the first; by default top1
+                     paper's numbers, {"top1": 47.8}
+  labels             longer names of rows for the table
+  baseline           the row with which the others are compared (Table 2)
+  metrics            of "top1", "top5", "loss": a table each, a figure of the first; ["top1"] by default
+
+title, question, rows and runs are required; row, config and seeds in a run.
 """
 
-import collections
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
-import os
 import re
+import runpy
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from convit_jax.config import ROOT, flatten, load_config, may_change
 from convit_jax.errors import UserError, nearest
-from convit_jax.models.variants import abstract_model, count_macs, model_settings
+from convit_jax.models.variants import abstract_model, model_settings
 from convit_jax.training.distill import load_teacher
 from convit_jax.training.optimizer import frozen_mask
-from convit_jax.training.plan import check as check_config
-from convit_jax.training.plan import make_plan, model_arguments
+from convit_jax.training.plan import Plan, check, make_plan, model_arguments
 from convit_jax.weights.pretrained import fetch
 
-FREE = may_change() - {"steps", "distill.teacher"}  # what makes no config another run
-NEEDED = ("title", "question", "rows", "runs")
-OPTIONAL = {"columns": None, "scale": "linear", "labels": {}, "baseline": None, "metrics": ("top1",)}
-OF_A_RUN = ("row", "column", "config", "overrides", "seeds", "paper")
-SCALES = ("linear", "log", "fraction")
 METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss"}
-LENGTH = ("epochs", "steps", "batch_size", "eval_every", "eval_batch_size", "model.num_classes")
+SCALES = ("linear", "log", "fraction")
+RUN_KEYS = ("row", "column", "config", "overrides", "seeds", "paper")
+
+Name = Any  # of a row or column: a string or a number; None: the study has no columns
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One training: its cell of the table, and what train.py is given for it."""
+class StudyRun:
+    """One training of a study: its cell of the table and the flags of train.py."""
 
     name: str
-    row: object
-    column: object
+    row: Name
+    column: Name
     seed: int
-    flags: tuple
+    flags: tuple[str, ...]
     config: ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A study: the dict of get_plan() with its runs written out, and what the user changed in all of them."""
+class Study:
+    """A study: what its file says, with one entry in `runs` per training.
+
+    Attributes:
+      source: FILE.py:NAME.
+      changes: flags for all runs, as "--config.epochs=5".
+      paper: the paper's numbers, {(row, column): {"top1": 47.8}}.
+      The others are described at the top of this module.
+    """
 
     source: str
-    changes: tuple
+    changes: tuple[str, ...]
     title: str
     question: str
     rows: str
-    columns: str | None
-    scale: str
-    labels: dict
-    baseline: object
-    metrics: tuple
-    runs: tuple
-    paper: dict  # {(row, column): {"top1": 47.8}}
+    runs: tuple[StudyRun, ...]
+    paper: dict[tuple[Name, Name], dict[str, float]]
+    columns: str | None = None
+    scale: str = "linear"
+    labels: dict[Name, str] = dataclasses.field(default_factory=dict)
+    baseline: Name = None
+    metrics: Sequence[str] = ("top1",)
 
-    def row_names(self):
-        """In the order of the plan."""
+    def row_names(self) -> list[Name]:
+        """Returns the rows in the order of the file."""
         return list(dict.fromkeys(run.row for run in self.runs))
 
-    def column_names(self):
-        """In the order of the plan."""
+    def column_names(self) -> list[Name]:
+        """Returns the columns in the order of the file."""
         return list(dict.fromkeys(run.column for run in self.runs))
 
-    def label(self, row, long=False):
-        """The row as it is printed; long: a number says of what it is."""
-        if _number(row):
-            return f"{self.rows} {row:g}" if long else f"{row:g}"
-        return self.labels.get(row, row)
+    def row_label(self, row: Name, *, in_figure: bool = False) -> str:
+        """Returns a row as it is printed; a figure also says what a number means."""
+        if is_number(row):
+            return f"{self.rows} {row:g}" if in_figure else f"{row:g}"
+        return self.labels.get(row, str(row))
 
-    def numeric(self):
-        """Whether the columns are numbers, so that they can be an axis."""
-        return len(self.column_names()) > 1 and all(map(_number, self.column_names()))
+    def column_label(self, column: Name) -> str:
+        """Returns a column as it is printed."""
+        if is_number(column):
+            return f"{100 * column:g}%" if self.scale == "fraction" else f"{column:g}"
+        return str(column)
 
-    def column_label(self, column):
-        """The column as it is printed."""
-        if self.scale == "fraction":
-            return f"{100 * column:g}%"
-        return f"{column:g}" if _number(column) else str(column)
+    def has_axis(self) -> bool:
+        """Whether the columns are numbers, so that a figure can have them as an axis."""
+        return len(self.column_names()) > 1 and all(map(is_number, self.column_names()))
 
 
-def read_plan(source, changes):
-    """Read PLAN.py or PLAN.py:NAME, write out its runs and load the config of each.
+def is_number(value: Any) -> bool:
+    """Whether a row or column is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_study(source: str, changes: Sequence[str] = ()) -> Study:
+    """Reads a study and loads the config of each run.
 
     Args:
+      source: FILE.py or FILE.py:NAME.
       changes: flags for all runs, as ["--config.data.dir=DIR"].
 
     Raises:
-      UserError: no such plan, or something in it that cannot be, named with its run.
+      UserError: there is no such study, or something in it is wrong.
     """
-    given = _get_plan(source)
-    if not isinstance(given, dict):
-        raise UserError(f"get_plan() of the plan {source} returns no dict, but {type(given).__name__}.")
-    unknown = [name for name in given if name not in (*NEEDED, *OPTIONAL)]
-    missing = [name for name in NEEDED if name not in given]
-    if unknown or missing:
-        known = (*NEEDED, *OPTIONAL)
-        what = f"sets {unknown[0]!r}{nearest(unknown[0], known)}" if unknown else f"lacks {missing[0]!r}."
-        raise UserError(f"the plan {source} {what} A plan has {', '.join(known)}.")
-    filled = {**OPTIONAL, **given}
-    for metric in filled["metrics"]:
-        if metric not in METRICS:
-            raise UserError(f"the plan {source} has the metric {metric!r}: choose of {', '.join(METRICS)}.")
-    if filled["scale"] not in SCALES:
-        raise UserError(
-            f"the plan {source} has the scale {filled['scale']!r}: choose of {', '.join(SCALES)}."
-        )
-    runs, paper = [], {}
-    for entry in filled.pop("runs"):
-        runs.append(_runs(source, filled, entry, _changed(changes)))
-        paper[entry.get("row"), entry.get("column")] = entry.get("paper", {})
-    # Seed by seed, so that the whole table is there early, if only of one seed.
-    runs = [run for of_seed in itertools.zip_longest(*runs) for run in of_seed if run]
-    twice = [name for name, count in collections.Counter(run.name for run in runs).items() if count > 1]
-    if twice:
-        raise UserError(f"the plan {source} has two runs {twice[0]}: give each row, column and seed once.")
-    if filled["columns"] is not None and filled["scale"] != "linear":
-        for run in runs:
-            if not _number(run.column) or run.column <= 0:
-                raise UserError(
-                    f"the plan {source} has the scale {filled['scale']!r} and the column {run.column!r}: "
-                    'it takes numbers above 0, or leave "scale" out.'
-                )
-    baseline = filled["baseline"]
-    if baseline is not None and baseline not in {run.row for run in runs}:
-        raise UserError(f"the plan {source} has the baseline {baseline!r}, which is none of its rows.")
-    return Plan(source=source, changes=tuple(changes), runs=tuple(runs), paper=paper, **filled)
+    if any(re.match(r"--?config\.seed\b", change) for change in changes):
+        raise UserError("--config.seed is not possible here: the seeds are in the study's file.")
+    given = _call_get_plan(source)
+    known = [field.name for field in dataclasses.fields(Study)[2:] if field.name != "paper"]
+    _check_keys(f"the plan {source}", given, known, ("title", "question", "rows", "runs"))
+    needed = ("row", "config", "seeds", *(["column"] if given.get("columns") else []))
+    by_entry, paper = [], {}
+    for entry in given.pop("runs"):
+        _check_keys(f"a run in the plan {source}", entry, RUN_KEYS, needed)
+        by_entry.append(_make_runs(given["rows"], entry, changes))
+        paper[entry["row"], entry.get("column")] = entry.get("paper", {})
+    # Seed by seed: the whole table is there early, with one seed.
+    runs = tuple(run for of_seed in itertools.zip_longest(*by_entry) for run in of_seed if run)
+    study = Study(source=source, changes=tuple(changes), runs=runs, paper=paper, **given)
+    _check_values(study)
+    return study
 
 
-def check(plan):
-    """Refuse configs, models, data and weights that cannot be, before the first run.
-
-    Returns:
-      {name of the run: its work}, images shown x multiply-accumulates of one.
-
-    Raises:
-      UserError: names the run.
-    """
-    plans, work, met = {}, {}, set()
-
-    def new(*what):
-        """Whether this was not met yet: runs share their data, their models and their teacher."""
-        known = str(what) in met
-        met.add(str(what))
-        return not known
-
-    for run in plan.runs:
-        config, fields = run.config, flatten(run.config)
-        with _of_run(run.name):
-            check_config(config, devices=1)
-            macs = count_macs(_model(config))
-            if config.init_from and new(config.init_from):
-                fetch(config.init_from)
-            # Runs that differ in other fields, as the seed, have as many images: data is read once for them.
-            key = str([item for item in fields.items() if item[0] in LENGTH or item[0].startswith("data.")])
-            if key not in plans:
-                plans[key] = make_plan(config, devices=1)
-            model = model_settings(**model_arguments(config, plans[key].model["num_classes"]))
-            if config.optim.frozen and new(model, config.optim.frozen):
-                frozen_mask(abstract_model(model)[1], config.optim.frozen)
-            inputs = [model[name] for name in ("image_size", "in_chans", "num_classes")]
-            teacher = config.distill.teacher
-            if teacher and new(teacher, config.data.name, config.data.dir, inputs):
-                load_teacher(config, dataclasses.replace(plans[key], model=model))
-        work[run.name] = plans[key].total_steps * plans[key].batch_size * macs
-    return work
-
-
-def identity(config):
-    """The fields that make a config another run, {"optim.lr": 0.0005, ...}; others may differ by machine."""
-    return {name: value for name, value in flatten(config).items() if name not in FREE}
-
-
-def _get_plan(source):
-    """The dict of a plan's file."""
+def _call_get_plan(source: str) -> dict[str, Any]:
+    """The dict of a study's file."""
     path, _, name = source.partition(":")
     if not Path(path).is_file():
         files = [f"studies/{file.name}" for file in sorted(ROOT.glob("studies/[!_]*.py"))]
         raise UserError(f"there is no plan {path!r}{nearest(path, files)} The plans are: {', '.join(files)}.")
-    spec = importlib.util.spec_from_file_location("plan", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        return module.get_plan(*[name] if name else [])
+        module = runpy.run_path(path)
+        return dict(module["get_plan"](*[name] if name else []))
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the plan {source} cannot be read ({type(error).__name__}: {error}).") from error
+        raise UserError(f"cannot read the plan {source} ({type(error).__name__}: {error}).") from error
 
 
-def _changed(changes):
-    """{"data.dir": "DIR"} of ["--config.data.dir=DIR"]."""
-    changed = {}
-    for change in changes:
-        match = re.fullmatch(r"--?config\.([\w.]+)=(.*)", change)
-        if match is None:
-            raise UserError(f"{change!r} changes nothing: write --config.FIELD=VALUE.")
-        changed[match[1]] = match[2]
-    if "seed" in changed:
-        raise UserError("--config.seed cannot be given: the seeds of a study are in its plan.")
-    return changed
+def _check_keys(what: str, given: Mapping[str, Any], known: Sequence[str], needed: Collection[str]) -> None:
+    """Raises UserError for the first unknown or missing key."""
+    for name in given:
+        if name not in known:
+            raise UserError(f"{what} sets {name!r}{nearest(name, known)} It may have {', '.join(known)}.")
+    for name in needed:
+        if name not in given:
+            raise UserError(f"{what} lacks {name!r}. It must have {', '.join(needed)}.")
 
 
-def _runs(source, plan, entry, changed):
-    """The Runs of one entry of a plan, one a seed. plan: the dict of get_plan()."""
-    needed = ("row", "config", "seeds") if plan["columns"] is None else ("row", "column", "config", "seeds")
-    unknown = [name for name in entry if name not in OF_A_RUN]
-    missing = [name for name in needed if name not in entry]
-    if unknown or missing:
-        what = f"sets {unknown[0]!r}{nearest(unknown[0], OF_A_RUN)}" if unknown else f"lacks {missing[0]!r}."
-        raise UserError(f"a run in the plan {source} {what} A run has {', '.join(OF_A_RUN)}.")
+def _check_values(study: Study) -> None:
+    """Raises UserError for values that contradict each other."""
+    for what, values, choices in (
+        ("metric", study.metrics, tuple(METRICS)),
+        ("scale", [study.scale], SCALES),
+        ("baseline", [study.baseline], [None, *study.row_names()]),
+    ):
+        for value in values:
+            if value not in choices:
+                known = ", ".join(str(choice) for choice in choices)
+                raise UserError(f"the plan {study.source} has the {what} {value!r}: choose from {known}.")
+    names: set[str] = set()
+    for run in study.runs:
+        if run.name in names:
+            raise UserError(
+                f"the plan {study.source} has two runs {run.name}: list each row and column once."
+            )
+        names.add(run.name)
+        if study.columns and study.scale != "linear" and not (is_number(run.column) and run.column > 0):
+            raise UserError(
+                f"the plan {study.source} has the scale {study.scale!r} and the column {run.column!r}: "
+                'use numbers above 0, or leave out "scale".'
+            )
+
+
+def _make_runs(rows: str, entry: Mapping[str, Any], changes: Sequence[str]) -> list[StudyRun]:
+    """The runs of one entry, one per seed."""
     runs = []
+    overrides = [f"--config.{field}={value}" for field, value in entry.get("overrides", {}).items()]
     for seed in entry["seeds"]:
-        of_row = [plan["rows"]] if _number(entry["row"]) else []
-        parts = [*of_row, entry["row"], entry.get("column"), f"seed{seed}"]
-        words = [f"{part:g}" if _number(part) else part for part in parts if part is not None]
+        row, column = entry["row"], entry.get("column")
+        parts = [*([rows] if is_number(row) else []), row, column, f"seed{seed}"]
+        words = [f"{part:g}" if is_number(part) else part for part in parts if part is not None]
         name = "-".join(re.sub(r"[^\w.+]+", "-", word).strip("-").lower() for word in words)
-        overrides = {**entry.get("overrides", {}), **changed, "seed": seed}
-        file = entry["config"]
-        if not Path(file.partition(":")[0]).exists():
-            file = os.path.relpath(ROOT / file)
-        flags = (f"--config={file}", *(f"--config.{field}={value}" for field, value in overrides.items()))
-        with _of_run(name):
-            config = load_config(flags)
-        runs.append(Run(name, entry["row"], entry.get("column"), seed, flags, config))
+        flags = (f"--config={entry['config']}", *overrides, *changes, f"--config.seed={seed}")
+        with _named_errors(name):
+            runs.append(StudyRun(name, row, column, seed, flags, load_config(flags)))
     return runs
 
 
-def _model(config):
-    """model_settings() of a config whose number of classes is not known yet."""
-    return model_settings(**model_arguments(config, config.data.num_classes or 1000))
+def run_identity(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the flat fields of a config that make a run of a study; others may differ between machines."""
+    free = may_change() - {"steps", "distill.teacher"}
+    return {name: value for name, value in flatten(config).items() if name not in free}
+
+
+def check_study(study: Study) -> None:
+    """Checks configs, models, data and weights of all runs, which takes seconds and may save hours.
+
+    Raises:
+      UserError: names the first run that cannot work.
+    """
+    plans: dict[str, Plan] = {}
+    seen: set[str] = set()
+
+    def is_new(*what: Any) -> bool:
+        """Whether a check is new: runs share data, models and teachers."""
+        before = len(seen)
+        seen.add(str(what))
+        return len(seen) > before
+
+    for run in study.runs:
+        config, flat = run.config, flatten(run.config)
+        with _named_errors(run.name):
+            check(config, devices=1)
+            model_settings(**model_arguments(config, config.data.num_classes or 1000))
+            if config.init_from and is_new(config.init_from):
+                fetch(config.init_from)
+            data = str(
+                [(name, flat[name]) for name in flat if name.startswith("data.") or "num_classes" in name]
+            )
+            if data not in plans:
+                plans[data] = make_plan(config, devices=1)
+            model = model_settings(**model_arguments(config, plans[data].model["num_classes"]))
+            if config.optim.frozen and is_new(model, config.optim.frozen):
+                frozen_mask(abstract_model(model)[1], config.optim.frozen)
+            inputs = [model[name] for name in ("image_size", "in_chans", "num_classes")]
+            if config.distill.teacher and is_new(config.distill.teacher, data, inputs):
+                load_teacher(config, dataclasses.replace(plans[data], model=model))
 
 
 @contextlib.contextmanager
-def _of_run(name):
-    """Says of which run a UserError is."""
+def _named_errors(run: str) -> Iterator[None]:
+    """Adds the run to the message of a UserError."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"run {name}: {error}") from error
-
-
-def _number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        raise UserError(f"run {run}: {error}") from error

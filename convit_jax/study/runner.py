@@ -1,8 +1,8 @@
-"""The runs of a study on the disk: what became of each, whose turn it is, and one of them as a process.
+"""The runs of a study on the disk, and one of them as a process.
 
-DIR/study.json is the plan, DIR/runs/NAME the run directory of train.py with its output in output.log, and
-in outcome.json what train.py itself cannot tell: seconds, its exit status, and why it failed. All state is
-there, so any number of commands may work on one study, and any of them may be cut off.
+DIR/study.json lists the runs. DIR/runs/NAME is a run directory of train.py, with its output in output.log and
+in outcome.json what train.py cannot know: seconds over all starts, exit status, why it failed. There is no
+other state, so several commands can share a study, and each can be stopped at any time.
 """
 
 import contextlib
@@ -14,6 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from convit_jax.config import ROOT, compare_configs
 from convit_jax.errors import UserError
@@ -25,213 +28,199 @@ from convit_jax.rundir import (
     read_metrics,
     write_json,
 )
-from convit_jax.study.plan import FREE, identity
+from convit_jax.study.plan import Study, StudyRun, run_identity
+
+LOCK = "study.lock"  # of a study's directory while it is written, of a run while a command works on it
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a run so far.
+    """What a run has reached so far.
 
-    state: "done", "failed", "begun" or "to do". step: of the last line of its metrics.jsonl. last: top1, top5
-    and loss at the end, {} before. best: the best top-1 of all evaluations. failure: its sentence.
-    failed_at: in seconds since 1970.
+    Attributes:
+      state: "done", "failed", "begun" or "to do".
+      step: last logged step.
+      steps: length of the run, once it has begun.
+      last: top1, top5 and loss of the last evaluation of a run that is done.
+      best: best top-1 of all evaluations, in per cent.
+      seconds: spent on it so far.
+      failure: why it failed.
+      ended_at: when its last process ended, in seconds since 1970.
     """
 
     state: str
     step: int = 0
     steps: int | None = None
-    last: dict = dataclasses.field(default_factory=dict)
+    last: dict[str, float] = dataclasses.field(default_factory=dict)
     best: float | None = None
     seconds: float = 0.0
     failure: str | None = None
-    failed_at: float | None = None
-
-    def share(self):
-        """Of its steps, done."""
-        return self.step / self.steps if self.steps else 0.0
+    ended_at: float | None = None
 
 
-def folder(output, run):
-    """The run directory."""
+def run_directory(output: Path, run: StudyRun) -> Path:
+    """Returns the run directory of a run in the directory of its study."""
     return output / "runs" / run.name
 
 
-def outcome(output, run):
-    """Read the Outcome of a run from its directory."""
-    where = folder(output, run)
-    lines = read_metrics(where / "metrics.jsonl")
+def read_outcomes(output: Path, study: Study) -> dict[str, Outcome]:
+    """Returns the outcome of each run by name."""
+    return {run.name: read_outcome(run_directory(output, run)) for run in study.runs}
+
+
+def read_outcome(directory: Path) -> Outcome:
+    """Returns the outcome of the run in a directory."""
+    lines = read_metrics(directory / "metrics.jsonl")
     evaluations = [line for line in lines if "val_top1" in line]
-    facts, ended = read_json(where / "run.json"), read_json(where / "outcome.json")
-    steps = facts.get("steps")
-    # Of the last line and the last checkpoint either may be there before the other.
-    done = bool(evaluations) and evaluations[-1]["step"] == steps
-    done = done and (ended.get("status") == 0 or (where / "checkpoints" / str(steps)).is_dir())
+    steps = read_json(directory / "run.json").get("steps")
+    ended = read_json(directory / "outcome.json")
+    done = ended.get("status") == 0 and bool(evaluations) and evaluations[-1]["step"] == steps
     failure = None if done else ended.get("failure")
     return Outcome(
         state="done" if done else "failed" if failure else "begun" if lines else "to do",
         step=lines[-1]["step"] if lines else 0,
         steps=steps,
         last={name: evaluations[-1][f"val_{name}"] for name in ("top1", "top5", "loss")} if done else {},
-        best=max(line["val_top1"] for line in evaluations) if evaluations else None,
+        best=max((line["val_top1"] for line in evaluations), default=None),
         seconds=ended.get("seconds", 0.0),
         failure=failure,
-        failed_at=ended.get("at") if failure else None,
+        ended_at=ended.get("at"),
     )
 
 
-def claim(output, plan):
-    """Make the directory of a study, or take up the one of the same plan, which may have grown by some runs.
+def claim_study(output: Path, study: Study) -> None:
+    """Starts a study in a directory or continues it there; it may have got more runs since.
 
     Raises:
-      UserError: it holds another plan, and what differs, or a run, or cannot be written.
+      UserError: the directory holds another study or a single run, or cannot be written.
     """
     if (output / "config.json").exists():
-        raise UserError(
-            f"{output} is the directory of a run of train.py, not of a study: give another --output."
-        )
-    with lock_directory(output, "study.lock", wait=True), disk_errors(output):
-        (output / "runs").mkdir(exist_ok=True)
+        raise UserError(f"{output} is a run directory of train.py, not of a study: use another --output.")
+    with study_lock(output), disk_errors(output):
         saved = read_json(output / "study.json")
-        different = _differences(plan, saved.get("runs", {}))
-        if different:
+        if different := _compare_runs(study, saved.get("runs", {})):
             theirs = " ".join([saved["plan"], *saved["changes"]])
-            more = f"; and {len(different) - 4} more" if different[4:] else ""
             raise UserError(
-                f"{output} holds another plan, {theirs} ({'; '.join(different[:4])}{more}): give another "
-                "--output, or the old plan to go on with it."
+                f"{output} holds another study, {theirs} ({'; '.join(different)}): "
+                "use another --output, or the old study to continue it."
             )
-        for run in plan.runs:
-            config = read_json(folder(output, run) / "config.json")
-            changed = compare_configs(identity(run.config), identity(config), FREE) if config else []
-            if changed:
+        for run in study.runs:  # also after study.json was lost
+            config = read_json(run_directory(output, run) / "config.json")
+            identity = run_identity(config) if config else run_identity(run.config)
+            if different := compare_configs(run_identity(run.config), identity, ()):
                 raise UserError(
-                    f"{folder(output, run)} holds a run with another config ({'; '.join(changed)}): "
-                    "give another --output."
+                    f"{run_directory(output, run)} holds a run with another config ({'; '.join(different)}): "
+                    "use another --output."
                 )
-        whole = {
-            "plan": plan.source,
-            "changes": plan.changes,
-            "title": plan.title,
-            "runs": {run.name: identity(run.config) for run in plan.runs},
-        }
-        write_json(output / "study.json", whole)
+        runs = {run.name: run_identity(run.config) for run in study.runs}
+        record = {"plan": study.source, "changes": study.changes, "title": study.title, "runs": runs}
+        write_json(output / "study.json", record)
 
 
-def _differences(plan, saved):
-    """How a plan differs from the runs of a study.json, without those that are new; [] if it does not."""
-    now = {run.name: run for run in plan.runs}
-    fields = {}  # in the order in which they are met, each once
-    for name in saved:
-        if name in now:
-            fields.update(dict.fromkeys(compare_configs(identity(now[name].config), saved[name], FREE)))
-    gone = [name for name in saved if name not in now]
-    more = f" and {len(gone) - 1} more" if gone[1:] else ""
-    return [*fields, *([f"its run {gone[0]}{more} is not in this plan"] if gone else [])]
+def _compare_runs(study: Study, saved: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The first differences between a study and the runs in study.json, which may have fewer."""
+    runs = {run.name: run for run in study.runs}
+    differences = [f"it has no run {name}" for name in saved if name not in runs]
+    for name in saved.keys() & runs.keys():
+        differences += compare_configs(run_identity(runs[name].config), run_identity(saved[name]), ())
+    return list(dict.fromkeys(differences))[:5]
 
 
-def train_command(run, output, python="python"):
-    """The command of a run as a list."""
-    return [python, os.path.relpath(ROOT / "train.py"), *run.flags, f"--workdir={folder(output, run)}"]
+def train_command(run: StudyRun, output: Path, python: str = "python") -> list[str]:
+    """Returns the command of a run."""
+    script = os.path.relpath(ROOT / "train.py")
+    return [python, script, *run.flags, f"--workdir={run_directory(output, run)}"]
 
 
-def take(output, run):
-    """A handle that keeps a run for this command until it is closed, or None if another command has it."""
+@contextlib.contextmanager
+def study_lock(output: Path) -> Iterator[None]:
+    """Waits until no other command writes the files of the study."""
+    lock = lock_directory(output, LOCK, wait=True)
     try:
-        ours = lock_directory(folder(output, run), "study.lock")
-    except DirectoryLocked:
-        return None
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def lock_run(output: Path, run: StudyRun) -> Iterator[bool]:
+    """Locks a run for this command; gives False if another command or train.py works on it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.callback(lock_directory(run_directory(output, run), LOCK).release)
+            lock_directory(run_directory(output, run)).release()  # train.py's, perhaps of a killed command
+            locked = True
+        except DirectoryLocked:
+            locked = False
+        yield locked
+
+
+@contextlib.contextmanager
+def collect_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list instead of ending the process."""
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in numbers}
     try:
-        lock_directory(folder(output, run)).release()  # a train.py that was started by hand
-    except DirectoryLocked:
-        ours.release()
-        return None
-    return ours
-
-
-class Signals:
-    """Context manager: SIGINT and SIGTERM go to the run under way, which saves itself; `number` is the first.
-
-    The run is in a session of its own, so that Ctrl-C in the terminal reaches it once, from here: a second
-    signal would make it stop without saving.
-    """
-
-    def __init__(self):
-        self.number, self.process, self._kept = None, None, []
-
-    def _handle(self, number, frame):
-        self.number = self.number or number
-        self._kept.append(number)
-        self.forward()
-
-    def forward(self):
-        """Send the run, as soon as there is one, each signal that came, once."""
-        with contextlib.suppress(IndexError):  # all is sent, maybe by a signal meanwhile
-            while self.process is not None:
-                self.process.send_signal(self._kept.pop(0))
-
-    def __enter__(self):
-        self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self._previous.items():
+        yield arrived
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def train(run, output, ours, signals, show):
-    """Start or continue a run as a process, and wait for it.
+def run_training(run: StudyRun, output: Path, signals: list[int], show: Callable[[str], None]) -> Outcome:
+    """Starts or continues a run as a process, waits for it and writes outcome.json.
 
     Args:
-      ours: what `take` returned; the process keeps it too, so that a run outlives a killed command unharmed.
-      signals: Signals. show: called with each line that the run prints.
-
-    Returns:
-      Its Outcome, which is on the disk as well.
+      run: locked by this command.
+      output: directory of the study.
+      signals: those that arrived; new ones are passed on, the first makes train.py save.
+      show: is called with the run's last line of output.
     """
-    where = folder(output, run)
-    before, began = read_json(where / "outcome.json").get("seconds", 0.0), time.monotonic()
-    with disk_errors(where / "output.log"), (where / "output.log").open("a+", errors="replace") as log:
+    directory, began = run_directory(output, run), time.monotonic()
+    seconds = read_json(directory / "outcome.json").get("seconds", 0.0)
+    log_path = directory / "output.log"
+    with disk_errors(log_path), log_path.open("a") as log:
         log.write(f"$ {shlex.join(train_command(run, output))}\n")
         log.flush()
-        start = log.tell()
-        process = signals.process = subprocess.Popen(
+        start, passed_on = log.tell(), 0
+        process = subprocess.Popen(
             train_command(run, output, sys.executable),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C reaches it once, from here: twice would stop it without saving
         )
-        signals.forward()  # what came while it was being started
-        said, unfinished = [], ""
-        with (where / "output.log").open(errors="replace") as reading:
-            reading.seek(start)
-            while True:
-                ended = process.poll() is not None
-                *lines, unfinished = (unfinished + reading.read()).split("\n")
-                said += filter(None, lines)
-                for line in lines[-1:]:
-                    show(line)
-                if ended:
-                    break
-                time.sleep(0.2)
-        signals.process = None
-    failed = process.returncode != 0 and not signals.number
+        while process.poll() is None:
+            for number in signals[passed_on:]:
+                process.send_signal(number)
+                passed_on += 1
+            show(_read_end(log_path, start)[-1])
+            time.sleep(0.2)
+    failed = process.returncode != 0 and not signals
     record = {
-        "seconds": round(before + time.monotonic() - began, 1),
+        "seconds": round(seconds + time.monotonic() - began, 1),
         "status": process.returncode,
-        "failure": _why(process.returncode, said) if failed else None,
+        "failure": _find_reason(process.returncode, _read_end(log_path, start)) if failed else None,
         "at": time.time(),
     }
-    with disk_errors(where / "outcome.json"):
-        write_json(where / "outcome.json", record)
-    return outcome(output, run)
+    with disk_errors(directory / "outcome.json"):
+        write_json(directory / "outcome.json", record)
+    return read_outcome(directory)
 
 
-def _why(code, said):
-    """The sentence for a run that failed: its own, or that of a trace, or the signal's name."""
-    if code < 0:
-        hint = " (was the machine out of memory?)" if -code == signal.SIGKILL else ""
-        return f"killed by {signal.Signals(-code).name}{hint}"
-    own = [line.removeprefix("train.py: ") for line in said if line.startswith("train.py: ")]
-    raised = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return [*(own or raised or said or [f"exit status {code}"])][-1].strip()
+def _read_end(path: Path, start: int) -> list[str]:
+    """The last lines of a file, at most 64 KB and none before `start`; at least one, perhaps empty."""
+    with path.open("rb") as file:
+        file.seek(max(start, path.stat().st_size - 2**16))
+        return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()] or [""]
+
+
+def _find_reason(status: int, lines: list[str]) -> str:
+    """Why a run failed: its own message, the last line of a traceback, or the name of the signal."""
+    if status < 0:
+        hint = " (was the machine out of memory?)" if -status == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-status).name}{hint}"
+    own = [line.removeprefix("train.py: ") for line in lines if line.startswith("train.py: ")]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (own or raised or lines)[-1].strip() or f"exit status {status}"

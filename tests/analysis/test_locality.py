@@ -1,6 +1,4 @@
-"""Eq. 8 and the positional Gaussians against values known beforehand, and the figures of a run."""
-
-import json
+"""Eq. 8 and the positional Gaussians against values known beforehand."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,6 @@ from flax import nnx
 
 from convit_jax import create_model, load_pretrained
 from convit_jax.analysis import locality
-from convit_jax.figures import locality as locality_figures
 
 GOLDEN = ROOT / "tests/golden"
 
@@ -96,45 +93,3 @@ def test_centres_and_spans_of_a_gaussian_and_of_weights_that_are_none():
 def test_a_deit_has_non_locality():
     model = create_model("deit_tiny", num_classes=2, image_size=8, patch_size=2, depth=2, embed_dim=6)
     assert locality.nonlocality(model, jnp.zeros((1, 8, 8, 3))).shape == (2, 3)
-
-
-MODEL = {"image_size": (32, 48), "patch_size": 16, "local_up_to_layer": 2}
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run directory as training leaves it, with two evaluations of three blocks, two of them GPSA."""
-    lines = [{"step": 5, "epoch": 0.5, "train_loss": 1.0}]
-    for epoch in (1.0, 2.0):
-        gates = [[0.1 * epoch, 0.2], [0.3, 0.4 * epoch]]
-        nonlocality = [[1.0, 2.0 * epoch], [3.0, 4.0], [5.0, 6.0]]
-        values = {"val_top1": 50.0, "gates": gates, "nonlocality": nonlocality}
-        lines.append({"step": int(10 * epoch), "epoch": epoch, **values})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return tmp_path
-
-
-def test_the_figures_show_every_layer_and_head_by_epoch(run, tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(locality_figures, "save", lambda figure, path: [drawn.setdefault(path.name, figure)])
-    locality_figures.draw_locality(run, tmp_path, MODEL)
-    (panel,) = drawn["nonlocality"].axes
-    curves = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
-    distances = locality.patch_distances((2, 3))
-    np.testing.assert_allclose(np.array(curves.pop("uniform"))[:, 1], distances.mean())
-    assert curves == {
-        "1 GPSA": [[1, 1.5], [2, 2.5]],
-        "2 GPSA": [[1, 3.5], [2, 3.5]],
-        "3 plain": [[1, 5.5], [2, 5.5]],
-    }
-    panels = drawn["gates"].axes
-    assert [panel.get_title() for panel in panels] == ["layer 1", "layer 2"]
-    heads = {line.get_label(): line.get_ydata().tolist() for line in panels[1].lines}
-    assert heads == {"1": [0.3, 0.3], "2": [0.4, 0.8], "mean": [0.35, 0.55]}
-
-
-def test_the_figures_are_written_as_pixels_and_as_vectors(run, tmp_path):
-    paths = locality_figures.draw_locality(run, tmp_path / "new/folder", MODEL)
-    assert [path.name for path in paths] == ["nonlocality.png", "nonlocality.pdf", "gates.png", "gates.pdf"]
-    assert sorted((tmp_path / "new/folder").iterdir()) == sorted(paths)
-    assert locality_figures.draw_locality(tmp_path / "none", tmp_path / "figures", MODEL) == []

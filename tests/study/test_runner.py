@@ -1,0 +1,157 @@
+"""The directory of a study: whose it is, what became of each run, and who works on it."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from convit_jax.errors import UserError
+from convit_jax.rundir import lock_directory
+from convit_jax.study import __main__ as command
+from convit_jax.study.plan import read_study
+from convit_jax.study.runner import claim_study, collect_signals, lock_run, read_outcome, run_directory
+
+ENTRY = {"row": "a", "config": "configs/digits.py", "seeds": [0, 1]}
+WHOLE = {"title": "Two", "question": "Do they differ?", "rows": "model", "runs": [ENTRY]}
+LARGER = WHOLE | {"runs": [{**ENTRY, "seeds": [0, 1, 2]}]}
+
+
+@pytest.fixture
+def make_study(tmp_path):
+    """Makes a Study of a dict, through a file."""
+
+    def make(plan=WHOLE, changes=()):
+        (tmp_path / "mine.py").write_text(f"def get_plan():\n    return {plan!r}\n")
+        return read_study(str(tmp_path / "mine.py"), list(changes))
+
+    return make
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "out"
+
+
+def refusal(output, study):
+    with pytest.raises(UserError) as raised:
+        claim_study(output, study)
+    return str(raised.value)
+
+
+def test_a_directory_belongs_to_one_study_which_may_grow(make_study, output, tmp_path):
+    claim_study(output, make_study())
+    claim_study(output, make_study(changes=["--config.data.workers=3"]))  # changes no number
+    claim_study(output, make_study(LARGER))
+    for changes, sentence in (
+        (["--config.epochs=3"], "(epochs was 100, is 3)"),
+        (["--config.steps=3"], "(steps was None, is 3)"),
+        (["--config.distill.teacher=x"], "(distill.teacher was None, is 'x')"),
+    ):
+        assert f"{sentence}: use another --output" in refusal(output, make_study(LARGER, changes))
+    sentence = refusal(output, make_study(WHOLE))
+    assert sentence.startswith(f"{output} holds another study, {tmp_path}/mine.py (it has no run a-seed2): ")
+    older = json.loads((output / "study.json").read_text())
+    for fields in older["runs"].values():
+        del fields["optim.clip_norm"]  # a field that older code did not have
+        fields["eval_every"] = 7  # and one that it counted
+    (output / "study.json").write_text(json.dumps(older))
+    claim_study(output, make_study(LARGER))
+
+
+def test_directories_of_other_runs_are_refused_and_left_alone(make_study, output, tmp_path):
+    study = make_study()
+    config = study.runs[0].config.copy_and_resolve_references()
+    config.optim.lr = 0.5
+    run = run_directory(output, study.runs[0])
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(config.to_json_best_effort())
+    assert f"{run} holds a run with another config (optim.lr was 0.5, is" in refusal(output, study)
+    assert f"{run} is a run directory of train.py, not of a study" in refusal(run, study)
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "name", ["study.json", *(f"runs/a-seed0/{n}.json" for n in ("config", "run", "outcome"))]
+)
+@pytest.mark.parametrize("damage", [b"", b'{"seconds": 3', b"\xff\xff"])
+def test_a_damaged_file_is_named_and_may_be_removed(name, damage, make_study, output):
+    study = make_study()
+    run = run_directory(output, study.runs[0])
+    run.mkdir(parents=True)
+    (output / name).write_bytes(damage)
+
+    def look():
+        claim_study(output, study)
+        return read_outcome(run).state
+
+    with pytest.raises(UserError) as raised:
+        look()
+    assert str(raised.value).startswith(f"{output / name} is damaged (")
+    (output / name).unlink()
+    assert look() == "to do"
+
+
+def test_a_run_is_done_after_its_last_evaluation_and_a_good_exit(tmp_path):
+    line = {"step": 10, "val_top1": 50.0, "val_top5": 90.0, "val_loss": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "run.json").write_text('{"steps": 10}')
+    assert read_outcome(tmp_path).state == "begun"
+    for status, failure, state in ((1, "no room", "failed"), (143, None, "begun"), (0, None, "done")):
+        record = {"status": status, "failure": failure, "seconds": 3.0, "at": 1.0}
+        (tmp_path / "outcome.json").write_text(json.dumps(record))
+        found = read_outcome(tmp_path)
+        assert (found.state, found.failure, found.seconds) == (state, failure, 3.0)
+    assert (found.last, found.best) == ({"top1": 50.0, "top5": 90.0, "loss": 1.0}, 50.0)
+    (tmp_path / "run.json").write_text('{"steps": 20}')  # stopped, with the checkpoint saved
+    assert read_outcome(tmp_path).state == "begun"
+
+
+def test_commands_share_the_runs(make_study, output, monkeypatch):
+    study = make_study(LARGER)
+    trained = []
+
+    def train(run, output, signals, show):
+        trained.append(run.name)
+        if lock.is_locked:  # another command takes the run, fails with seed 2 and stops
+            record = {"status": 1, "failure": "no room", "at": time.time()}
+            run_directory(output, study.runs[2]).mkdir(exist_ok=True)
+            (run_directory(output, study.runs[2]) / "outcome.json").write_text(json.dumps(record))
+            lock.release()
+        return read_outcome(run_directory(output, run))
+
+    monkeypatch.setattr(command, "run_training", train)
+    monkeypatch.setattr(command, "write_results", lambda study, output: command.read_outcomes(output, study))
+    claim_study(output, study)
+    lock = lock_directory(run_directory(output, study.runs[0]))  # a train.py whose command was killed
+    with lock_run(output, study.runs[0]) as locked:
+        assert not locked
+    assert command.run_study(study, output, []) == 0
+    assert trained == ["a-seed1", "a-seed0"]
+    with lock_run(output, study.runs[0]) as locked:
+        assert locked
+        trained.clear()
+        assert command.run_study(study, output, []) == 1  # the failed one is tried again
+    assert trained == ["a-seed1", "a-seed2"]
+    assert command.run_study(study, output, [signal.SIGINT]) == 0
+    assert trained == ["a-seed1", "a-seed2"]
+
+
+def test_signals_are_collected():
+    with collect_signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals == [signal.SIGTERM, signal.SIGINT]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_tables_are_written_when_the_figure_fails(make_study, tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise ValueError("no such axis")
+
+    monkeypatch.setattr(command, "draw_study", fail)
+    assert set(command.write_results(make_study(), tmp_path)) == {"a-seed0", "a-seed1"}
+    assert capsys.readouterr().out == "cannot draw the figure (no such axis); the tables are complete.\n"
+    assert (tmp_path / "table.md").exists()
