@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convit_jax.errors import UserError, nearest
-from convit_jax.models.vit import Settings, VisionTransformer, grid_of
+from convit_jax.models.vit import Settings, VisionTransformer, patch_grid
 
 #        name            embed_dim, num_heads
 SIZES = {
@@ -196,7 +196,7 @@ def count_macs(settings: Settings) -> int:
     The positional term of GPSA costs N (rows + columns) D in a block. The last block computes only the tokens
     that have a head.
     """
-    s, (rows, columns) = settings, grid_of(settings)
+    s, (rows, columns) = settings, patch_grid(settings)
     patches, dim = rows * columns, s["embed_dim"]
     local, depth = s["local_up_to_layer"], s["depth"]
     heads = 2 if s["distilled"] else 1  # each reads one token

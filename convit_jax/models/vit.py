@@ -78,7 +78,7 @@ class Block(nnx.Module):
         self.attn: GatedPositionalSelfAttention | SelfAttention
         if gpsa:
             common |= {name: s[name] for name in ("conv_init", "locality_strength", "gate_init")}
-            self.attn = GatedPositionalSelfAttention(dim, s["num_heads"], grid_of(s), **common)
+            self.attn = GatedPositionalSelfAttention(dim, s["num_heads"], patch_grid(s), **common)
         else:
             self.attn = SelfAttention(dim, s["num_heads"], **common)
 
@@ -133,7 +133,7 @@ class VisionTransformer(nnx.Module):
 
     def __init__(self, settings: Settings, *, rngs: nnx.Rngs) -> None:
         s, dim = settings, settings["embed_dim"]
-        self.image_size, self.in_chans, self.grid = s["image_size"], s["in_chans"], grid_of(s)
+        self.image_size, self.in_chans, self.grid = s["image_size"], s["in_chans"], patch_grid(s)
         self.depth, self.local_up_to_layer = s["depth"], s["local_up_to_layer"]
         self.drop_rate, self.drop_path_rate = s["drop_rate"], s["drop_path_rate"]
         self.remat, self.scan_unroll = s["remat"], s["scan_unroll"]
@@ -304,7 +304,7 @@ def _stack(settings: Settings, numbers: range, key: jax.Array, *, gpsa: bool) ->
     return nnx.vmap(lambda key: Block(settings, gpsa=gpsa, rngs=nnx.Rngs(params=key)))(keys)
 
 
-def grid_of(settings: Settings) -> tuple[int, int]:
+def patch_grid(settings: Settings) -> tuple[int, int]:
     """Returns (rows, columns) of patches of the model's images."""
     height, width = settings["image_size"]
     return height // settings["patch_size"], width // settings["patch_size"]

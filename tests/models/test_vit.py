@@ -21,28 +21,22 @@ def small(name="convit_tiny", **settings):
     return create_model(name, **{**SMALL, **local, **settings})
 
 
-def as_one_program(function):
+def as_one_program(function, model):
     """function(model) inside of jax.jit."""
-
-    def call(model):
-        graphdef, params = nnx.split(model)
-        return jax.jit(lambda params: function(nnx.merge(graphdef, params)))(params)
-
-    return call
-
-
-@as_one_program
-def one_by_one(model):
-    """Features, block after block."""
-    x, tokens = model._embed(IMAGES, None)
-    for number, block in enumerate(model.blocks):
-        x = block(jnp.concatenate([tokens, x], axis=1) if number == model.local_up_to_layer else x)
-    return model.norm(x[:, 0])
+    graphdef, params = nnx.split(model)
+    return jax.jit(lambda params: function(nnx.merge(graphdef, params)))(params)
 
 
 @pytest.mark.parametrize("name", ["convit_tiny", "deit_tiny"])
 def test_scanned_blocks_equal_the_blocks_one_by_one(name):
-    np.testing.assert_allclose(small(name).features(IMAGES), one_by_one(small(name)), atol=1e-5)
+    def one_by_one(model):
+        x, tokens = model._embed(IMAGES, None)
+        for number, block in enumerate(model.blocks):
+            x = block(jnp.concatenate([tokens, x], axis=1) if number == model.local_up_to_layer else x)
+        return model.norm(x[:, 0])
+
+    expected = as_one_program(one_by_one, small(name))
+    np.testing.assert_allclose(small(name).features(IMAGES), expected, atol=1e-5)
 
 
 def test_the_class_token_of_convit_joins_late_and_that_of_deit_at_once():
@@ -73,7 +67,7 @@ def test_eager_calls_are_compiled_once_for_all_models_of_the_same_settings():
     key = jax.random.key(0)
     calls = (model, model.features, model.attention_maps, functools.partial(model, key=key))
     before = jax.device_get([call(IMAGES) for call in calls])
-    np.testing.assert_allclose(before[0], as_one_program(lambda model: model(IMAGES))(model), atol=1e-7)
+    np.testing.assert_allclose(before[0], as_one_program(lambda model: model(IMAGES), model), atol=1e-7)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
@@ -95,21 +89,14 @@ def test_evaluation_is_deterministic_and_training_is_not():
 
 
 def test_drop_path_rises_from_zero_at_the_first_block():
-    model = small("deit_tiny", depth=2, drop_path_rate=0.999)
-    graphdef, params = nnx.split(model)
-    params["sa_blocks"] = jax.tree.map(
-        lambda leaf: leaf * 100, params["sa_blocks"]
-    )  # a block that runs shows
-    model = nnx.merge(graphdef, params)
+    def features(factor, key):
+        """With the parameters of the second block multiplied."""
+        graphdef, params = nnx.split(small("deit_tiny", depth=2, drop_path_rate=0.999))
+        params["sa_blocks"] = jax.tree.map(lambda leaf: leaf.at[1].multiply(factor), params["sa_blocks"])
+        return nnx.merge(graphdef, params).features(IMAGES, key=key)
 
-    @as_one_program
-    def after_the_first(model):
-        patches, tokens = model._embed(IMAGES, None)
-        return model.norm(model.blocks[0](jnp.concatenate([tokens, patches], axis=1))[:, 0])
-
-    np.testing.assert_allclose(
-        model.features(IMAGES, key=jax.random.key(0)), after_the_first(model), atol=1e-4
-    )
+    in_training, without_the_second = features(100, jax.random.key(0)), features(0, None)
+    np.testing.assert_allclose(in_training, without_the_second, atol=1e-5)
 
 
 def test_bfloat16_keeps_parameters_norms_softmax_and_logits_in_float32():
