@@ -23,8 +23,8 @@ def preview_augmentation(config: ConfigDict, plan: Plan) -> tuple[Pictures, Pict
     """Returns what augmentation makes of the first images of a training.
 
     Returns:
-      (crops, mixed): a row per image, with the whole image, then its crops after all augmentation but mixing and
-      RandAugment's operations; and a row per step, with images after mixup and cutmix and their soft labels.
+      (crops, mixed): a row per image, with the whole image, its crops after all augmentation but mixing, and
+      RandAugment's operations; a row per step, with images after mixup and cutmix and their soft labels.
     """
     slots, repeats = plan.train.slots, config.data.repeats
     source: Any = plan.train.source
