@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from convit_jax.data.examples import Slots, TrainExample
 from convit_jax.data.images import random_resized_crop_box
-from convit_jax.data.loader import Slots, TrainExample, batches
+from convit_jax.data.loader import batches
 
 SIZE, BATCH = 224, 96
 PROGRAMS = {

@@ -8,7 +8,6 @@ Each runs in its own process and they take turns. A result is the median of the 
 without the first (four windows by default), without evaluations and checkpoints.
 """
 
-import functools
 import itertools
 import json
 import statistics
@@ -24,11 +23,10 @@ import numpy as np
 from absl import flags
 
 from convit_jax.cli import launch
-from convit_jax.models.variants import abstract_model, initial_params
-from convit_jax.training import loop
-from convit_jax.training.optimizer import make_optimizer, run_schedule
+from convit_jax.training import setup
+from convit_jax.training.loop import train
 from convit_jax.training.plan import make_plan
-from convit_jax.training.step import make_train_step, new_state, train_metrics
+from convit_jax.training.sharding import make_mesh, put_batch
 
 TITLES = {"loop": "the whole training loop", "step": "the bare jitted step"}
 
@@ -61,32 +59,28 @@ def loop_rates(config):
         """Yields the batch, as a training or an evaluation batch."""
         yield from itertools.repeat({**batch, "valid": np.ones(batch_size, bool)}, stop - start)
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(loop, "batches", batches):
-        loop.train(config, folder)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(setup, "batches", batches):
+        train(config, folder)
         lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
         return [line["images_per_second"] for line in lines if "images_per_second" in line]
 
 
 def step_rates(config):
     """Returns the images/s of each window of the step alone."""
-    loop.use_compilation_cache(config.compilation_cache)
-    plan = make_plan(config, devices=1)
-    graphdef, shapes = abstract_model(plan.model)
-    schedule = run_schedule(config, plan)
-    optimizer = make_optimizer(config.optim, schedule, shapes)
-    step = make_train_step(graphdef, optimizer, schedule, config, plan.model["num_classes"])
-    step = jax.jit(step, donate_argnums=0)
-    start = jax.jit(functools.partial(new_state, optimizer=optimizer, ema=config.optim.ema_decay > 0))
-    state = start(initial_params(plan.model, 0))
+    setup.use_compilation_cache(config.compilation_cache)
+    mesh = make_mesh(1, 1)
+    steps = setup.make_steps(config, make_plan(config, devices=1), mesh)
+    tree = steps.first(None)
+    state, sums = tree["state"], tree["metrics"]
     batch = random_batch(config)
     del batch["unreadable"]
-    batch, metrics, seed = jax.device_put((batch, train_metrics(), np.uint32(config.seed)))
+    batch = put_batch(batch, mesh)
     rates = []
     for _ in range(config.steps // config.log_every):
         began = time.perf_counter()
         for _ in range(config.log_every):
-            state, metrics = step(state, metrics, batch, seed)
-        jax.block_until_ready(metrics)
+            state, sums = steps.train(state, sums, batch)
+        jax.block_until_ready(sums)
         rates.append(config.log_every * config.batch_size / (time.perf_counter() - began))
     return rates
 

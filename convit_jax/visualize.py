@@ -174,7 +174,7 @@ def read_image(settings: dict[str, Any], preprocessing: "Preprocessing") -> tupl
     given, how = flags.FLAGS.image, preprocessing
     record = _read_test_image(int(given)) if _is_number(given) else read_image_file(given)
     image = centre_crop(decode(record, given), settings["image_size"], how.crop_ratio, how.interpolation)
-    return image, jax.device_get(normalize(image[None], how.mean, how.std))[0]
+    return image, jax.device_get(normalize(jax.numpy.asarray(image[None]), how.mean, how.std))[0]
 
 
 def _is_number(image: str | None) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from tqdm import tqdm
 
 from convit_jax.cli import launch
 from convit_jax.errors import UserError
@@ -35,7 +36,6 @@ from convit_jax.study.runner import (
     train_command,
 )
 from convit_jax.study.table import write_tables
-from convit_jax.training.metrics import duration
 
 
 def _define_flags() -> None:
@@ -89,8 +89,12 @@ def run_study(study: Study, output: Path, signals: list[int]) -> int:
         done = _count_done(write_results(study, output))
         if now.state == "done":
             rate = (time.monotonic() - started) / (done - states.count("done"))
-            text = f"top-1 {now.last['top1']:.2f} in {duration(time.monotonic() - began)}"
-            text += f", about {duration(rate * (len(states) - done))} left" if done < len(states) else ""
+            text = f"top-1 {now.last['top1']:.2f} in {tqdm.format_interval(time.monotonic() - began)}"
+            text += (
+                f", about {tqdm.format_interval(rate * (len(states) - done))} left"
+                if done < len(states)
+                else ""
+            )
         elif now.failure:
             text = f"failed: {now.failure} (its output: {run_directory(output, run)}/output.log)"
         else:

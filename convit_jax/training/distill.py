@@ -18,7 +18,7 @@ from flax import nnx
 from convit_jax.errors import UserError
 from convit_jax.training.distributed import say
 from convit_jax.training.step import soft_cross_entropy
-from convit_jax.weights.pretrained import behaving, describe, fingerprint, load, match_classes
+from convit_jax.weights.pretrained import describe_weights, fingerprint, load, match_classes, with_behaviour
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def load_teacher(config, plan, which="best"):
         )
     try:
         loaded = load(source, image_size=student["image_size"], which=which)
-        loaded = behaving(loaded, dtype=student["dtype"], attention=student["attention"])
+        loaded = with_behaviour(loaded, dtype=student["dtype"], attention=student["attention"])
         columns = _columns(names, loaded)
         if loaded.settings["in_chans"] != student["in_chans"]:
             raise UserError(
@@ -121,7 +121,7 @@ def load_teacher(config, plan, which="best"):
         changes.append("images renormalised for it")
     facts = {
         "source": source,
-        "network": describe(loaded),
+        "network": describe_weights(loaded),
         "changes": changes,
         "weights": weights,
     }

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from convit_jax.data.augment import stage_keys
 from convit_jax.data.images import decode
-from convit_jax.data.randaugment import Op, draw
+from convit_jax.data.randaugment import Op, draw_operations
 from convit_jax.training.plan import Plan
 from convit_jax.training.step import augmented, step_keys
 
@@ -23,8 +23,8 @@ def preview_augmentation(config: ConfigDict, plan: Plan) -> tuple[Pictures, Pict
     """Returns what augmentation makes of the first images of a training.
 
     Returns:
-      (crops, mixed): a row per image, with the whole image, its crops after all augmentation but mixing, and
-      RandAugment's operations; a row per step, with images after mixup and cutmix and their soft labels.
+      (crops, mixed): a row per image, with the whole image, then its crops before mixing and RandAugment's
+      operations; and a row per step, with images after mixup and cutmix and their soft labels.
     """
     slots, repeats = plan.train.slots, config.data.repeats
     source: Any = plan.train.source
@@ -79,12 +79,14 @@ def list_operations(config: ConfigDict, rows: int) -> list[str]:
     if aug.policy != "randaugment":
         return [""] * rows
     key = stage_keys(step_keys(config.seed, 0)[0])["policy"]
-    ops, _, _ = jax.device_get(draw(key, rows, aug.magnitude, aug.magnitude_std, aug.num_ops))
+    ops, _, _ = jax.device_get(draw_operations(key, rows, aug))
     names = [[Op(op).name.title().replace("_", "") for op in row if op != Op.NONE] for row in ops]
     return ["\n".join(row) for row in names]
 
 
-def format_shares(target: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> str:
+def format_shares(target: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> str:
     """Returns the shares that an image and its partner have of a soft target [C], one per line."""
-    above_smoothing = [label for label in dict.fromkeys(labels) if target[label] > target.min() + 0.005]
+    above_smoothing = [
+        label for label in dict.fromkeys(labels.tolist()) if target[label] > target.min() + 0.005
+    ]
     return "\n".join(f"{100 * target[label]:.0f}% {class_names[label]}" for label in above_smoothing)

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from convit_jax.data.augment import augment, normalize
-from convit_jax.data.mixup import mix
+from convit_jax.data.mixup import mix_batch
 from convit_jax.training.optimizer import ema_update
 
 FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was finite
@@ -59,17 +59,8 @@ def soft_cross_entropy(logits, targets):
 def augmented(batch, keys, config, num_classes):
     """What a step with these keys trains on: images float32 [B, H, W, 3], soft labels [B, num_classes]."""
     aug, mean, std = config.augment, tuple(config.data.mean), tuple(config.data.std)
-    return mix(
-        augment(batch["image"], keys[0], aug, mean=mean, std=std),
-        batch["label"],
-        keys[1],
-        num_classes=num_classes,
-        smoothing=aug.label_smoothing,
-        mixup=aug.mixup,
-        cutmix=aug.cutmix,
-        prob=aug.mix_prob,
-        switch_prob=aug.mix_switch_prob,
-    )
+    images = augment(batch["image"], keys[0], aug, mean=mean, std=std)
+    return mix_batch(images, batch["label"], keys[1], aug, num_classes)
 
 
 def make_train_step(

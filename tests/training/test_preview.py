@@ -6,7 +6,7 @@ import pytest
 
 from configs import default
 from convit_jax.data.augment import stage_keys
-from convit_jax.data.randaugment import Op, draw
+from convit_jax.data.randaugment import Op, draw_operations
 from convit_jax.training import preview
 from convit_jax.training.plan import make_plan
 from convit_jax.training.step import step_keys
@@ -35,11 +35,11 @@ def test_it_shows_the_pixels_of_the_step(config):
 
 def test_captions_name_what_is_drawn_and_mixed(config):
     captions = preview.list_operations(config, 40)
-    ops = jax.device_get(draw(stage_keys(step_keys(0, 0)[0])["policy"], 40, 9.0, 0.5, 2)[0])
+    ops = jax.device_get(draw_operations(stage_keys(step_keys(0, 0)[0])["policy"], 40, config.augment)[0])
     for caption, row in zip(captions, ops, strict=True):
         assert caption.splitlines() == [Op(op).name.title().replace("_", "") for op in row if op != Op.NONE]
     names = ("ant", "bee", "cat")
-    assert preview.format_shares(np.array([0.6, 0.3, 0.1]), [0, 1], names) == "60% ant\n30% bee"
-    assert preview.format_shares(np.array([0.9, 0.05, 0.05]), [0, 1], names) == "90% ant"
+    assert preview.format_shares(np.array([0.6, 0.3, 0.1]), np.array([0, 1]), names) == "60% ant\n30% bee"
+    assert preview.format_shares(np.array([0.9, 0.05, 0.05]), np.array([0, 1]), names) == "90% ant"
     config.augment.policy = "none"
     assert preview.list_operations(config, 3) == ["", "", ""]
