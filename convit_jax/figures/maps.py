@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure, SubFigure
 
-SIGMA = r"$\sigma(\lambda)$"
-FORMULAS = {"content": r"softmax($q k / \sqrt{d}$)", "position": "softmax($v r$), the same for every image"}
+TITLES = {
+    "query": "Attention of a patch",
+    "query_content": "Content part of a patch's attention",
+    "query_position": "Position part of a patch's attention",
+    "class_token": "Attention of the class token",
+    "distillation_token": "Attention of the distillation token",
+}
+LEGEND = (
+    "GPSA: $\\sigma(\\lambda)$ softmax($v r$) + (1 - $\\sigma(\\lambda)$) softmax($q k / \\sqrt{d}$), "
+    "position and content.\ncls, dist: attention to the class token and the distillation token."
+)
 PIXELS, GAP, CAPTION = 112, 9, 22  # of the longer side of a map, between maps, and above a map
 
 Query = tuple[int, int] | None
@@ -45,44 +54,24 @@ def draw_attention_maps(
     Returns:
       The paths written.
     """
-    named = [
-        (f"layer {n}\n{'plain' if layer.gates is None else 'GPSA'}", layer)
-        for n, layer in enumerate(layers, 1)
-    ]
-    gated = [(name, layer) for name, layer in named if layer.gates is not None]
-    tokens = ("class", "distillation")[: len(layers[-1].tokens)]
-    from_query = f"From the framed patch (row {query[0]}, column {query[1]}, counted from 0) to every patch."
-    to_tokens = (
-        "cls" + ", dist" * (len(tokens) == 2) + f": attention to the {' and the '.join(tokens)} token."
-    )
-    gate = f"{SIGMA}: the gate, the weight of position against content."
-    mixture = [f"GPSA: {SIGMA} position + (1 - {SIGMA}) content, {SIGMA} the gate."] if gated else []
-
-    rows: list[Row] = [
-        (name, layer.query, _shares(layer.query_tokens) if layer.gates is None else _gates(layer))
-        for name, layer in named
-    ]
-    words = [from_query, *mixture, to_tokens]
-    pages = {"query": _plot_page("Attention of a patch", words, rows, image, query)}
-    for part in ("content", "position") if gated else ():
-        rows = [(name, getattr(layer, part), _gates(layer)) for name, layer in gated]
-        words = [from_query, f"The {part} part of GPSA alone: {FORMULAS[part]}.", gate]
-        title = f"{part.title()} part of a patch's attention"
-        pages[f"query_{part}"] = _plot_page(title, words, rows, image, query)
-    for number, token in enumerate(tokens):
-        rows = [
-            (name, layer.tokens[number], _shares(layer.tokens_tokens[number]))
-            for name, layer in named
-            if len(layer.tokens)
-        ]
-        words = [f"From the {token} token to every patch.", to_tokens]
-        pages[f"{token}_token"] = _plot_page(f"Attention of the {token} token", words, rows, image, None)
-    return [path for name, page in pages.items() for path in save_figure(page, directory, name)]
-
-
-def _gates(layer: LayerMaps) -> list[str]:
-    """Captions with the gate of each head; plain characters, because layout of formulas is slow."""
-    return [f"\u03c3(\u03bb) {gate:.2f}" for gate in np.asarray(layer.gates)]
+    pages: dict[str, list[Row]] = {name: [] for name in TITLES}
+    for number, layer in enumerate(layers, 1):
+        name, captions = f"layer {number}\nplain", _shares(layer.query_tokens)
+        if layer.gates is not None:
+            name = f"layer {number}\nGPSA"
+            captions = [f"\u03c3(\u03bb) {gate:.2f}" for gate in layer.gates]  # formulas take long to draw
+            for part in ("content", "position"):
+                pages[f"query_{part}"].append((name, getattr(layer, part), captions))
+        pages["query"].append((name, layer.query, captions))
+        of_tokens = zip(layer.tokens, layer.tokens_tokens, strict=True)
+        for page, (maps, to_tokens) in zip(("class_token", "distillation_token"), of_tokens, strict=False):
+            pages[page].append((name, maps, _shares(to_tokens)))
+    paths = []
+    for page, rows in pages.items():
+        if rows:
+            framed = None if page.endswith("token") else query
+            paths += save_figure(_plot_page(TITLES[page], rows, image, framed), directory, page)
+    return paths
 
 
 def _shares(attention: np.ndarray) -> list[str]:
@@ -91,9 +80,7 @@ def _shares(attention: np.ndarray) -> list[str]:
     return [" ".join(f"{n} {share:.2f}" for n, share in zip(names, head, strict=False)) for head in attention]
 
 
-def _plot_page(
-    title: str, explanation: Sequence[str], rows: Sequence[Row], image: np.ndarray, query: Query
-) -> "Figure":
+def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query) -> "Figure":
     """The image, words and the colour bar, and below them the maps."""
     from matplotlib.figure import Figure
 
@@ -110,18 +97,18 @@ def _plot_page(
     _frame(photo, 0, 0, 1, query)
     words.set_axis_off()
     words.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    words.text(
-        0, 1, "\n".join(explanation), fontsize=7.5, va="top", linespacing=1.4, transform=words.transAxes
-    )
+    start = f"From the framed patch, row {query[0]}, column {query[1]} (from 0).\n" if query else ""
+    style = {"fontsize": 7.5, "va": "top", "linespacing": 1.4}
+    words.text(0, 1, start + LEGEND, transform=words.transAxes, **style)
     label = f"attention; the faded image: uniform (1/{math.prod(grid)}) or less"
     bar = words.inset_axes((0, 0.25, 2.6 / (width - 1.6), 0.1))
     _add_colorbar(top, _common_norm(grid), label, cax=bar)
 
     axes = bottom.subplots()
     cells = {
-        (number, head): (values, caption)
-        for number, (_, maps, captions) in enumerate(rows)
-        for head, (values, caption) in enumerate(zip(maps, captions, strict=True))
+        (n, head): (maps[head], captions[head])
+        for n, (_, maps, captions) in enumerate(rows)
+        for head in range(heads)
     }
     _draw_maps(axes, cells, _common_norm(grid), query, image)
     axes.set_xticks(

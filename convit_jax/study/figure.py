@@ -130,11 +130,10 @@ def _plot_means(
         return
     means = [statistics.fmean(numbers) for numbers in cells.values()]
     seeds = [(place, number) for place, numbers in cells.items() for number in numbers]
-    bars = (
-        [sample_deviation(numbers) or 0.0 for numbers in cells.values()] if len(seeds) > len(means) else None
-    )
+    several = len(seeds) > len(means)
+    bars = [sample_deviation(numbers) or 0.0 for numbers in cells.values()] if several else None
     points = (means, list(cells), None, bars) if across else (list(cells), means, bars)
     axes.errorbar(*points, **{"capsize": 3, **look})
-    if bars:
-        of_seeds = zip(*(seed[::-1] if across else seed for seed in seeds), strict=True)
-        axes.scatter(*of_seeds, s=12, color="white", ec=look["color"], lw=0.8, zorder=3)
+    if several:
+        x, y = zip(*(seed[::-1] if across else seed for seed in seeds), strict=True)
+        axes.scatter(x, y, s=12, color="white", ec=look["color"], lw=0.8, zorder=3)
