@@ -41,7 +41,6 @@ from convit_jax.training.distributed import (
 from convit_jax.training.evaluation import AHEAD, evaluate
 from convit_jax.training.metrics import Clock, Evaluations, MetricsLog, Progress
 from convit_jax.training.optimizer import make_optimizer, run_schedule
-from convit_jax.training.peaks import peak_flops
 from convit_jax.training.plan import make_plan
 from convit_jax.training.sharding import (
     gather,
@@ -60,7 +59,7 @@ from convit_jax.training.step import (
     train_metrics,
 )
 from convit_jax.training.stop import AgreedStop, StopSignals, with_votes
-from convit_jax.training.summary import describe, facts
+from convit_jax.training.summary import describe_run, facts, peak_flops
 from convit_jax.weights.pretrained import fingerprint, load_into
 from convit_jax.weights.run import agree_on_checkpoint
 
@@ -172,7 +171,7 @@ def train(config, workdir):
         with together():
             if is_first():
                 claim(workdir, config, run)
-        say(describe(config, run, workdir))
+        say(describe_run(config, run, workdir))
 
         # ---- How training starts: continue this run; from init_from; from scratch ----------
         top1 = {}  # of the evaluations so far, by step

@@ -3,16 +3,14 @@
 import dataclasses
 
 import numpy as np
-import pytest
 from conftest import saved
 from flax import nnx
 
 from convit_jax.analysis import locality
 from convit_jax.data.augment import normalize
-from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.rundir import read_metrics
-from convit_jax.training.attention_log import image_count, make_attention_log, spread
+from convit_jax.training.attention_log import image_count, make_attention_log, spread_images
 from convit_jax.training.loop import train
 from convit_jax.training.plan import make_plan
 from convit_jax.training.sharding import make_mesh
@@ -28,7 +26,7 @@ def test_every_evaluation_logs_what_the_weights_look_at(digits_config, tmp_path,
     plan = make_plan(digits_config, devices=1)
     model = nnx.merge(abstract_model(plan.model)[0], saved(tmp_path)["state"]["params"])
     images = normalize(
-        spread(plan.test, 5, devices=1)["image"], digits_config.data.mean, digits_config.data.std
+        spread_images(plan.test, 5, devices=1)["image"], digits_config.data.mean, digits_config.data.std
     )
     centres, spans = locality.centres_and_spans(model)
     expected = {
@@ -65,9 +63,6 @@ def test_what_the_model_or_the_config_has_not_is_left_out(digits_config):
     digits_config.locality.images = None
     digits_config.model.name, digits_config.model.local_up_to_layer = "deit_tiny", 0
     assert set(measured(digits_config)) == {"nonlocality"}
-    digits_config.locality.images = -1
-    with pytest.raises(UserError, match=r"locality\.images is -1: give how many"):
-        make_plan(digits_config, devices=1)
 
 
 def test_how_many_images(digits_config):
@@ -80,7 +75,7 @@ def test_images_of_all_classes_are_looked_at(digits_config):
     test = make_plan(digits_config, devices=1).test
     labels = np.concatenate([test([slot])["label"] for slot in range(len(test.indices))])
     assert np.all(np.diff(labels) >= 0)  # the first ones are of one class
-    pixels = spread(test, 20, devices=1)["image"]
+    pixels = spread_images(test, 20, devices=1)["image"]
     chosen = np.linspace(0, len(labels), 21).astype(int)[:-1]
     np.testing.assert_array_equal(pixels, test(chosen)["image"])
     assert set(labels[chosen]) == set(range(10))
@@ -92,15 +87,15 @@ def test_the_first_readable_image_of_each_part_whoever_reads_them(digits_config,
     example = make_plan(digits_config, devices=1).test
     whole = example(range(6))
     (image_folder / "val/ant/0.jpg").write_bytes(b"no image")
-    one = spread(example, 3, devices=1)
+    one = spread_images(example, 3, devices=1)
     np.testing.assert_array_equal(one["image"], whole["image"][[1, 2, 4]])
     assert one["valid"].all()
     few = dataclasses.replace(example, indices=example.indices[:2])
-    assert spread(few, 2, devices=1)["valid"].tolist() == [True]
+    assert spread_images(few, 2, devices=1)["valid"].tolist() == [True]
     monkeypatch.setattr("jax.process_count", lambda: 2)
     parts = []
     for process in range(2):
         monkeypatch.setattr("jax.process_index", lambda process=process: process)
-        parts.append(spread(example, 3, devices=4))
+        parts.append(spread_images(example, 3, devices=4))
     np.testing.assert_array_equal(np.concatenate([part["image"] for part in parts])[:3], one["image"])
     assert [part["valid"].tolist() for part in parts] == [[True, True], [True, False]]

@@ -11,7 +11,7 @@ from convit_jax.cli import load_config
 from convit_jax.rundir import read_metrics
 from convit_jax.training import metrics
 from convit_jax.training.metrics import Clock, MetricsLog, Progress, duration
-from convit_jax.training.peaks import peak_flops
+from convit_jax.training.summary import peak_flops
 
 VALUES = {
     "train_loss": 1.23456,
