@@ -1,10 +1,8 @@
 """Train a ConViT or DeiT: python train.py --config=configs/convit_s.py --workdir=runs/mine."""
 
-from pathlib import Path
-
 from absl import flags
 
-from convit_jax.cli import config_file, launch
+from convit_jax.cli import config_name, launch
 
 
 def define():
@@ -15,8 +13,7 @@ def main(_):
     """Train what the flags say."""
     from convit_jax.training.loop import train
 
-    path, row = config_file()
-    workdir = flags.FLAGS.workdir or f"runs/{'_'.join(filter(None, (Path(path).stem, row)))}"
+    workdir = flags.FLAGS.workdir or f"runs/{config_name('configs/digits.py')}"
     train(flags.FLAGS.config, workdir)
 
 

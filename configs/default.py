@@ -1,109 +1,179 @@
-"""Every field of a training, once, with its meaning and the value of the paper's recipe.
+"""Every field of a training: its default (the recipe of the ConViT paper), meaning and allowed values.
 
-The other files change a few of them. Any field can be changed on the command line:
+The other config files change some of them. You can change any field on the command line:
     python train.py --config=configs/convit_s.py --config.data.dir=IMAGENET --config.batch_size=512
+
+An interval such as "(0, 1]" excludes 0 and includes 1. None leaves the choice to the program, as described.
+A run may continue with another value of a field marked `may_change`.
 """
 
-from ml_collections import ConfigDict, FieldReference
-from ml_collections.config_dict import placeholder
+from ml_collections import ConfigDict
+
+from convit_jax.config import Field, make_config
+
+FIELDS = {
+    "seed": Field(0, "seed of weights, image order and augmentation", "[0, 4294967295]"),
+    "epochs": Field(300, "passes over the training images", "(0, inf)"),
+    "steps": Field(
+        None,
+        "stop after this many steps; the schedule stays that of `epochs`",
+        "[1, inf)",
+        kind=int,
+        may_change=True,
+    ),
+    "batch_size": Field(1024, "images per step, over all devices and processes", "[1, inf)"),
+    "accumulate": Field(1, "micro-batches per step; more need less memory", "[1, inf)"),
+    "init_from": Field(None, "start from these weights: a source of convit_jax.load_pretrained", kind=str),
+    # The arguments of convit_jax.create_model; None: the model's own value.
+    "model.name": Field("convit_small", "one of convit_jax.list_models()"),
+    "model.image_size": Field(224, "pixels, or (height, width)", kind=object),
+    "model.num_classes": Field(
+        None, "size of the head; None: the number of classes of the data", "[1, inf)", kind=int
+    ),
+    "model.patch_size": Field(None, "pixels; 16", "[1, inf)", kind=int),
+    "model.embed_dim": Field(None, "width; depends on the name", "[1, inf)", kind=int),
+    "model.depth": Field(None, "number of blocks; 12", "[1, inf)", kind=int),
+    "model.num_heads": Field(None, "attention heads; depends on the name", "[1, inf)", kind=int),
+    "model.mlp_ratio": Field(None, "hidden width of the MLP / embed_dim; 4", "(0, inf)", kind=float),
+    "model.qkv_bias": Field(None, "biases of query, key and value; ConViT False, DeiT True", kind=bool),
+    "model.local_up_to_layer": Field(None, "number of GPSA blocks; ConViT 10, DeiT 0", "[0, inf)", kind=int),
+    "model.pos_embed_class_token": Field(
+        None, "position embedding for the class token too; ConViT False, DeiT True", kind=bool
+    ),
+    "model.distilled": Field(None, "add DeiT's distillation token; False", kind=bool),
+    "model.conv_init": Field(None, "convolutional init of GPSA; True", kind=bool),
+    "model.locality_strength": Field(None, "alpha of the convolutional init; 1", "(-inf, inf)", kind=float),
+    "model.gate_init": Field(
+        None, "gating parameter lambda of every head at the start; 1", "(-inf, inf)", kind=float
+    ),
+    "model.attention": Field(
+        "xla", "cudnn: fused kernel for bfloat16 on NVIDIA GPUs", ("xla", "cudnn"), may_change=True
+    ),
+    "model.drop_rate": Field(None, "dropout; 0", "[0, 1)", kind=float),
+    "model.attn_drop_rate": Field(
+        None,
+        "dropout of attention maps; 0; above 0, attention takes its slow explicit form",
+        "[0, 1)",
+        kind=float,
+    ),
+    "model.drop_path_rate": Field(
+        0.1, "stochastic depth of the last block, rising linearly from 0", "[0, 1)"
+    ),
+    "model.dtype": Field(
+        "bfloat16", "dtype of the computation; parameters are float32", ("float32", "bfloat16")
+    ),
+    "model.remat": Field(False, "recompute blocks in the backward pass to save memory", may_change=True),
+    "model.scan_unroll": Field(1, "number of blocks that the scan unrolls", "[1, inf)", may_change=True),
+    # AdamW and its schedule.
+    "optim.lr": Field(5e-4, "peak learning rate for 512 images; multiplied by batch_size / 512", "[0, inf)"),
+    "optim.min_lr": Field(1e-5, "learning rate at the end; not multiplied", "[0, inf)"),
+    "optim.warmup_lr": Field(1e-6, "learning rate at the start; not multiplied", "[0, inf)"),
+    "optim.warmup_epochs": Field(5.0, "length of the linear warm-up", "[0, inf)"),
+    "optim.schedule_per": Field(
+        "epoch", "change the rate once per epoch, as the original, or per step", ("epoch", "step")
+    ),
+    "optim.weight_decay": Field(0.05, "of all parameters but biases, norms and gates", "[0, inf)"),
+    "optim.b1": Field(0.9, "decay of the mean of the gradient", "[0, 1)"),
+    "optim.b2": Field(0.999, "decay of the mean of its square", "[0, 1)"),
+    "optim.eps": Field(1e-8, "added to the root of the mean square", "[0, inf)"),
+    "optim.clip_norm": Field(0.0, "maximum global norm of the gradient; 0: no clipping", "[0, inf)"),
+    "optim.ema_decay": Field(0.0, "decay of a moving average of the weights; 0: none", "[0, 1)"),
+    "optim.frozen": Field((), 'parameters that are not trained: parts of their names, as ("gating_param",)'),
+    # Augmentation of training images.
+    "augment.crop": Field(
+        "resized", "random resized crop; pad: shift by up to `padding` pixels", ("resized", "pad")
+    ),
+    "augment.padding": Field(4, "pixels, with crop = pad", "[0, inf)"),
+    "augment.hflip": Field(True, "mirror half of the images"),
+    "augment.policy": Field(
+        "randaugment", "three_augment is DeiT III's", ("randaugment", "three_augment", "none")
+    ),
+    "augment.num_ops": Field(
+        2, "operations of RandAugment per image, each applied with probability 0.5", "[0, 15]"
+    ),
+    "augment.magnitude": Field(9.0, "magnitude of RandAugment's operations", "[0, 10]"),
+    "augment.magnitude_std": Field(0.5, "standard deviation of the magnitude", "[0, 10]"),
+    "augment.color_jitter": Field(
+        0.0, "range of brightness, contrast and saturation around 1; 0: off; DeiT III: 0.3", "[0, 1]"
+    ),
+    "augment.erase_prob": Field(0.25, "probability of random erasing", "[0, 1]"),
+    "augment.mixup": Field(0.8, "alpha of mixup; 0: off", "[0, inf)"),
+    "augment.cutmix": Field(1.0, "alpha of cutmix; 0: off", "[0, inf)"),
+    "augment.mix_prob": Field(1.0, "probability of mixing a batch", "[0, 1]"),
+    "augment.mix_switch_prob": Field(0.5, "probability of cutmix where both are on", "[0, 1]"),
+    "augment.label_smoothing": Field(0.1, "share of the label spread over all classes", "[0, 1)"),
+    # The images.
+    "data.name": Field("imagenet2012", "a TFDS dataset; folder: DIR/{train,val}/CLASS/*.jpg; or digits"),
+    "data.dir": Field(
+        None, "TFDS directory (None: $TFDS_DATA_DIR) or image folder", kind=str, may_change=True
+    ),
+    "data.sampling_ratio": Field(1.0, "fraction of each class to train on", "(0, 1]"),
+    "data.subset_rule": Field(
+        "first", "first names of each class, as the original, or a random, nested subset", ("first", "random")
+    ),
+    "data.num_classes": Field(None, "keep only the first classes", "[1, inf)", kind=int),
+    "data.keep_total_images": Field(False, "multiply epochs by all images / images kept (Table 2)"),
+    "data.repeats": Field(3, "repeated augmentation: consecutive copies of each image", "[1, inf)"),
+    "data.crop_ratio": Field(
+        0.875, "evaluation: side of the centre crop / short side of the resized image", "(0, 1]"
+    ),
+    "data.mean": Field(
+        (0.485, 0.456, 0.406), "mean of red, green and blue, for pixels in 0..1", "(-inf, inf)"
+    ),
+    "data.std": Field((0.229, 0.224, 0.225), "standard deviation, likewise", "(0, inf)"),
+    "data.max_unreadable": Field(
+        10,
+        "unreadable images allowed: replaced in training, skipped in evaluation",
+        "[0, inf)",
+        may_change=True,
+    ),
+    "data.workers": Field(
+        8,
+        "loader processes; 0: threads of the training process; changes no number",
+        "[0, inf)",
+        may_change=True,
+    ),
+    # Learning from a teacher (Table 4).
+    "distill.teacher": Field(
+        None, "a source of load_pretrained; None: no teacher", kind=str, may_change=True
+    ),
+    "distill.kind": Field("hard", "learn the teacher's class, or its probabilities", ("hard", "soft")),
+    "distill.alpha": Field(0.5, "weight of the teacher in the loss", "[0, 1]"),
+    "distill.temperature": Field(1.0, "of both softmaxes, with kind = soft", "(0, inf)"),
+    # What is measured of attention at every evaluation.
+    "locality.images": Field(
+        None,
+        "test images for non-locality; None: 1 in 100, at most 64; 0: off",
+        "[0, inf)",
+        kind=int,
+        may_change=True,
+    ),
+    "locality.as_logged": Field(
+        False, "non-locality also as the original logs it, on the raw patch embedding", may_change=True
+    ),
+    # Devices.
+    "mesh.data": Field(-1, "devices that share a batch; -1: all", "[-1, inf)", may_change=True),
+    "mesh.fsdp": Field(
+        1, "devices that also share parameters and optimizer state", "[1, inf)", may_change=True
+    ),
+    "eval_batch_size": Field(
+        1024, "over all devices; every image counts once at any size", "[1, inf)", may_change=True
+    ),
+    "eval_every": Field(
+        1.0, "epochs; of the whole training set with data.keep_total_images", "(0, inf)", may_change=True
+    ),
+    "checkpoint_every": Field(
+        1000, "steps; evaluation and the end save as well", "[1, inf)", may_change=True
+    ),
+    "log_every": Field(50, "steps", "[1, inf)"),
+    "compilation_cache": Field(
+        "~/.cache/convit_jax/compiled",
+        "folder of compiled programs; empty: none; several processes use RUN/compiled",
+        may_change=True,
+    ),
+}
 
 
-def get_config():
-    """ImageNet from scratch as in the ConViT paper (section 3 and DeiT's Table 9)."""
-    config = ConfigDict()
-    config.seed = 0  # of weights, order of images, augmentation; same seed, same numbers
-    config.epochs = 300  # times that the subset is shown
-    config.steps = placeholder(int)  # stop after so many steps; the schedule stays that of `epochs`
-    config.batch_size = 1024  # images a step, over all devices and processes
-    config.accumulate = 1  # do a step in so many micro-batches, for memory
-
-    config.init_from = placeholder(str)  # start from these weights: whatever convit_jax.load_pretrained takes
-
-    config.model = ConfigDict()  # the arguments of convit_jax.create_model; None: the model's own
-    config.model.name = "convit_small"  # one of convit_jax.list_models()
-    config.model.image_size = FieldReference(224, field_type=object)  # pixels; (height, width) if oblong
-    config.model.num_classes = placeholder(int)  # None: as many as the data has
-    config.model.patch_size = placeholder(int)  # 16
-    config.model.embed_dim = placeholder(int)  # by name
-    config.model.depth = placeholder(int)  # 12
-    config.model.num_heads = placeholder(int)  # by name
-    config.model.mlp_ratio = placeholder(float)  # 4
-    config.model.qkv_bias = placeholder(bool)  # ConViT no, DeiT yes
-    config.model.local_up_to_layer = placeholder(int)  # number of GPSA blocks: ConViT 10, DeiT 0
-    config.model.pos_embed_class_token = placeholder(bool)  # ConViT no, DeiT yes: it has an entry
-    config.model.distilled = placeholder(bool)  # no: a distillation token beside the class token (DeiT)
-    config.model.conv_init = placeholder(bool)  # start GPSA as a convolution
-    config.model.locality_strength = placeholder(float)  # 1: alpha of the convolutional init
-    config.model.gate_init = placeholder(float)  # 1: gating parameter lambda of every head
-    config.model.attention = "xla"  # or "cudnn": its fused kernel, on NVIDIA GPUs with bfloat16
-    config.model.drop_rate = placeholder(float)  # 0
-    config.model.attn_drop_rate = placeholder(float)  # 0; above 0, attention takes its slow explicit form
-    config.model.drop_path_rate = 0.1  # stochastic depth of the last block
-    config.model.dtype = "bfloat16"  # of the arithmetic, or float32
-    config.model.remat = False  # recompute blocks in the backward pass, for memory
-    config.model.scan_unroll = 1  # blocks laid out in a row by the scan
-
-    config.optim = ConfigDict()  # AdamW
-    config.optim.lr = 5e-4  # for 512 images; multiplied by batch_size / 512
-    config.optim.min_lr = 1e-5  # at the end; not multiplied
-    config.optim.warmup_lr = 1e-6  # at the start; not multiplied
-    config.optim.warmup_epochs = 5.0  # of the subset
-    config.optim.schedule_per = "epoch"  # "epoch": changes once an epoch, as the original; or "step"
-    config.optim.weight_decay = 0.05  # not on biases, norms and gates
-    config.optim.b1 = 0.9  # decay of the mean of the gradient
-    config.optim.b2 = 0.999  # decay of the mean of its square
-    config.optim.eps = 1e-8  # added to the root of that
-    config.optim.clip_norm = 0.0  # clip the global norm of the gradient; 0: do not
-    config.optim.ema_decay = 0.0  # keep a moving average of the weights too; 0: do not
-    config.optim.frozen = ()  # parts of parameter names that are not trained, as "gating_param"
-
-    config.augment = ConfigDict()  # of training images
-    config.augment.crop = "resized"  # "resized": random resized crop; "pad": shift by up to `padding` pixels
-    config.augment.padding = 4  # pixels of the shift with crop = "pad"
-    config.augment.hflip = True  # mirror half of the images
-    config.augment.policy = "randaugment"  # or "three_augment" (DeiT III), or "none"
-    config.augment.num_ops = 2  # operations of RandAugment drawn for an image, each applied to half of them
-    config.augment.magnitude = 9.0  # of RandAugment's operations, 0 to 10
-    config.augment.magnitude_std = 0.5  # of a normal variable added to it for each operation
-    config.augment.color_jitter = 0.0  # brightness, contrast, saturation by 1 +- this; 0: off. DeiT III: 0.3
-    config.augment.erase_prob = 0.25  # of replacing a box of the image with noise
-    config.augment.mixup = 0.8  # alpha; 0: off
-    config.augment.cutmix = 1.0  # alpha; 0: off
-    config.augment.mix_prob = 1.0  # of mixing a batch at all
-    config.augment.mix_switch_prob = 0.5  # of cutmix where both are on
-    config.augment.label_smoothing = 0.1  # share of the label spread over all classes
-
-    config.data = ConfigDict()  # which images, and how they are read
-    config.data.name = "imagenet2012"  # a TFDS name; or folder: DIR/{train,val}/CLASS/*.jpg; or digits
-    config.data.dir = placeholder(str)  # TFDS's directory (None: $TFDS_DATA_DIR) or the folder
-    config.data.sampling_ratio = 1.0  # fraction of each class to train on
-    config.data.subset_rule = "first"  # "first" names of each class, as the original; or "random", nested
-    config.data.num_classes = placeholder(int)  # keep the first classes only
-    config.data.keep_total_images = False  # multiply epochs by all images / images kept (Table 2)
-    config.data.repeats = 3  # repeated augmentation: each image so many times in a row
-    config.data.crop_ratio = 0.875  # evaluation: 224 / 256, the centre of the resized image
-    config.data.mean = (0.485, 0.456, 0.406)  # of ImageNet, of pixels in 0..1
-    config.data.std = (0.229, 0.224, 0.225)  # likewise
-    config.data.max_unreadable = 10  # images that may fail: replaced in training, left out in the test
-    config.data.workers = 8  # loader processes; 0: threads of the training process. Changes no number
-
-    config.distill = ConfigDict()  # learning from a teacher beside the labels (Table 4)
-    config.distill.teacher = placeholder(str)  # whatever convit_jax.load_pretrained takes; None: no teacher
-    config.distill.kind = "hard"  # learn the class that it gives; or "soft": its probabilities
-    config.distill.alpha = 0.5  # share of the teacher in the loss, 0 to 1
-    config.distill.temperature = 1.0  # of both softmaxes with kind = "soft"
-
-    config.locality = ConfigDict()  # of what attention looks at, measured at every evaluation
-    config.locality.images = placeholder(int)  # of the test: None 1 in 100, at most 64; 0 no non-locality
-    config.locality.as_logged = False  # non-locality also as the original logs it, on the raw patch embedding
-
-    config.mesh = ConfigDict()  # how devices are arranged
-    config.mesh.data = -1  # devices that share a batch; -1: all
-    config.mesh.fsdp = 1  # devices that also share the parameters and the optimizer's state
-
-    config.eval_batch_size = 1024  # over all devices; every image counts once at any size
-    config.eval_every = 1.0  # epochs; of the whole set with data.keep_total_images
-    config.checkpoint_every = 1000  # steps; evaluation and the end save as well
-    config.log_every = 50  # steps
-    config.compilation_cache = "~/.cache/convit_jax/compiled"  # empty: none; several processes: RUN/compiled
-    return config.lock()  # a mistyped field, here or in another file, is an error
+def get_config() -> ConfigDict:
+    """Returns the config for ImageNet from scratch (ConViT, section 3; DeiT, Table 9)."""
+    return make_config(FIELDS)

@@ -16,11 +16,14 @@ import dataclasses
 import math
 import sys
 import time
+from pathlib import Path
 
 from absl import flags
 
-from convit_jax.cli import define_weights, launch, load_weights, run_config
+from convit_jax.cli import define_weights, launch, load_weights
+from convit_jax.config import load_run_config
 from convit_jax.errors import UserError
+from convit_jax.rundir import is_run
 
 
 def define():
@@ -39,9 +42,9 @@ def main(_):
     from convit_jax.data.loader import EvalExample, Unreadable, batches
     from convit_jax.data.sources import open_source
     from convit_jax.data.subsample import select
-    from convit_jax.rundir import to_agree_on
     from convit_jax.training.distributed import (
         check_same,
+        comparable,
         in_turns,
         introduce,
         is_first,
@@ -65,7 +68,7 @@ def main(_):
     with together():
         loaded = load_weights(which=which)
         params, changes = intervene(loaded.params())
-        config = values.config or run_config(values.checkpoint)
+        config = values.config or own_config(values.checkpoint)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     if not several():  # several would have to find the same programs, see clusters.md
         use_compilation_cache(config.compilation_cache)
@@ -89,7 +92,7 @@ def main(_):
     how = loaded.preprocessing
     check_same(
         {
-            **to_agree_on(config),
+            **comparable(config),
             **{f"the weights' {name}": value for name, value in loaded.settings.items()},
             **{f"the weights' {name}": value for name, value in dataclasses.asdict(how).items()},
             "the digest of the weights": fingerprint({"labels": new_labels, "params": params}),
@@ -130,6 +133,16 @@ def main(_):
     result = evaluate({"": params}, map(relabelled, rows), step, zero, mesh, progress=progress)[""]
     progress(steps)
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
+
+
+def own_config(checkpoint):
+    """The config of a run directory; UserError if the weights are none."""
+    if not is_run(checkpoint):
+        raise UserError(
+            f"{checkpoint} is not a run directory, so its images are unknown: add "
+            "--config=configs/convit_s.py --config.data.dir=IMAGES, or another config with a data section."
+        )
+    return load_run_config(Path(checkpoint).expanduser())
 
 
 def intervene(params):

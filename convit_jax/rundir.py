@@ -1,145 +1,43 @@
-"""A run directory belongs to one config: made, recognised and refused here."""
+"""A run directory: its lock, its files, and the rule that it belongs to one run.
+
+It holds config.json, run.json, metrics.jsonl, curves.png and .pdf, tensorboard/, checkpoints/ and a lock.
+"""
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
+from convit_jax.config import compare_configs, flatten, may_change
 from convit_jax.errors import UserError
 
-# What may differ when a run continues: it changes no number of the training but for rounding (mesh,
-# model.attention, model.remat, model.scan_unroll), or only how far it goes.
-MAY_CHANGE = (
-    "steps",
-    "data.dir",
-    "data.max_unreadable",
-    "data.workers",
-    "distill.teacher",  # its path; the weights are compared
-    "mesh.data",
-    "mesh.fsdp",
-    "model.attention",
-    "model.remat",
-    "model.scan_unroll",
-    "eval_batch_size",
-    "eval_every",
-    "locality.images",
-    "locality.as_logged",
-    "checkpoint_every",
-    "compilation_cache",
-)
-# What each of several processes may have its own of; images and teacher are compared, their paths are not.
-MAY_DIFFER = ("data.dir", "data.workers", "distill.teacher")
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Held(UserError):
-    """Another process has the directory."""
+class DirectoryLocked(UserError):
+    """Another process works in the directory."""
 
 
-def claim(workdir, config, facts):
-    """Make a run directory, or take up the one of the same run; write config.json and run.json.
-
-    A run that has neither saved a checkpoint nor been evaluated is begun anew, with whatever config. One that
-    was evaluated had a checkpoint then: without it nothing can be continued, and its log is not given up.
-
-    Raises:
-      UserError: the directory holds another run, or one on other data or with another teacher, or one whose
-        checkpoints are gone, or cannot be written.
-    """
-    from convit_jax.training.checkpoint import any_in  # which imports this module, as the next does
-
-    with disk_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        log = read_metrics(workdir / "metrics.jsonl")
-        has_checkpoint = any_in(workdir / "checkpoints")
-        if has_checkpoint or any("val_top1" in line for line in log):
-            if saved := read_json(workdir / "config.json"):
-                check_same_run(config, saved, workdir)
-            if saved := read_json(workdir / "run.json"):
-                check_same_data(facts, saved, workdir)
-                check_same_teacher(facts, saved, workdir)
-            if not has_checkpoint:
-                raise UserError(
-                    f"{workdir} holds a run without its checkpoints, and to begin anew would lose its log: "
-                    "bring the checkpoints back, give another --workdir, or remove metrics.jsonl."
-                )
-        write_whole(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
-        write_whole(workdir / "run.json", json.dumps(facts, indent=1) + "\n")
-
-
-def hold(workdir, lock="lock", *, mark="", wait=False):
-    """A handle that keeps a directory for this process until it is closed, or the process is gone.
-
-    Two runs in one directory would remove each other's half-written checkpoints.
-
-    Args:
-      lock: the name of the file that is locked; each keeps those away that ask for the same.
-      mark: what is written into it, for check_shared.
-      wait: until the other process is done, rather than raise.
-
-    Raises:
-      Held: another process is training there. UserError: the directory cannot be made.
-    """
-    with disk_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        handle = (workdir / lock).open("a")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.close()
-        raise Held(
-            f"another process is training in {workdir}: wait until it ends, or give another --workdir."
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    if mark:
-        with disk_errors(workdir):
-            handle.truncate(0)
-            handle.write(mark)
-            handle.flush()
-            os.fsync(handle.fileno())
-    return handle
-
-
-def check_shared(workdir, mark, patience=10):
-    """Wait until the mark of the process that holds a directory is seen here.
-
-    patience: seconds; a network file system may show late what another machine has written.
-
-    Raises:
-      UserError: this process has another directory of that name.
-    """
-    deadline = time.monotonic() + patience
-    while True:
-        with contextlib.suppress(OSError):
-            if (workdir / "lock").read_text() == mark:
-                return
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{workdir.absolute()} is not the directory that process 0 writes to: give all processes one "
-                "--workdir on a file system that they share, as a whole path."
-            )
-        time.sleep(0.2)
+# ---- Files -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def disk_errors(path):
-    """A disk that is full or not ours to write, said in one sentence."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns errors of a full or unwritable disk into a UserError."""
     try:
         yield
     except OSError as error:
-        remedy = "make room" if error.errno in FULL else "check the path and its permissions"
+        remedy = "free some space" if error.errno in NO_SPACE else "check the path and its permissions"
         raise UserError(
-            f"cannot write {path} ({error.strerror}): {remedy} and start the same command again, "
-            "a run continues at its last checkpoint."
+            f"cannot write {path} ({error.strerror}): {remedy} and run the same command again; "
+            "a run continues from its last checkpoint."
         ) from error
 
 
@@ -148,7 +46,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a file that appears under its name only when it is complete.
 
     Args:
-      path: final path. The data goes into a temporary file in the same folder first.
+      path: final path. The data first goes into a temporary file in the same folder.
       mode: "w" for text or "wb" for bytes.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -163,24 +61,24 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
-def write_whole(path, text):
-    """Write a file that is never seen half-written."""
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically."""
     with atomic_write(path) as file:
-        file.write(text)
+        file.write(json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path):
-    """What a JSON file of a run holds; {} if it is not there. UserError if it is damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a run's JSON file, {} if there is none. Raises UserError if it is damaged."""
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}): remove it and start the same command again, the training is kept."
+            f"{path} is damaged ({error}): remove it and run the same command again; the training is kept."
         ) from error
 
 
-def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts, without those that a kill cut off; no file has no lines."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl without those that a kill cut off; [] if there is no file."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -188,80 +86,127 @@ def read_metrics(path):
     return lines
 
 
-def to_agree_on(config):
-    """What of a config all processes must have alike, {"optim.lr": 0.0005, ...}."""
-    return {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
+def is_run(path: str | os.PathLike[str] | None) -> bool:
+    """Whether a path is a run directory."""
+    return bool(path) and (Path(str(path)).expanduser() / "checkpoints").is_dir()
 
 
-def flatten(config):
-    """{"optim.lr": 0.0005, ...} of a nested dict or ConfigDict as JSON gives it back."""
-    if isinstance(config, ConfigDict):
-        config = json.loads(config.to_json_best_effort())
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{key}": item for key, item in value.items()})
-        else:
-            flat[name] = value
-    return flat
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """Returns the steps of a run's complete checkpoints, ascending: a checkpoint gets its name last."""
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
 
 
-def default_config():
-    """The ConfigDict of configs/default.py; an empty one where the package is installed without it."""
-    try:
-        from configs import default
-    except ImportError:
-        return ConfigDict()
-    return default.get_config()
+# ---- The lock --------------------------------------------------------------------------------
 
 
-def default_fields():
-    """{"optim.lr": 0.0005, ...} of it."""
-    return flatten(default_config())
+def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait: bool = False) -> FileLock:
+    """Locks a directory for this process until the lock is released or the process ends.
 
+    Two runs in one directory would remove each other's unfinished checkpoints.
 
-def changes(now, then, free):
-    """["optim.lr was 0.1, is 0.2", ...] of two flat dicts, `then` perhaps saved by older code.
+    Args:
+      directory: made if it does not exist.
+      name: of the lock; each name is a lock of its own.
+      owner: text for `wait_for_owner`.
+      wait: wait until the lock is free instead of raising.
 
-    A field that older code had not was at its default. free: names that do not count.
+    Raises:
+      DirectoryLocked: another process has the lock.
+      UserError: the directory cannot be written.
     """
-    then = {**{name: value for name, value in default_fields().items() if name in now}, **then}
-    return [
-        f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted({*now, *then})
-        if now.get(name) != then.get(name) and name not in free
-    ]
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / name)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout as error:
+            raise DirectoryLocked(
+                f"another process is training in {directory}: wait until it ends, or use another --workdir."
+            ) from error
+        if owner:  # in another file: whoever tries to get the lock empties its file
+            with atomic_write(directory / f"{name}.owner") as file:
+                file.write(owner)
+    return lock
 
 
-def check_same_run(config, saved, workdir):
-    """Raise UserError if a run directory holds another config; saved is the one in its config.json."""
-    if changed := changes(flatten(config), flatten(saved), MAY_CHANGE):
+def wait_for_owner(workdir: Path, owner: str, seconds: float = 10) -> None:
+    """Waits until the text of the lock's owner is visible; network file systems may show it late.
+
+    Raises:
+      UserError: this process sees another directory of that name.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError):
+            if (workdir / "lock.owner").read_text() == owner:
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{workdir.absolute()} is not the directory that process 0 writes to: "
+                "give all processes the same absolute --workdir on a shared file system."
+            )
+        time.sleep(0.2)
+
+
+# ---- One directory, one run ------------------------------------------------------------------
+
+
+def claim_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> None:
+    """Starts a run in a directory or continues the same run there; writes config.json and run.json.
+
+    A run without a checkpoint and without an evaluation starts over, with any config. An evaluated run had a
+    checkpoint: without it the run cannot continue, and its log must not be overwritten.
+
+    Args:
+      workdir: the run directory, locked by this process.
+      config: of the run.
+      facts: of the run, for run.json.
+
+    Raises:
+      UserError: the directory holds another run, other data, another teacher, or a log without checkpoints.
+    """
+    with disk_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        evaluated = any("val_top1" in line for line in read_metrics(workdir / "metrics.jsonl"))
+        saved = bool(checkpoint_steps(workdir))
+        if saved or evaluated:
+            if then := read_json(workdir / "config.json"):
+                check_same_config(config, then, workdir)
+            if then := read_json(workdir / "run.json"):
+                check_same_facts(facts, then, workdir)
+            if not saved:
+                raise UserError(
+                    f"{workdir} has a log but no checkpoints, so its run cannot continue: restore the "
+                    "checkpoints, use another --workdir, or remove metrics.jsonl to start over."
+                )
+        write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+        write_json(workdir / "run.json", facts)
+
+
+def check_same_config(config: ConfigDict, saved: Mapping[str, Any], workdir: Path) -> None:
+    """Raises UserError if the config in a run's config.json is that of another run."""
+    if changed := compare_configs(flatten(config), flatten(saved), may_change()):
         raise UserError(
-            f"{workdir} holds a run with another config ({'; '.join(changed)}): give another --workdir, "
+            f"{workdir} holds a run with another config ({'; '.join(changed)}): use another --workdir, "
             "or the old values to continue that run."
         )
 
 
-def check_same_data(facts, saved, workdir):
-    """Raise UserError if the data of a run has changed; saved are the facts in its run.json."""
+def check_same_facts(facts: Mapping[str, Any], saved: Mapping[str, Any], workdir: Path) -> None:
+    """Raises UserError if the images or the teacher of a run have changed since its run.json was written."""
+    remedy = "restore the data to continue that run, or use another --workdir."
     for name in ("train_images", "test_images", "classes"):
         if name in saved and saved[name] != facts[name]:
             raise UserError(
-                f"the run in {workdir} had {name} {saved[name]:,}, now there are {facts[name]:,}: bring the "
-                "data back as it was to continue that run, or give another --workdir."
+                f"the run in {workdir} had {name} {saved[name]:,}, now there are {facts[name]:,}: {remedy}"
             )
     if "image_lists" in saved and saved["image_lists"] != facts["image_lists"]:
-        raise UserError(
-            f"the run in {workdir} had images of other names, labels or classes than those now given: bring "
-            "the data back as it was to continue that run, or give another --workdir."
-        )
-
-
-def check_same_teacher(facts, saved, workdir):
-    """Raise UserError if the teacher of a run has other weights; saved are the facts in its run.json."""
+        raise UserError(f"the run in {workdir} had images with other names, labels or classes: {remedy}")
     then, now = (run.get("teacher") or {"source": None, "weights": None} for run in (saved, facts))
     if then["weights"] != now["weights"]:
         raise UserError(
-            f"the run in {workdir} had the teacher {then['source']!r}, and is now given {now['source']!r} "
-            "with other weights: set distill.teacher to those of then, or give another --workdir."
+            f"the run in {workdir} had the teacher {then['source']!r}; {now['source']!r} has other weights: "
+            "set distill.teacher to the old weights, or use another --workdir."
         )

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from absl import flags
 
-from convit_jax.cli import define_weights, is_run, launch, load_weights, run_config
+from convit_jax.cli import define_weights, launch, load_weights, required_config
+from convit_jax.config import load_run_config
 from convit_jax.errors import UserError
+from convit_jax.rundir import is_run
 
 OF_WEIGHTS = ("checkpoint", "image_size", "heads", "which", "dtype", "ema")
 
@@ -85,7 +87,7 @@ def draw_augmentations(path):
     from convit_jax.figures.augmentations import augmentation_montage
     from convit_jax.training.plan import make_plan
 
-    config = flags.FLAGS.config
+    config = required_config()
     if path.is_dir() or not path.suffix:
         path = path / "augmentations.png"
     plan = make_plan(config, devices=1)
@@ -108,7 +110,7 @@ def draw_training(directory):
         raise UserError(
             f"{run} lacks config.json, or a line in metrics.jsonl: give the directory of a run that trains."
         )
-    config = run_config(run)
+    config = load_run_config(run)
     model = model_settings(**model_arguments(config, config.data.num_classes or 1000))
     return [*draw_curves(run, directory), *draw_locality(run, directory, model)]
 
@@ -137,8 +139,9 @@ def draw_init(directory):
     if flags.FLAGS.checkpoint:
         loaded = load_weights()
         settings, how = loaded.settings, loaded.preprocessing
-        seed = run_config(flags.FLAGS.checkpoint).seed if is_run(flags.FLAGS.checkpoint) else 0
+        seed = config.seed if is_run(flags.FLAGS.checkpoint) else 0
     else:
+        config = required_config()
         settings = model_settings(**model_arguments(config, config.data.num_classes or 1000))
         how = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
         seed = config.seed
@@ -195,9 +198,9 @@ def test_image(number):
     from convit_jax.data.sources import open_source
 
     values = flags.FLAGS
-    if values.checkpoint and not values["config"].present:
-        run_config(values.checkpoint)  # or says that there is none; with changes it is in --config
-    source = open_source(values.config.data, "test")
+    if values.checkpoint and not values["config"].present and not is_run(values.checkpoint):
+        raise UserError(f"{values.checkpoint} is not a run directory: add --config for the images.")
+    source = open_source(required_config().data, "test")
     if number >= len(source):
         raise UserError(f"--image is {number}, but the test split has the images 0 to {len(source) - 1}.")
     return source[number]

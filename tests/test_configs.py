@@ -8,9 +8,9 @@ from conftest import ROOT
 
 import convit_jax
 from configs import ablations, default
+from convit_jax.config import flatten
 from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings
-from convit_jax.rundir import flatten
 from convit_jax.training.optimizer import frozen_mask, peak_learning_rate
 from convit_jax.training.plan import model_arguments
 

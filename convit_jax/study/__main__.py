@@ -18,7 +18,7 @@ from absl import flags
 
 from convit_jax.cli import launch
 from convit_jax.errors import UserError
-from convit_jax.rundir import disk_errors, hold
+from convit_jax.rundir import disk_errors, lock_directory
 from convit_jax.study.figure import draw
 from convit_jax.study.plan import check, read_plan
 from convit_jax.study.runner import Signals, claim, folder, outcome, take, train, train_command
@@ -79,8 +79,10 @@ def study(plan, output, signals, work):
         tried.add(run.name)
         live = Live(f"[{plan.runs.index(run) + 1}/{len(plan.runs)}] {run.name}")
         began = time.monotonic()
-        with ours:
+        try:
             now = train(run, output, ours, signals, live.show)
+        finally:
+            ours.release()
         took = time.monotonic() - began
         seconds, worked = seconds + took, worked + work[run.name] * (now.share() - before.share())
         if now.state == "done":
@@ -114,13 +116,13 @@ def next_run(plan, output, may_try):
         now = outcome(output, run)  # another command may have ended it since
         if may_try(run, now):
             return run, now, ours, others
-        ours.close()
+        ours.release()
     return None, None, None, others
 
 
 def write(plan, output):
     """Write the tables and draw the figure of what is there; returns {name of the run: Outcome}."""
-    with hold(output, "study.lock", wait=True), disk_errors(output):
+    with lock_directory(output, "study.lock", wait=True), disk_errors(output):
         outcomes = {run.name: outcome(output, run) for run in plan.runs}
         write_tables(plan, outcomes, output)
         try:

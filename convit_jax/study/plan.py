@@ -24,17 +24,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from convit_jax.cli import ROOT, load_config
+from convit_jax.config import ROOT, flatten, load_config, may_change
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.variants import abstract_model, count_macs, model_settings
-from convit_jax.rundir import MAY_CHANGE, flatten
 from convit_jax.training.distill import load_teacher
 from convit_jax.training.optimizer import frozen_mask
-from convit_jax.training.plan import check as check_config
-from convit_jax.training.plan import make_plan, model_arguments
+from convit_jax.training.plan import check_run, make_plan, model_arguments
 from convit_jax.weights.pretrained import fetch
 
-FREE = frozenset(MAY_CHANGE) - {"steps", "distill.teacher"}  # what makes no config another run
+FREE = may_change() - {"steps", "distill.teacher"}  # what makes no config another run
 NEEDED = ("title", "question", "rows", "runs")
 OPTIONAL = {"columns": None, "scale": "linear", "labels": {}, "baseline": None, "metrics": ("top1",)}
 OF_A_RUN = ("row", "column", "config", "overrides", "seeds", "paper")
@@ -165,7 +163,7 @@ def check(plan):
     for run in plan.runs:
         config, fields = run.config, flatten(run.config)
         with _of_run(run.name):
-            check_config(config, devices=1)
+            check_run(config, devices=1)
             macs = count_macs(_model(config))
             if config.init_from and new(config.init_from):
                 fetch(config.init_from)

@@ -7,7 +7,6 @@ there, so any number of commands may work on one study, and any of them may be c
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -16,9 +15,16 @@ import subprocess
 import sys
 import time
 
-from convit_jax.cli import ROOT
+from convit_jax.config import ROOT, compare_configs
 from convit_jax.errors import UserError
-from convit_jax.rundir import Held, changes, disk_errors, hold, read_json, read_metrics, write_whole
+from convit_jax.rundir import (
+    DirectoryLocked,
+    disk_errors,
+    lock_directory,
+    read_json,
+    read_metrics,
+    write_json,
+)
 from convit_jax.study.plan import FREE, identity
 
 
@@ -83,7 +89,7 @@ def claim(output, plan):
         raise UserError(
             f"{output} is the directory of a run of train.py, not of a study: give another --output."
         )
-    with hold(output, "study.lock", wait=True), disk_errors(output):
+    with lock_directory(output, "study.lock", wait=True), disk_errors(output):
         (output / "runs").mkdir(exist_ok=True)
         saved = read_json(output / "study.json")
         different = _differences(plan, saved.get("runs", {}))
@@ -96,7 +102,7 @@ def claim(output, plan):
             )
         for run in plan.runs:
             config = read_json(folder(output, run) / "config.json")
-            changed = changes(identity(run.config), identity(config), FREE) if config else []
+            changed = compare_configs(identity(run.config), identity(config), FREE) if config else []
             if changed:
                 raise UserError(
                     f"{folder(output, run)} holds a run with another config ({'; '.join(changed)}): "
@@ -108,7 +114,7 @@ def claim(output, plan):
             "title": plan.title,
             "runs": {run.name: identity(run.config) for run in plan.runs},
         }
-        write_whole(output / "study.json", json.dumps(whole, indent=1) + "\n")
+        write_json(output / "study.json", whole)
 
 
 def _differences(plan, saved):
@@ -117,7 +123,7 @@ def _differences(plan, saved):
     fields = {}  # in the order in which they are met, each once
     for name in saved:
         if name in now:
-            fields.update(dict.fromkeys(changes(identity(now[name].config), saved[name], FREE)))
+            fields.update(dict.fromkeys(compare_configs(identity(now[name].config), saved[name], FREE)))
     gone = [name for name in saved if name not in now]
     more = f" and {len(gone) - 1} more" if gone[1:] else ""
     return [*fields, *([f"its run {gone[0]}{more} is not in this plan"] if gone else [])]
@@ -131,13 +137,13 @@ def train_command(run, output, python="python"):
 def take(output, run):
     """A handle that keeps a run for this command until it is closed, or None if another command has it."""
     try:
-        ours = hold(folder(output, run), "study.lock")
-    except Held:
+        ours = lock_directory(folder(output, run), "study.lock")
+    except DirectoryLocked:
         return None
     try:
-        hold(folder(output, run)).close()  # a train.py that was started by hand
-    except Held:
-        ours.close()
+        lock_directory(folder(output, run)).release()  # a train.py that was started by hand
+    except DirectoryLocked:
+        ours.release()
         return None
     return ours
 
@@ -194,7 +200,6 @@ def train(run, output, ours, signals, show):
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=(ours.fileno(),),
         )
         signals.forward()  # what came while it was being started
         said, unfinished = [], ""
@@ -218,7 +223,7 @@ def train(run, output, ours, signals, show):
         "at": time.time(),
     }
     with disk_errors(where / "outcome.json"):
-        write_whole(where / "outcome.json", json.dumps(record, indent=1) + "\n")
+        write_json(where / "outcome.json", record)
     return outcome(output, run)
 
 

@@ -10,7 +10,7 @@ import io
 import math
 import statistics
 
-from convit_jax.rundir import write_whole
+from convit_jax.rundir import atomic_write
 from convit_jax.study.plan import METRICS
 
 COLUMNS = ("run", "row", "column", "seed", "state", "step", "steps", "top1", "top5", "loss", "best_top1")
@@ -47,8 +47,9 @@ def relative_gap(numbers, baseline):
 
 def write_tables(plan, outcomes, output):
     """Write table.csv and table.md into a directory; outcomes: {name of the run: Outcome}."""
-    write_whole(output / "table.csv", _csv(plan, outcomes))
-    write_whole(output / "table.md", markdown(plan, outcomes))
+    for name, text in (("table.csv", _csv(plan, outcomes)), ("table.md", markdown(plan, outcomes))):
+        with atomic_write(output / name) as file:
+            file.write(text)
 
 
 def _csv(plan, outcomes):

@@ -13,7 +13,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from convit_jax.errors import UserError
-from convit_jax.rundir import FULL
+from convit_jax.rundir import NO_SPACE
 
 # Of an array that all devices hold each saves a part, unless that were less than so many bytes: every
 # shape of part is a program to compile, hundreds of them for the small arrays of a model.
@@ -89,7 +89,9 @@ def _storage_errors(checkpoints):
     try:
         yield
     except Exception as error:
-        full = any(getattr(error, "errno", None) == code or os.strerror(code) in str(error) for code in FULL)
+        full = any(
+            getattr(error, "errno", None) == code or os.strerror(code) in str(error) for code in NO_SPACE
+        )
         if not full and not isinstance(error, OSError):
             raise
         cause = "the disk is full" if full else str(error)

@@ -22,9 +22,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from convit_jax.config import flatten
 from convit_jax.errors import UserError, out_of_memory
 
 COMMAND = Path(sys.argv[0]).name
+# Fields that may differ between processes; images and teacher are compared, their paths are not.
+MAY_DIFFER = ("data.dir", "data.workers", "distill.teacher")
 SENTENCE = 1000  # bytes of an error that other processes are told
 REDUCED = 4 * 2**20  # bytes of the timed all-reduce
 
@@ -279,6 +282,11 @@ def in_turns(work):
             if is_first() is turn:
                 result = work()
     return result
+
+
+def comparable(config):
+    """Returns the fields of a config that all processes must have alike, {"optim.lr": 0.0005, ...}."""
+    return {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
 
 
 def check_same(facts, remedy="start all processes with the same command"):

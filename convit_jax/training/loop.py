@@ -20,13 +20,14 @@ from convit_jax.data.loader import Unreadable, batches, empty
 from convit_jax.errors import UserError
 from convit_jax.figures.curves import draw_curves
 from convit_jax.models.variants import abstract_model, initial_params
-from convit_jax.rundir import check_shared, claim, hold, to_agree_on
+from convit_jax.rundir import claim_run, lock_directory, wait_for_owner
 from convit_jax.training import checkpoint
 from convit_jax.training.attention_log import make_attention_log
 from convit_jax.training.distill import load_teacher
 from convit_jax.training.distributed import (
     Everywhere,
     check_same,
+    comparable,
     ends_all,
     from_first,
     in_turns,
@@ -86,7 +87,7 @@ def train(config, workdir):
     # ---- What to do, checked before anything expensive -------------------------------------
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     introduce(mesh)
-    check_same({"workdir": str(workdir), **to_agree_on(config)})
+    check_same({"workdir": str(workdir), **comparable(config)})
     phase("reading the lists of images")
     plan = in_turns(lambda: make_plan(config, devices=mesh.size))
     check_same(
@@ -154,10 +155,10 @@ def train(config, workdir):
         mark = from_first(secrets.token_hex())
         with together():
             if is_first():
-                stack.callback(hold(workdir, mark=mark).close)
+                stack.callback(lock_directory(workdir, owner=mark).release)
         with together():
             if not is_first():
-                check_shared(workdir, mark)
+                wait_for_owner(workdir, mark)
         if several() and config.compilation_cache:  # a folder of all: who compiles waits for the others to
             use_compilation_cache(workdir / "compiled")
         start_from, changes = None, ()
@@ -170,7 +171,7 @@ def train(config, workdir):
             check_same(digest, "give all processes the same weights")
         with together():
             if is_first():
-                claim(workdir, config, run)
+                claim_run(workdir, config, run)
         say(describe_run(config, run, workdir))
 
         # ---- How training starts: continue this run; from init_from; from scratch ----------

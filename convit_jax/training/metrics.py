@@ -12,7 +12,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from convit_jax.rundir import disk_errors, read_metrics, write_whole
+from convit_jax.rundir import atomic_write, disk_errors, read_metrics
 
 SPEEDS = ("images_per_second", "data_wait", "mfu")  # of a line of metrics.jsonl: what the clock decides
 
@@ -62,7 +62,8 @@ class MetricsLog(Evaluations):
         super().__init__(top1)
         self.recall(kept)
         with disk_errors(self.path):
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            with atomic_write(self.path) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in kept))
             (directory / "tensorboard").mkdir(exist_ok=True)
             self.file = self.path.open("a", buffering=1)
             # The writer below SummaryWriter: that one's thread would die of a full disk and block us.

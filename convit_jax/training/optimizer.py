@@ -30,24 +30,9 @@ def peak_learning_rate(optim: ConfigDict, batch_size: int) -> float:
 
 
 def run_schedule(config: ConfigDict, plan: Plan) -> Schedule:
-    """Returns the schedule of a run."""
-    return make_schedule(
-        config.optim,
-        epochs=plan.epochs,
-        batch_size=config.batch_size,
-        epoch_length=plan.train.slots.epoch_length,
-    )
-
-
-def make_schedule(optim: ConfigDict, *, epochs: float, batch_size: int, epoch_length: int) -> Schedule:
-    """Returns a function from steps to learning rates.
-
-    Args:
-      optim: section of the config.
-      epochs: of the whole run, may be fractional.
-      batch_size: global.
-      epoch_length: images an epoch.
-    """
+    """Returns the learning rate of a run as a function of the step."""
+    optim, epochs, batch_size = config.optim, plan.epochs, config.batch_size
+    epoch_length = plan.train.slots.epoch_length
 
     def rate(t: Any, xp: Any) -> Any:
         """Of a time in epochs, with numpy or jax.numpy."""
@@ -116,8 +101,3 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.
         optax.add_decayed_weights(optim.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(schedule),
     )
-
-
-def ema_update(ema: Any, params: Any, decay: float) -> Any:
-    """Returns decay * ema + (1 - decay) * params, leaf by leaf."""
-    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)

@@ -3,64 +3,70 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
+from ml_collections import ConfigDict
+
+from convit_jax.config import check_config, default_config
 from convit_jax.data.index import digest
 from convit_jax.data.loader import EvalExample, Slots, TrainExample
 from convit_jax.data.sources import open_source
 from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError
-from convit_jax.models.variants import check_seed, model_settings
-from convit_jax.rundir import default_fields
-
-CHANNELS = 3  # of images as they are read
+from convit_jax.models.variants import model_settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything that a run needs to know about its config.
 
-    model: settings of VisionTransformer. train, test: examples by slot. epochs: of the subset, for
-    the schedule. total_steps, eval_steps: of the run and of one evaluation. eval_at: the steps after
-    which to evaluate.
+    Attributes:
+      model: settings of VisionTransformer.
+      train, test: examples by slot.
+      epochs: of the subset, for the schedule; may be fractional.
+      total_steps: of the run, which may end before the schedule.
+      eval_steps: of one evaluation.
+      eval_at: the steps after which to evaluate.
+      batch_size: global.
     """
 
-    model: dict
+    model: dict[str, Any]
     train: TrainExample
     test: EvalExample
     epochs: float
     total_steps: int
     eval_steps: int
-    eval_at: frozenset
+    eval_at: frozenset[int]
     batch_size: int
 
     @functools.cached_property
-    def image_lists(self):
-        """[of the training split, of the test split]: a digest of all classes, labels and names."""
+    def image_lists(self) -> list[str]:
+        """Digests of all classes, labels and names: of the training split, of the test split."""
         return [digest(self.train.source), digest(self.test.source)]
 
-    def epoch(self, step):
-        """Epochs done after a step, a fraction."""
+    def epoch(self, step: int) -> float:
+        """Returns the epochs done after a step."""
         return step * self.batch_size / self.train.slots.epoch_length
 
 
-def make_plan(config, *, devices):
-    """Check a config and work it out.
+def make_plan(config: ConfigDict, *, devices: int) -> Plan:
+    """Checks a config and works it out.
 
     Args:
-      config: as configs/default.py describes it.
+      config: with the fields of configs/default.py.
       devices: number of devices that share a batch.
 
     Raises:
-      UserError: anything in the config that cannot work, with the remedy.
+      UserError: the config cannot work, or its data cannot be read.
     """
-    check(config, devices=devices)
+    check_run(config, devices=devices)
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
     indices = training_subset(config, source)
-    classes = len(source.class_names)
+    available = len(source.class_names)
     test_indices = select(
-        held_out.labels, held_out.names, classes=classes, num_classes=config.data.num_classes
+        held_out.labels, held_out.names, classes=available, num_classes=config.data.num_classes
     )
-    classes = config.data.num_classes or classes
+    classes = config.data.num_classes or available
     model = model_settings(**model_arguments(config, classes))
     if model["num_classes"] < classes:
         raise UserError(
@@ -68,20 +74,19 @@ def make_plan(config, *, devices):
             "leave it out, or keep fewer classes with data.num_classes."
         )
     if not len(test_indices):
-        raise UserError(f"none of the {classes} classes has an image for the test: add some.")
+        raise UserError(f"none of the {classes} classes has a test image: add some.")
     slots = Slots(indices, config.seed, config.data.repeats)
 
-    def steps_of(epochs):
+    def steps_of(epochs: float) -> int:
         return math.ceil(round(epochs * slots.epoch_length / config.batch_size, 6))
 
     longer = 1.0
     if config.data.keep_total_images:
         longer = int((source.labels < classes).sum()) / len(indices)
-    epochs = round(config.epochs * longer, 6)
+    epochs, every = round(config.epochs * longer, 6), config.eval_every * longer
     total = steps_of(epochs)
     if config.steps is not None:
         total = min(total, config.steps)
-    every = config.eval_every * longer
     eval_at = {steps_of(n * every) for n in range(1, math.ceil(epochs / every))}
     return Plan(
         model=model,
@@ -95,99 +100,44 @@ def make_plan(config, *, devices):
     )
 
 
-def model_arguments(config, num_classes):
-    """The arguments of create_model in config.model, without those left to the model."""
+def model_arguments(config: ConfigDict, num_classes: int) -> dict[str, Any]:
+    """Returns the arguments of create_model that config.model sets; num_classes: if it sets none."""
     given = {name: value for name, value in config.model.items() if value is not None}
     return {"num_classes": num_classes, **given}
 
 
-def check(config, *, devices):
-    """Refuse values that no data could make work; arguments and UserError as of make_plan."""
-    for name in ("batch_size", "eval_batch_size", "accumulate", "log_every", "checkpoint_every"):
-        if config[name] < 1:
-            raise UserError(f"{name} is {config[name]}: it must be at least 1.")
-    if config.epochs <= 0 or config.eval_every <= 0:
-        raise UserError(
-            f"epochs is {config.epochs} and eval_every {config.eval_every}: both must be above 0."
-        )
-    if config.locality.images is not None and config.locality.images < 0:
-        raise UserError(
-            f"locality.images is {config.locality.images}: give how many, 0 for none, or leave it out."
-        )
-    check_seed(config.seed)
-    if config.steps is not None and config.steps < 1:
-        raise UserError(f"steps is {config.steps}: leave it out or give at least 1.")
+def check_run(config: ConfigDict, *, devices: int) -> None:
+    """Raises UserError for a config that cannot work with any data; arguments as of make_plan."""
+    check_config(config)
     for name, parts in (("batch_size", config.accumulate), ("eval_batch_size", 1)):
         share = devices * parts
         if config[name] % share:
             lower, upper = config[name] // share * share, -(-config[name] // share) * share
-            near = f"{upper}" if lower == 0 else f"{lower} or {upper}"
+            near = f"{lower} or {upper}" if lower else f"{upper}"
             micro = f" x {parts} micro-batches" if parts > 1 else ""
             raise UserError(
                 f"{name} is {config[name]}, which {devices} devices{micro} do not divide: use {near}, "
                 "or fewer devices with mesh.data."
             )
-    choices = {
-        "optim.schedule_per": (config.optim.schedule_per, ("epoch", "step")),
-        "augment.crop": (config.augment.crop, ("resized", "pad")),
-        "augment.policy": (config.augment.policy, ("randaugment", "three_augment", "none")),
-        "distill.kind": (config.distill.kind, ("hard", "soft")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise UserError(f"{name} is {value!r}: choose {' or '.join(allowed)}.")
-    limits = {
-        "num_ops": (0, 15),
-        "magnitude": (0, 10),
-        "magnitude_std": (0, 10),
-        "color_jitter": (0, 1),
-        "erase_prob": (0, 1),
-        "mix_prob": (0, 1),
-        "mix_switch_prob": (0, 1),
-    }
-    for name, (low, high) in limits.items():
-        if not low <= config.augment[name] <= high:
-            raise UserError(f"augment.{name} is {config.augment[name]}: it must be between {low} and {high}.")
-    for name in ("mixup", "cutmix"):
-        if not 0 <= config.augment[name] < math.inf:
-            raise UserError(f"augment.{name} is {config.augment[name]}: it must be at least 0, which is off.")
-    shares = {
-        "optim.ema_decay": config.optim.ema_decay,
-        "augment.label_smoothing": config.augment.label_smoothing,
-    }
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 0 and below 1.")
-    if not 0 < config.data.crop_ratio <= 1:
-        raise UserError(f"data.crop_ratio is {config.data.crop_ratio}: it must be above 0 and at most 1.")
     for name in ("mean", "std"):
-        if len(config.data[name]) != CHANNELS:
-            raise UserError(
-                f"data.{name} is {config.data[name]}: it must have {CHANNELS} numbers: red, green and blue."
-            )
-    if not all(value > 0 for value in config.data.std):
-        raise UserError(f"data.std is {config.data.std}: its numbers must be above 0.")
-    check_distillation(config.distill)
+        if len(config.data[name]) != 3:
+            raise UserError(f"data.{name} is {config.data[name]}: give 3 numbers, for red, green and blue.")
     if config.data.name == "digits" and config.data.dir:
-        raise UserError("data.dir is set but data.name is digits, which needs none: set data.name=folder.")
-    if config.data.repeats < 1 or config.data.workers < 0:
-        raise UserError("data.repeats must be at least 1, data.workers at least 0.")
+        raise UserError("data.dir is set, but data.name=digits reads no files: set data.name=folder.")
+    _check_distillation(config.distill)
 
 
-def check_distillation(distill):
-    """Refuse values of a config's section that cannot work, or that nothing would come of."""
-    if not 0 <= distill.alpha <= 1:
-        raise UserError(f"distill.alpha is {distill.alpha}: it must be between 0 and 1.")
-    if not 0 < distill.temperature < math.inf:
-        raise UserError(f"distill.temperature is {distill.temperature}: it must be above 0.")
+def _check_distillation(distill: ConfigDict) -> None:
+    """Raises UserError for fields that would be ignored."""
     if distill.kind == "hard" and distill.temperature != 1:
         raise UserError(
-            f"distill.temperature is {distill.temperature}, but only kind=soft has one: add "
-            "distill.kind=soft, or leave it out."
+            f"distill.temperature is {distill.temperature}, but only distill.kind=soft uses it: "
+            "add distill.kind=soft, or leave it out."
         )
-    for name, usual in default_fields().items():
-        section, _, field = name.partition(".")
-        if section == "distill" and not distill.teacher and distill[field] != usual:
-            raise UserError(
-                f"{name} is {distill[field]!r}, but there is no teacher: add distill.teacher or leave it out."
-            )
+    if not distill.teacher:
+        for name, default in default_config().distill.items():
+            if distill[name] != default:
+                raise UserError(
+                    f"distill.{name} is {distill[name]!r}, but there is no teacher: add distill.teacher or "
+                    "leave it out."
+                )

@@ -17,7 +17,7 @@ from convit_jax.data.augment import augment, normalize
 from convit_jax.data.mixup import mix
 from convit_jax.training.distill import Teacher
 from convit_jax.training.losses import soft_cross_entropy
-from convit_jax.training.optimizer import Schedule, ema_update
+from convit_jax.training.optimizer import Schedule
 
 FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was finite
 TRAIN_STREAM = 0x7261696E  # separates the keys of training from those of the weights, which count from 0
@@ -77,13 +77,9 @@ def eval_metrics() -> Arrays:
 def augmented(
     batch: Arrays, keys: jax.Array, config: ConfigDict, num_classes: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what a step trains on: images float32 [B, H, W, 3] and soft labels float32 [B, num_classes].
+    """Returns images float32 [B, H, W, 3] and soft labels float32 [B, num_classes] to train on.
 
-    Args:
-      batch: as of make_train_step.
-      keys: of step_keys.
-      config: of the run; its sections augment and data are used.
-      num_classes: length of the labels.
+    batch: as of make_train_step. keys: of step_keys.
     """
     aug, mean, std = config.augment, tuple(config.data.mean), tuple(config.data.std)
     return mix(
@@ -108,18 +104,19 @@ def make_train_step(
     whole: Callable[[Any], Any] = lambda tree: tree,
     teacher: Teacher | None = None,
 ) -> Callable[..., tuple[State, Arrays]]:
-    """Returns step(state, metrics, batch, seed, teacher_params=None) -> (state, metrics), not compiled yet.
+    """Returns step(state, metrics, batch, seed, teacher_params=None) -> (state, metrics), to be compiled.
 
-    Its arguments: batch is {"image": uint8 [B, H, W, 3], "label": int32 [B]}; seed is uint32 [], so that runs
-    that differ in the seed only share a compiled program; teacher_params are needed with a teacher.
+    batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. seed: uint32 [], an argument so that runs that
+    differ in it alone share a compiled program.
 
     Args:
       graphdef: of the model, in evaluation mode.
-      optimizer, schedule: the schedule is for the metrics only.
+      optimizer: its learning rate included.
+      schedule: for the metrics.
       config: of the run.
       num_classes: of the model.
       whole: gathers parameters that are sharded over devices (sharding.gather).
-      teacher: of a distillation.
+      teacher: of a distillation; the step then needs its parameters.
     """
 
     def loss_fn(params, images, targets, key, teacher_params):
@@ -134,6 +131,7 @@ def make_train_step(
         sums["correct"] = jnp.sum(jnp.argmax(logits, -1) == jnp.argmax(targets, -1))
         return loss, sums
 
+    decay = config.optim.ema_decay
     grad_fn = _accumulated(jax.value_and_grad(loss_fn, has_aux=True), config.accumulate)
 
     def step(state, metrics, batch, seed, teacher_params=None):
@@ -155,7 +153,9 @@ def make_train_step(
         }
         new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
         if "ema" in state:
-            new["ema"] = ema_update(state["ema"], params, config.optim.ema_decay)
+            new["ema"] = jax.tree.map(
+                lambda old, new: decay * old + (1.0 - decay) * new, state["ema"], params
+            )
         return new, metrics
 
     return step

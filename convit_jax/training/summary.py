@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from convit_jax.config import flatten
 from convit_jax.models.variants import count_macs, count_params
 from convit_jax.training.distill import Teacher
 from convit_jax.training.optimizer import peak_learning_rate, run_schedule
@@ -50,16 +51,7 @@ def facts(
     device_kind: str,
     teacher: Teacher | None,
 ) -> dict[str, Any]:
-    """Returns the contents of run.json.
-
-    Args:
-      config: of the run.
-      plan: of the run.
-      params: nested dict of arrays or of their shapes.
-      mesh_shape: {"data": n, "fsdp": m}.
-      device_kind: JAX's name of the devices.
-      teacher: of a distillation.
-    """
+    """Returns the contents of run.json; params may be shapes, mesh_shape is {"data": n, "fsdp": m}."""
     macs = count_macs(plan.model)
     labels = plan.train.source.labels[plan.train.slots.indices]
     per_class = np.bincount(labels)[np.unique(labels)]
@@ -127,18 +119,14 @@ def _rate(config: ConfigDict, largest: float) -> str:
 
 
 def _settings(config: ConfigDict) -> str:
-    """All fields as NAME=VALUE, a paragraph a section."""
-    sections = [("", {k: v for k, v in config.items() if not isinstance(v, ConfigDict)})]
-    sections += [(f"{k}.", dict(v)) for k, v in config.items() if isinstance(v, ConfigDict)]
-    paragraphs = (
-        "  ".join(f"{prefix}{name}={_short(value)}" for name, value in sorted(fields.items()))
-        for prefix, fields in sections
-    )
-    wrapper = textwrap.TextWrapper(
-        width=110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
-    )
-    return "\n".join(map(wrapper.fill, paragraphs))
+    """All fields as NAME=VALUE, a paragraph per section."""
 
+    def text(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
 
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+    paragraphs: dict[str, list[str]] = {}
+    for name, value in sorted(flatten(config).items(), key=lambda item: ("." in item[0], item)):
+        section = name.rpartition(".")[0]
+        paragraphs.setdefault(section, []).append(f"{name}={text(value)}")
+    wrap = textwrap.TextWrapper(110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(wrap.fill("  ".join(fields)) for fields in paragraphs.values())

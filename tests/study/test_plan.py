@@ -292,8 +292,8 @@ def test_commands_share_the_runs_and_do_not_repeat_each_others_failures(tmp_path
     run, now, ours, others = next_run(plan, output, lambda run, now: now.state == "to do")
     assert (run.name, now.state, others) == ("a-seed1", "to do", 1)
     assert next_run(plan, output, lambda run, now: True) == (None, None, None, 2)
-    ours.close()
-    first.close()
+    ours.release()
+    first.release()
     record = {"failure": "no room", "seconds": 3.0, "at": 1.0}
     (folder(output, plan.runs[0]) / "outcome.json").write_text(json.dumps(record))
     failed = outcome(output, plan.runs[0])

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from conftest import QUICK, ROOT, assert_same, saved
 
+from convit_jax.config import flatten
 from convit_jax.errors import UserError
-from convit_jax.rundir import flatten, read_metrics
+from convit_jax.rundir import read_metrics
 from convit_jax.training.distributed import cluster, join
 from convit_jax.training.loop import train
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from convit_jax.cli import load_config
+from convit_jax.config import load_config
 from convit_jax.rundir import read_metrics
 from convit_jax.training import metrics
 from convit_jax.training.metrics import Clock, MetricsLog, Progress, duration

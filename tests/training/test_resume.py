@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, assert_same, run_train, saved
 
 from convit_jax.errors import UserError
-from convit_jax.rundir import check_shared, hold, read_metrics
+from convit_jax.rundir import lock_directory, read_metrics, wait_for_owner
 from convit_jax.training import evaluation, loop
 from convit_jax.training.loop import train
 from convit_jax.training.metrics import SPEEDS
@@ -169,7 +169,7 @@ def test_fewer_steps_than_a_run_has_done_are_refused(digits_config, trained):
 def test_two_runs_at_once_in_one_directory_are_refused(digits_config, trained):
     before = (trained / "config.json").read_text()
     digits_config.steps = 14
-    with hold(trained), pytest.raises(UserError, match="another process is training in"):
+    with lock_directory(trained), pytest.raises(UserError, match="another process is training in"):
         train(digits_config, trained)
     assert (trained / "config.json").read_text() == before  # nothing of the other run was touched
     digits_config.steps = 12
@@ -177,10 +177,10 @@ def test_two_runs_at_once_in_one_directory_are_refused(digits_config, trained):
 
 
 def test_a_process_that_has_another_directory_of_that_name_is_told(digits_config, tmp_path, monkeypatch):
-    with hold(tmp_path / "another", mark="of another start"):
+    with lock_directory(tmp_path / "another", owner="another start"):
         pass
     monkeypatch.setattr(loop, "is_first", lambda: False)
-    monkeypatch.setattr(loop, "check_shared", functools.partial(check_shared, patience=0))
+    monkeypatch.setattr(loop, "wait_for_owner", functools.partial(wait_for_owner, seconds=0))
     for workdir in (tmp_path / "none", tmp_path / "another"):
         with pytest.raises(UserError, match=f"{workdir} is not the directory that process 0 writes to"):
             train(digits_config, workdir)

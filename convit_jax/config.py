@@ -1,0 +1,268 @@
+"""Configs: declared fields, config files, command-line overrides, checks and comparisons.
+
+configs/default.py declares every field once, as a `Field` with its default, meaning and allowed values. A
+config is an ml_collections.ConfigDict with these fields. Config files change some of them, flags such as
+--config.optim.lr=1e-3 change others.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, FieldReference, config_flags
+from ml_collections.config_dict import placeholder
+
+from convit_jax.errors import UserError, explained, nearest
+
+ROOT = Path(__file__).parents[1]  # the clone, with configs/; an installed package has none
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A config field.
+
+    Attributes:
+      default: value of the paper's recipe; None leaves the choice to the program.
+      meaning: what the field does, with its unit.
+      allowed: an interval such as "[0, 1)", which also holds for each number of a tuple, or the choices.
+      kind: type of the values, if the default does not tell it.
+      may_change: whether a run may continue with another value: it changes no number but for rounding.
+    """
+
+    default: Any
+    meaning: str
+    allowed: str | tuple[str, ...] = ""
+    _: dataclasses.KW_ONLY
+    kind: type | None = None
+    may_change: bool = False
+
+    def initial(self) -> Any:
+        """Returns the field's entry in a ConfigDict."""
+        if self.default is None:
+            return placeholder(self.kind)
+        return FieldReference(self.default, field_type=self.kind) if self.kind else self.default
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises UserError if a value is not allowed."""
+        if value is None or not self.allowed:
+            return
+        if isinstance(self.allowed, tuple):
+            if value not in self.allowed:
+                hint = nearest(str(value), self.allowed)
+                raise UserError(f"{name} is {value!r}{hint} Choose from: {', '.join(self.allowed)}.")
+        elif not all(
+            _inside(each, self.allowed) for each in (value if isinstance(value, tuple) else [value])
+        ):
+            raise UserError(f"{name} is {value}: it must be in {self.allowed}.")
+
+
+def _inside(value: float, interval: str) -> bool:
+    """Whether a number is in an interval such as "(0, 1]"; NaN is in none."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below
+
+
+def make_config(fields: Mapping[str, Field]) -> ConfigDict:
+    """Returns the ConfigDict of declared fields, named as "optim.lr", at their defaults."""
+    config = ConfigDict()
+    for name, field in fields.items():
+        section, _, last = name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        (config[section] if section else config)[last] = field.initial()
+    return config
+
+
+def declared_fields() -> dict[str, Field]:
+    """Returns the fields of configs/default.py; none where the package is installed without configs/."""
+    if not (ROOT / "configs").is_dir():
+        return {}
+    _make_configs_importable()
+    from configs import default
+
+    return default.FIELDS
+
+
+def default_config() -> ConfigDict:
+    """Returns the config of configs/default.py; an empty one where the package is installed without it."""
+    return make_config(declared_fields())
+
+
+def _make_configs_importable() -> None:
+    """Lets config files import each other from any working directory."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+
+
+# ---- Loading ---------------------------------------------------------------------------------
+
+
+def load_config_file(source: str) -> ConfigDict:
+    """Returns the config of a file, FILE.py or FILE.py:ROW, for get_config() or get_config(ROW).
+
+    Raises:
+      UserError: there is no such file, or it sets or lacks a field.
+    """
+    path, _, row = source.partition(":")
+    file = Path(path) if Path(path).is_file() else ROOT / path
+    if not file.is_file():
+        files = sorted(os.path.relpath(each) for each in ROOT.glob("configs/[!_]*.py"))
+        known = f"The files are: {', '.join(files)}." if files else "They are in a clone of the repository."
+        raise UserError(f"there is no config file {path!r}{nearest(path, files)} {known}")
+    _make_configs_importable()
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != "configs":
+            raise
+        raise UserError(
+            f"{path} imports from configs/: run the command in a clone of the repository."
+        ) from error
+    config = module.get_config(*[row] if row else [])
+    _check_names(flatten(config), f"the config file {path} sets")
+    if missing := [name for name in declared_fields() if name not in flatten(config)]:
+        raise UserError(f"the config file {path} lacks {missing[0]!r}: start from default.get_config().")
+    return config
+
+
+def load_run_config(directory: Path) -> ConfigDict:
+    """Returns the config of a run directory, on all local devices, whatever the run was trained on.
+
+    Raises:
+      UserError: config.json cannot be read.
+    """
+    file = directory / "config.json"
+    with explained(file):
+        try:
+            saved = flatten(json.loads(file.read_text()))
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"it is damaged ({error}).") from error
+    config = default_config()
+    with config.ignore_type():
+        for name, value in {**saved, "mesh.data": -1, "mesh.fsdp": 1}.items():
+            section, _, field = name.rpartition(".")
+            if section and section not in config:
+                config[section] = ConfigDict()
+            part = config[section] if section else config
+            if value is not None:
+                part[field] = tuple(value) if isinstance(value, list) else value
+            elif part.get(field) is not None or field not in part:
+                part[field] = placeholder(object)
+    return config
+
+
+def find_option(arguments: Sequence[str], name: str) -> str | None:
+    """Returns the value of --name=VALUE or --name VALUE in a command line, or None."""
+    values = flags.FlagValues()
+    flags.DEFINE_string(name, None, "", flag_values=values)
+    values(["", *arguments], known_only=True)
+    return values[name].value
+
+
+def without_option(arguments: Sequence[str], name: str) -> list[str]:
+    """Returns a command line without --name=VALUE or --name VALUE."""
+    rest, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif re.fullmatch(f"--?{name}", argument):
+            skip = True
+        elif not re.match(f"--?{name}=", argument):
+            rest.append(argument)
+    return rest
+
+
+def check_overrides(arguments: Iterable[str]) -> None:
+    """Raises UserError for the first --config.FIELD=VALUE whose field does not exist."""
+    found = [re.match(r"--?config\.([^=]+)", argument) for argument in arguments]
+    _check_names([match[1] for match in found if match], "the config has no field")
+
+
+def _check_names(names: Iterable[str], words: str) -> None:
+    known = declared_fields()
+    for name in names:
+        if known and name not in known:
+            inside = [each for each in known if each.endswith(f".{name}")]
+            hint = f", did you mean {inside[0]!r}?" if inside else nearest(name, known)
+            raise UserError(f"{words} {name!r}{hint} configs/default.py explains all fields.")
+
+
+def load_config(arguments: Sequence[str]) -> ConfigDict:
+    """Returns the config of a command line such as ["--config=configs/digits.py", "--config.epochs=5"].
+
+    Raises:
+      UserError: anything wrong with it, as train.py reports it.
+    """
+    source = find_option(arguments, "config")
+    if source is None:
+        raise UserError("there is no config: add --config=FILE.")
+    check_overrides(arguments)
+    values = flags.FlagValues()
+    argv = ["", *without_option(arguments, "config")]
+    try:
+        config_flags.DEFINE_config_dict("config", load_config_file(source), flag_values=values, sys_argv=argv)
+        values(argv)
+    except flags.Error as error:
+        raise UserError(str(error).strip()) from error
+    return values["config"].value
+
+
+# ---- Checking and comparing ------------------------------------------------------------------
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError for the first field whose value is not allowed."""
+    flat = flatten(config)
+    for name, field in declared_fields().items():
+        value = flat.get(name)
+        field.check(name, tuple(value) if isinstance(value, list) else value)
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"optim.lr": 0.0005, ...}, with values as JSON gives them back (lists, not tuples)."""
+    if isinstance(config, ConfigDict):
+        config = json.loads(config.to_json_best_effort())
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": item for key, item in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def may_change() -> frozenset[str]:
+    """Returns the names of fields that may differ when a run continues."""
+    return frozenset(name for name, field in declared_fields().items() if field.may_change)
+
+
+def compare_configs(now: Mapping[str, Any], then: Mapping[str, Any], ignored: Collection[str]) -> list[str]:
+    """Compares two flat configs.
+
+    Args:
+      now: today's.
+      then: one that was saved, perhaps by older code; fields that it lacks had their default value.
+      ignored: names that may differ.
+
+    Returns:
+      ["optim.lr was 0.1, is 0.2", ...].
+    """
+    then = {**{name: value for name, value in flatten(default_config()).items() if name in now}, **then}
+    return [
+        f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted({*now, *then})
+        if now.get(name) != then.get(name) and name not in ignored
+    ]
