@@ -1,4 +1,4 @@
-"""Attention maps: the parts of GPSA add up to the model's own maps, for the right patch; legible pages."""
+"""Attention maps: the parts of GPSA add up to the model's maps, for the right patch; the pages of figures."""
 
 import dataclasses
 
