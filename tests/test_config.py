@@ -1,0 +1,168 @@
+"""Declared fields, config files, overrides, and what is said of a wrong one."""
+
+import importlib
+import json
+
+import pytest
+from conftest import ROOT
+
+import convit_jax
+from configs import ablations, default
+from convit_jax.config import check_config, compare_configs, flatten, load_config, load_run_config
+from convit_jax.errors import UserError
+from convit_jax.models.variants import model_settings
+from convit_jax.training.optimizer import frozen_mask, peak_learning_rate
+from convit_jax.training.plan import model_arguments
+
+SIZES = {"ti": "tiny", "s": "small", "b": "base"}
+PAPER = {
+    f"{kind}_{size}{plus}": f"{kind}_{name}{plus}"
+    for kind in ("convit", "deit")
+    for size, name in SIZES.items()
+    for plus in ("", "_plus")
+}
+DIGITS = f"--config={ROOT}/configs/digits.py"
+
+
+def load(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_config_is_its_model_with_the_recipe(name):
+    config = load(name)
+    assert config.model.name == PAPER[name]
+    plus = name.endswith("plus")
+    assert config.batch_size == (512 if plus else 1024)
+    assert peak_learning_rate(config.optim, config.batch_size) == (4e-4 if plus else 1e-3)
+    assert (config.epochs, config.optim.weight_decay, config.model.drop_path_rate) == (300, 0.05, 0.1)
+    assert model_settings(**model_arguments(config, 1000))["depth"] == 12
+
+
+def test_every_model_has_a_config():
+    assert sorted(PAPER.values()) == sorted(convit_jax.list_models())
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py")))
+def test_config_is_valid_and_names_its_command(name):
+    config = load_config([f"--config=configs/{name}.py"])
+    check_config(config)
+    shown = {"digits": "python train.py", "default": "--config=configs/convit_s"}
+    assert shown.get(name, f"--config=configs/{name}") in (ROOT / f"configs/{name}.py").read_text()
+
+
+def test_every_field_says_what_it_does():
+    for name, field in default.FIELDS.items():
+        assert field.meaning, name
+        field.check(name, field.default)
+
+
+def test_ablations_are_the_rows_of_table_3():
+    rows = {row: ablations.get_config(row) for row in ablations.ROWS}
+    assert flatten(rows["a"]) == flatten(load("convit_s_plus"))
+    assert flatten(rows["e"]) == flatten(load("deit_s_plus"))
+    table = {  # train gating, convolutional init, train GPSA
+        "b": (False, True, True),
+        "c": (True, False, True),
+        "d": (False, False, True),
+        "f": (False, True, False),
+        "g": (False, False, False),
+    }
+    names = {"gpsa_blocks": {"attn": {"gating_param": 0, "v": {"kernel": 0}}, "mlp": {"fc1": {"kernel": 0}}}}
+    for row, (gating, conv_init, gpsa) in table.items():
+        config = rows[row]
+        frozen = frozen_mask(names, config.optim.frozen)["gpsa_blocks"]
+        assert frozen["attn"]["gating_param"] is not gating, row
+        assert frozen["attn"]["v"]["kernel"] is not gpsa, row
+        assert frozen["mlp"]["fc1"]["kernel"] is False, row
+        assert config.model.gate_init == (None if gating else 0.0), row
+        assert (config.model.conv_init is not False) is conv_init, row
+
+
+def test_overrides_have_the_type_of_their_field():
+    config = load_config(
+        [
+            "--config.steps=7",  # before --config is fine too
+            DIGITS,
+            "--config.data.mean=(0.1, 0.2, 0.3)",
+            "--config.model.image_size=(16, 8)",
+            "--config.model.qkv_bias=True",
+            "--config.optim.lr=1",
+        ]
+    )
+    assert (config.steps, config.data.mean, config.model.image_size) == (7, (0.1, 0.2, 0.3), (16, 8))
+    assert config.model.qkv_bias is True
+    assert isinstance(config.optim.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config=configs/digit.py"],
+            "no config file .*, did you mean 'configs/digits.py'",
+        ),
+        ([DIGITS, "--config.optim.lrr=1"], "no field 'optim.lrr', did you mean 'optim.lr'"),
+        ([DIGITS, "--config.lr=1"], "no field 'lr', did you mean 'optim.lr'"),
+        ([DIGITS, "--config.epochs=ten"], "config.epochs=ten: invalid literal for int"),
+        (["--config=configs/ablations.py:h"], "no ablation 'h'"),
+        (["--config.epochs=3"], "no config: add --config=FILE"),
+    ],
+)
+def test_wrong_command_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        load_config(arguments)
+
+
+def test_mistyped_field_in_a_config_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from configs import default\n"
+        "def get_config():\n"
+        "    config = default.get_config()\n"
+        "    config.optim.wieght_decay = 0.5\n"
+        "    return config\n"
+    )
+    with pytest.raises(UserError, match=r"sets 'optim.wieght_decay', did you mean 'optim.weight_decay'"):
+        load_config([f"--config={tmp_path}/mine.py"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("accumulate", 0, r"accumulate is 0: it must be in \[1, inf\)"),
+        ("epochs", 0, r"epochs is 0: it must be in \(0, inf\)"),
+        ("seed", 2**32, "seed is 4294967296"),
+        ("optim.lr", -1.0, r"optim.lr is -1.0: it must be in \[0, inf\)"),
+        ("augment.erase_prob", float("nan"), "augment.erase_prob is nan"),
+        ("augment.cutmix", float("inf"), "augment.cutmix is inf"),
+        ("augment.policy", "randaug", "is 'randaug', did you mean 'randaugment'"),
+        ("optim.schedule_per", "batch", "Choose from: epoch, step"),
+        ("data.std", (0.5, 0.0, 0.5), r"data.std is \(0.5, 0.0, 0.5\)"),
+    ],
+)
+def test_value_out_of_range(field, value, message):
+    config = load("digits")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        check_config(config)
+
+
+def test_config_of_a_run_has_its_values_on_all_devices(tmp_path):
+    config = load_config([DIGITS, "--config.mesh.fsdp=8", "--config.epochs=3"])
+    (tmp_path / "config.json").write_text(config.to_json_best_effort())
+    loaded = load_run_config(tmp_path)
+    assert (loaded.epochs, loaded.mesh.fsdp, loaded.mesh.data) == (3, 1, -1)
+    assert loaded.data.mean == (0.305, 0.305, 0.305)
+    assert compare_configs(flatten(loaded), flatten(config), {"mesh.fsdp"}) == []
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        load_run_config(tmp_path)
+
+
+def test_fields_that_a_saved_config_lacks_had_their_default():
+    config = load("digits")
+    saved = json.loads(config.to_json_best_effort())
+    del saved["optim"]["clip_norm"], saved["locality"]
+    assert compare_configs(flatten(config), flatten(saved), ()) == []
+    config.optim.clip_norm = 1.0
+    assert compare_configs(flatten(config), flatten(saved), ()) == ["optim.clip_norm was 0.0, is 1.0"]

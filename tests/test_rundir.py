@@ -1,0 +1,111 @@
+"""A run directory: whole files, one lock, one run."""
+
+import contextlib
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from convit_jax.errors import UserError
+from convit_jax.rundir import (
+    DirectoryLocked,
+    atomic_write,
+    checkpoint_steps,
+    claim_run,
+    lock_directory,
+    read_json,
+    read_metrics,
+    wait_for_owner,
+)
+
+FACTS = dict(train_images=1437, test_images=360, classes=10)
+
+
+def test_file_appears_only_when_it_is_complete(tmp_path):
+    with atomic_write(tmp_path / "a.txt") as file:
+        file.write("first")
+    with contextlib.suppress(KeyboardInterrupt), atomic_write(tmp_path / "a.txt") as file:
+        file.write("second")
+        raise KeyboardInterrupt
+    assert (tmp_path / "a.txt").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_damaged_files_of_a_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "tr')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    assert read_metrics(tmp_path / "none") == []
+    assert read_json(tmp_path / "none") == {}
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run.json is damaged .* remove it"):
+        read_json(tmp_path / "run.json")
+
+
+def test_lock_keeps_others_out_and_a_kill_frees_it(tmp_path):
+    code = (
+        "import pathlib, sys, time; from convit_jax.rundir import lock_directory; "
+        "lock = lock_directory(pathlib.Path(sys.argv[1]), owner='me'); "
+        "print('locked', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(DirectoryLocked, match="another process is training in"):
+        lock_directory(tmp_path)
+    wait_for_owner(tmp_path, "me", seconds=0)  # the attempt above did not erase it
+    with pytest.raises(UserError, match="not the directory that process 0 writes to"):
+        wait_for_owner(tmp_path, "someone else", seconds=0)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    lock_directory(tmp_path).release()
+    lock_directory(tmp_path, wait=True).release()
+
+
+def test_run_directory_belongs_to_one_config_and_its_data(digits_config, tmp_path):
+    claim_run(tmp_path, digits_config, FACTS)
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    (tmp_path / "checkpoints/9.unfinished").mkdir()
+    assert checkpoint_steps(tmp_path) == [5]
+    digits_config.steps, digits_config.data.workers, digits_config.mesh.fsdp = 99, 5, 2
+    digits_config.model.remat, digits_config.eval_every = True, 3.0
+    claim_run(tmp_path, digits_config, FACTS)  # none of these changes a number
+    digits_config.optim.lr, digits_config.seed = 1.0, 5
+    with pytest.raises(UserError, match=r"another config \(optim.lr was 0.008, is 1.0; seed was 0, is 5\)"):
+        claim_run(tmp_path, digits_config, FACTS)
+    digits_config.optim.lr, digits_config.seed = 0.008, 0
+    with pytest.raises(UserError, match="had train_images 1,437, now there are 1,436"):
+        claim_run(tmp_path, digits_config, {**FACTS, "train_images": 1436})
+    lists = {**FACTS, "image_lists": ["a", "b"]}
+    claim_run(tmp_path, digits_config, lists)
+    with pytest.raises(UserError, match="images with other names, labels or classes"):
+        claim_run(tmp_path, digits_config, {**FACTS, "image_lists": ["a", "c"]})
+    with pytest.raises(UserError, match="had the teacher None; 'x' has other weights"):
+        claim_run(tmp_path, digits_config, {**lists, "teacher": {"source": "x", "weights": "y"}})
+
+
+def test_run_that_saved_nothing_starts_over_with_another_config(digits_config, tmp_path):
+    claim_run(tmp_path, digits_config, FACTS)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "train_loss": 2.3}\n')
+    digits_config.batch_size = 40
+    claim_run(tmp_path, digits_config, {**FACTS, "train_images": 99})
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 40
+    assert read_json(tmp_path / "run.json")["train_images"] == 99
+
+
+def test_run_that_lost_its_checkpoints_keeps_its_log(digits_config, tmp_path):
+    claim_run(tmp_path, digits_config, FACTS)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "val_top1": 50.0}\n')
+    with pytest.raises(UserError, match="has a log but no checkpoints"):
+        claim_run(tmp_path, digits_config, FACTS)
+
+
+def test_directory_that_cannot_be_made(digits_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"Not a directory\): check the path and its permissions"):
+        claim_run(tmp_path / "file" / "run", digits_config, {})
+    with pytest.raises(UserError, match="check the path and its permissions"):
+        lock_directory(tmp_path / "file" / "run")
