@@ -23,6 +23,7 @@ FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was 
 TRAIN_STREAM = 0x7261696E  # separates the keys of training from those of the weights, which count from 0
 
 Arrays = dict[str, jax.Array]  # a batch or metrics, by name
+Whole = Callable[[Any], Any]
 
 
 class State(TypedDict):
@@ -101,7 +102,7 @@ def make_train_step(
     schedule: Schedule,
     config: ConfigDict,
     num_classes: int,
-    whole: Callable[[Any], Any] = lambda tree: tree,
+    whole: Whole = lambda tree: tree,
     teacher: Teacher | None = None,
 ) -> Callable[..., tuple[State, Arrays]]:
     """Returns step(state, metrics, batch, seed, teacher_params=None) -> (state, metrics), to be compiled.
@@ -118,9 +119,46 @@ def make_train_step(
       whole: gathers parameters that are sharded over devices (sharding.gather).
       teacher: of a distillation; the step then needs its parameters.
     """
+    loss_fn = _make_loss(graphdef, whole, teacher)
+    grad_fn = _accumulated(jax.value_and_grad(loss_fn, has_aux=True), config.accumulate)
 
-    def loss_fn(params, images, targets, key, teacher_params):
-        """The mean loss, and sums over the images."""
+    def step(
+        state: State, metrics: Arrays, batch: Arrays, seed: jax.Array, teacher_params: Any = None
+    ) -> tuple[State, Arrays]:
+        number, params = state["step"], state["params"]
+        keys = step_keys(seed, number)
+        with jax.named_scope("augmentation"):  # scopes name the parts in profiles
+            images, targets = augmented(batch, keys, config, num_classes)
+        (loss, sums), grads = grad_fn(params, images, targets, keys[2], teacher_params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+            params = optax.apply_updates(params, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        bad_step, rows = metrics["bad_step"], images.shape[0]
+        metrics = {
+            **{name: metrics[name] + value for name, value in sums.items()},
+            "loss": metrics["loss"] + loss * rows,
+            "images": metrics["images"] + rows,
+            "lr": schedule(number),
+            "bad_step": jnp.where(finite, bad_step, jnp.minimum(bad_step, number)),
+        }
+        new: State = {"step": number + 1, "params": params, "opt_state": opt_state}
+        if "ema" in state:
+            decay = config.optim.ema_decay
+            new["ema"] = jax.tree.map(lambda ema, p: decay * ema + (1.0 - decay) * p, state["ema"], params)
+        return new, metrics
+
+    return step
+
+
+def _make_loss(
+    graphdef: nnx.GraphDef, whole: Whole, teacher: Teacher | None
+) -> Callable[..., tuple[jax.Array, Arrays]]:
+    """A function that returns the mean loss and sums over the images."""
+
+    def loss_fn(
+        params: Any, images: jax.Array, targets: jax.Array, key: jax.Array, teacher_params: Any
+    ) -> tuple[jax.Array, Arrays]:
         model, sums = nnx.merge(graphdef, whole(params)), {}
         if teacher is None:
             logits = model(images, key=key)
@@ -131,34 +169,7 @@ def make_train_step(
         sums["correct"] = jnp.sum(jnp.argmax(logits, -1) == jnp.argmax(targets, -1))
         return loss, sums
 
-    decay = config.optim.ema_decay
-    grad_fn = _accumulated(jax.value_and_grad(loss_fn, has_aux=True), config.accumulate)
-
-    def step(state, metrics, batch, seed, teacher_params=None):
-        keys = step_keys(seed, state["step"])
-        with jax.named_scope("augmentation"):  # scopes name the parts in profiles
-            images, targets = augmented(batch, keys, config, num_classes)
-        (loss, sums), grads = grad_fn(state["params"], images, targets, keys[2], teacher_params)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-            params = optax.apply_updates(state["params"], updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-        bad_step, rows = metrics["bad_step"], images.shape[0]
-        metrics = {
-            **{name: metrics[name] + value for name, value in sums.items()},
-            "loss": metrics["loss"] + loss * rows,
-            "images": metrics["images"] + rows,
-            "lr": schedule(state["step"]),
-            "bad_step": jnp.where(finite, bad_step, jnp.minimum(bad_step, state["step"])),
-        }
-        new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
-        if "ema" in state:
-            new["ema"] = jax.tree.map(
-                lambda old, new: decay * old + (1.0 - decay) * new, state["ema"], params
-            )
-        return new, metrics
-
-    return step
+    return loss_fn
 
 
 def _accumulated(grad_fn: Callable[..., Any], parts: int) -> Callable[..., Any]:
@@ -166,11 +177,13 @@ def _accumulated(grad_fn: Callable[..., Any], parts: int) -> Callable[..., Any]:
     if parts == 1:
         return grad_fn
 
-    def split(x):
+    def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
-    def accumulated(params, images, targets, key, teacher_params):
-        def add(total, part):
+    def accumulated(
+        params: Any, images: jax.Array, targets: jax.Array, key: jax.Array, teacher_params: Any
+    ) -> Any:
+        def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad_fn(params, *part, teacher_params)), None
 
         inputs = (split(images), split(targets), jax.random.split(key, parts))
@@ -184,7 +197,7 @@ def _accumulated(grad_fn: Callable[..., Any], parts: int) -> Callable[..., Any]:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, config: ConfigDict, whole: Callable[[Any], Any] = lambda tree: tree
+    graphdef: nnx.GraphDef, config: ConfigDict, whole: Whole = lambda tree: tree
 ) -> Callable[[Any, Arrays, Arrays], Arrays]:
     """Returns step(params, metrics, batch) -> metrics, not compiled yet; arguments as of make_train_step.
 

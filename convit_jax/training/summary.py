@@ -122,10 +122,11 @@ def _settings(config: ConfigDict) -> str:
     """All fields as NAME=VALUE, a paragraph per section."""
 
     def text(value: Any) -> str:
+        value = tuple(value) if isinstance(value, list) else value
         return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
 
     paragraphs: dict[str, list[str]] = {}
-    for name, value in sorted(flatten(config).items(), key=lambda item: ("." in item[0], item)):
+    for name, value in sorted(flatten(config).items(), key=lambda item: ("." in item[0], item[0])):
         section = name.rpartition(".")[0]
         paragraphs.setdefault(section, []).append(f"{name}={text(value)}")
     wrap = textwrap.TextWrapper(110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
