@@ -123,12 +123,8 @@ def load_teacher(
     renormalise = _renormalisation(config.data, loaded.preprocessing)
     if renormalise:
         changes.append("images renormalised for it")
-    facts = {
-        "source": source,
-        "network": describe(loaded),
-        "changes": changes + remarks,
-        "weights": weights,
-    }
+    network, changes = describe(loaded), changes + remarks
+    facts = {"source": source, "network": network, "changes": changes, "weights": weights}
     return Teacher(loaded.network[0], config.distill, columns, renormalise, facts), params
 
 

@@ -25,7 +25,7 @@ IMAGENET = 1_281_167
 
 
 def make_schedule(*, epochs, batch_size, epoch_length, schedule_per="epoch"):
-    """The schedule of the recipe on so many images."""
+    """The schedule of the recipe."""
     config = default.get_config()
     config.batch_size, config.optim.schedule_per = batch_size, schedule_per
     slots = SimpleNamespace(epoch_length=epoch_length)

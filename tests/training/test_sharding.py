@@ -61,7 +61,7 @@ def test_the_same_training_on_one_device_and_on_eight(recipe, whole, tmp_path):
 
 
 def compiled_step(config, data, fsdp):
-    """The training step on a mesh of so many devices, as the loop compiles it."""
+    """The training step on a mesh, compiled like the loop's."""
     mesh = make_mesh(data, fsdp)
     plan = make_plan(config, devices=mesh.size)
     graphdef, params = abstract_model(plan.model)
