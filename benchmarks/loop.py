@@ -39,7 +39,7 @@ class Synthetic:
 
     def __init__(self, count):
         self.labels = np.arange(count, dtype=np.int32) % 1000
-        self.names = Names(*Names.pack([b"%d" % number for number in range(count)]))
+        self.names = Names.pack([b"%d" % number for number in range(count)])
         self.class_names = [str(label) for label in range(1000)]
 
     def __len__(self):

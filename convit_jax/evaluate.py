@@ -38,9 +38,8 @@ def main(_):
     import jax
     from ml_collections import ConfigDict
 
-    from convit_jax.data.index import digest
     from convit_jax.data.loader import EvalExample, Unreadable, batches
-    from convit_jax.data.sources import open_source
+    from convit_jax.data.sources import digest, open_source
     from convit_jax.data.subsample import select
     from convit_jax.training.distributed import (
         check_same,

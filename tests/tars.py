@@ -5,7 +5,7 @@ import tarfile
 
 
 def archive(files):
-    """The bytes of a tar of {name: bytes}."""
+    """Returns a tar of {name: bytes}."""
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode="w") as tar:
         for name, data in files.items():
@@ -16,7 +16,7 @@ def archive(files):
 
 
 def write_ilsvrc(folder, train, validation):
-    """Write ILSVRC2012_img_train.tar, a tar of tars, and ILSVRC2012_img_val.tar of {file name: bytes}."""
+    """Writes ILSVRC2012_img_train.tar, a tar of tars, and ILSVRC2012_img_val.tar of {file name: bytes}."""
     classes = {}
     for name in sorted(train):
         classes.setdefault(name.split("_")[0], {})[name] = train[name]

@@ -1,4 +1,4 @@
-"""What the commands say of mistakes in their flags."""
+"""Commands report mistakes in their flags in one sentence."""
 
 import shutil
 import subprocess
@@ -16,13 +16,19 @@ WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
 @pytest.mark.parametrize(
     ("command", "arguments", "sentence"),
     [
-        ("evaluate", [], "say with --checkpoint=PATH which weights to take"),
+        ("evaluate", [], "there are no weights: add --checkpoint=PATH"),
         (
             "evaluate",
             [WEIGHTS, "--config.data.dir=x"],
             "--config.data.dir changes a config: add --config=FILE",
         ),
-        ("evaluate", [WEIGHTS], "{weights} is no run directory and says nothing of images: add --config="),
+        ("evaluate", [WEIGHTS], "{weights} is not a run directory, so its images are unknown: add"),
+        (
+            "evaluate",
+            ["--batch_size=8", "--config=configs/digits.py"],
+            "there is no flag --batch_size, did you",
+        ),
+        ("evaluate", [WEIGHTS, "--config=configs/digits.py", "--config.epoch=8"], "the config has no field"),
         ("evaluate", [WEIGHTS, "photo.jpg"], "unexpected argument 'photo.jpg'"),
         ("predict", [WEIGHTS], "give at least one IMAGE"),
         (
@@ -34,7 +40,7 @@ WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
         ("export", [WEIGHTS], "give one OUTPUT, not 0 arguments"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_sentence(command, arguments, sentence):
+def test_wrong_flags(command, arguments, sentence):
     expected = sentence.format(weights=WEIGHTS.removeprefix("--checkpoint="))
     assert says("-m", f"convit_jax.{command}", *arguments).startswith(f"{command}: {expected}")
 
@@ -45,7 +51,7 @@ def test_help_shows_the_flags_of_a_command():
         assert flag in done.stdout
 
 
-def test_a_device_without_memory_is_one_sentence_and_other_errors_of_devices_are_not():
+def test_device_out_of_memory():
     code = """if True:
         import jax
         from convit_jax.cli import launch
@@ -63,7 +69,7 @@ def test_a_device_without_memory_is_one_sentence_and_other_errors_of_devices_are
 
 @pytest.fixture
 def alone(tmp_path):
-    """Runs a command in a copy of the package, without configs/ and all else of the clone."""
+    """Runs a command in a copy of the package without the rest of the clone."""
     without = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "convit_jax", tmp_path / "convit_jax", ignore=without)
 
@@ -80,20 +86,25 @@ def alone(tmp_path):
     ("command", "arguments", "sentence"),
     [
         ("evaluate", ["--checkpont=x"], "Unknown command line flag 'checkpont'. Did you mean: checkpoint"),
-        ("evaluate", ["--config=own.py"], "there is no config file 'own.py'. They are in the clone of"),
-        ("evaluate", [f"--config={ROOT}/configs/convit_s.py"], "the config file builds on others"),
-        ("visualize", ["--init", "--output=o"], "this needs a config: add --config=FILE, one of those in"),
+        ("evaluate", ["--config=own.py"], "there is no config file 'own.py'. They are in a clone of"),
+        (
+            "evaluate",
+            [f"--config={ROOT}/configs/convit_s.py"],
+            "{root}/configs/convit_s.py imports from configs/: run the command in a clone",
+        ),
+        ("visualize", ["--init", "--output=o"], "this needs a config: add --config=FILE"),
         ("visualize", ["--init", "--config.seed=1"], "--config.seed changes a config: add --config=FILE"),
     ],
 )
-def test_the_package_alone_says_where_configs_are(alone, command, arguments, sentence):
+def test_package_without_configs(alone, command, arguments, sentence):
     done = alone(command, *arguments)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith(f"{command}: {sentence}")
+    expected = f"{command}: {sentence.format(root=ROOT)}"
+    assert done.stderr.strip().splitlines()[-1].startswith(expected)
     assert "Traceback" not in done.stderr
 
 
-def test_the_package_alone_draws_attention_maps(alone, tmp_path):
+def test_package_without_configs_draws_attention_maps(alone, tmp_path):
     image = f"--image={ROOT}/docs/digits.png"
     done = alone("visualize", WEIGHTS, image, "--output=maps")
     assert done.returncode == 0, done.stderr

@@ -8,9 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from convit_jax.config import check_config, default_config
-from convit_jax.data.index import digest
 from convit_jax.data.loader import EvalExample, Slots, TrainExample
-from convit_jax.data.sources import open_source
+from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings

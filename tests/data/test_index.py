@@ -1,16 +1,17 @@
-"""Indices: kept, found again, made anew when the data changed, and never half-written."""
+"""Indices on disk: kept, found, replaced when the data changed, never half-written."""
 
 import os
 import pickle
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+import tempfile
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from convit_jax.data.index import Index, Names, cached_index, digest, make_index
+from convit_jax.data.index import Names, cached_index, make_index
 
 LABELS, NAMES = [1, 0, 1, 0], ["b/10", "a/é", "b/1", "a/2"]
 IN_ORDER = [("a/2", 0, 3), ("a/é", 0, 1), ("b/1", 1, 2), ("b/10", 1, 0)]  # name, label, record
@@ -18,9 +19,29 @@ IN_ORDER = [("a/2", 0, 3), ("a/é", 0, 1), ("b/1", 1, 2), ("b/10", 1, 0)]  # nam
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A user's cache folder of the test's own."""
+    """Contains the data, and the user's cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
     return tmp_path
+
+
+@pytest.fixture
+def data(home):
+    return home / "data"
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """A function that makes folders read-only, for root too."""
+    original, folders = tempfile.mkdtemp, []
+
+    def mkdtemp(dir, **settings):
+        if any(dir.is_relative_to(folder) for folder in folders):
+            raise PermissionError(13, "Permission denied")
+        return original(dir=dir, **settings)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    return lambda *names: folders.extend(names)
 
 
 def build():
@@ -28,132 +49,112 @@ def build():
 
 
 def never():
-    pytest.fail("the index was built although it was there")
+    pytest.fail("the index was built although it was kept")
 
 
 def rows(index):
-    return list(zip(index.names, index["labels"].tolist(), index["record"].tolist(), strict=True))
+    names = Names(index.arrays["text"], index.arrays["starts"])
+    return list(zip(names, index.arrays["labels"].tolist(), index.arrays["record"].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("names", [[], [""], ["x"], ["a/1.jpg", "", "a/é😀.png", "z" * 300]])
 def test_names_come_out_as_they_went_in(names):
-    packed = Names(*Names.pack([name.encode() for name in names]))
+    packed = Names.pack([name.encode() for name in names])
     assert list(packed) == names
     assert len(packed) == len(names)
-    if names:
-        assert packed[-1] == names[-1]
+    assert list(packed)[-1:] == [packed[-1]] if names else True
     with pytest.raises(IndexError):
         packed[len(names)]
 
 
-def test_records_are_put_in_the_order_of_label_and_name():
-    assert rows(build()) == IN_ORDER
-
-
-def test_a_digest_tells_apart_sources_with_as_many_images():
-    def of(labels, names, classes=("a", "b")):
-        index = make_index(labels, names)
-        return digest(SimpleNamespace(labels=index["labels"], names=index.names, class_names=classes))
-
-    this = of(LABELS, NAMES)
-    assert this == of(LABELS[::-1], NAMES[::-1])
-    others = of([0, 1, 0, 1], NAMES), of(LABELS, ["b/10", "a/e", "b/1", "a/2"]), of(LABELS, NAMES, ("b", "a"))
-    assert len({this, *others}) == 4
-
-
-def test_an_index_is_built_once_and_then_mapped_from_its_file(home):
+def test_an_index_is_built_once_then_mapped_and_pickles_as_its_path(data):
     for make in (build, never):
-        index = cached_index(home, "train", "f", make)
+        index = cached_index(data, "train", "f", make)
         assert rows(index) == IN_ORDER
-        assert index.path == home / ".convit_jax-train.index"
-    assert not isinstance(index["labels"], np.memmap)
-    assert not index["labels"].flags.owndata
-    assert sorted(path.name for path in home.iterdir()) == [".convit_jax-train.index"]
+        assert index.path == data / ".convit_jax-train-index"
+    assert type(index.arrays["labels"]) is np.ndarray
+    assert not index.arrays["labels"].flags.owndata
+    assert os.listdir(data) == [index.path.name]
+    assert index.path.stat().st_mode & 0o777 == 0o755
+    large = cached_index(
+        data, "large", "f", lambda: make_index([0] * 5000, [f"{n:09d}" for n in range(5000)])
+    )
+    assert len(pickle.dumps(large)) < 500
+    for kept in (index, build()):
+        assert rows(pickle.loads(pickle.dumps(kept))) == IN_ORDER
 
 
-def test_an_index_on_the_disk_pickles_as_its_path_and_one_in_memory_as_its_arrays(home):
-    kept = cached_index(home, "train", "f", lambda: make_index([0] * 5000, [f"{n:09d}" for n in range(5000)]))
-    assert len(pickle.dumps(kept)) < 500
-    for index in (cached_index(home, "train", "g", build), build()):
-        assert rows(pickle.loads(pickle.dumps(index))) == IN_ORDER
+def test_arrays_without_entries_are_kept_too(data):
+    for make in (lambda: make_index([], []), never):
+        assert cached_index(data, "train", "f", make).arrays["labels"].shape == (0,)
 
 
-@pytest.mark.parametrize("path", [".convit_jax-train.index", "cache/convit_jax/indices"])
-def test_changed_data_make_the_index_anew(path, home):
-    data = home / "data"
-    data.mkdir()
+@pytest.mark.parametrize("beside_the_data", [True, False])
+def test_changed_data_replace_the_index(beside_the_data, data, home, read_only):
+    read_only(*([] if beside_the_data else [data]))
     cached_index(data, "train", "before", lambda: make_index([0], ["old"], record=np.arange(1)))
-    assert rows(cached_index(data, "train", "after", build)) == IN_ORDER
-    assert rows(cached_index(data, "train", "after", never)) == IN_ORDER
+    index = cached_index(data, "train", "after", build)
+    assert rows(index) == rows(cached_index(data, "train", "after", never)) == IN_ORDER
+    assert index.path.parent == data if beside_the_data else home / "cache/convit_jax/indices"
+    assert os.listdir(index.path.parent) == [index.path.name]
 
 
-def test_what_is_not_worth_a_file_gets_none(home):
-    for _ in range(2):
-        assert rows(cached_index(home, "train", "f", build, keep=lambda index: False)) == IN_ORDER
-    assert not list(home.iterdir())
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("index.json", content) for content in (b"", b"{", b"[1]", b"\xff\xfe")),
+        *(("labels.npy", content) for content in (b"", b"text", None, "truncated")),
+    ],
+)
+def test_a_damaged_index_is_replaced(file, content, data):
+    path = cached_index(data, "train", "f", build).path / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3] if content == "truncated" else content)
+    assert rows(cached_index(data, "train", "f", build)) == IN_ORDER
+    assert rows(cached_index(data, "train", "f", never)) == IN_ORDER
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[1]\n", b'{"magic": "x"}\n', b"\xff\xfe\n", None])
-def test_a_damaged_file_is_made_anew(damage, home):
-    path = cached_index(home, "train", "f", build).path
-    path.write_bytes(path.read_bytes()[:-3] if damage is None else damage)
-    assert rows(cached_index(home, "train", "f", build)) == IN_ORDER
-    assert rows(cached_index(home, "train", "f", never)) == IN_ORDER
+def test_the_index_that_another_process_finished_first_is_used(data):
+    def slow():
+        cached_index(data, "train", "f", build)
+        return build()
+
+    index = cached_index(data, "train", "f", slow)
+    assert rows(index) == IN_ORDER
+    assert os.listdir(data) == [index.path.name]
 
 
-def read_only(home, monkeypatch, *names):
-    """Make folders unwritable, for root as well."""
-
-    def refuse(path, *arguments, **settings):
-        if any(str(settings.get("dir", path)).startswith(str(home / name)) for name in names):
-            raise PermissionError(13, "Permission denied")
-        return original(path, *arguments, **settings) if path else original(*arguments, **settings)
-
-    import tempfile
-
-    original = tempfile.mkstemp
-    monkeypatch.setattr(tempfile, "mkstemp", lambda **settings: refuse("", **settings))
-
-
-def test_beside_read_only_data_the_users_cache_folder_serves_one_index_per_directory(home, monkeypatch):
-    read_only(home, monkeypatch, "one", "two")
+def test_the_cache_folder_has_one_index_for_each_read_only_directory(home, read_only):
+    read_only(home / "one", home / "two")
     for name in ("one", "two"):
         (home / name).mkdir()
-        index = cached_index(home / name, "train", "f", build)
-        assert index.path.parent == home / "cache/convit_jax/indices"
+        assert cached_index(home / name, "train", "f", build).path.parent == home / "cache/convit_jax/indices"
         assert rows(cached_index(home / name, "train", "f", never)) == IN_ORDER
-    assert len(list((home / "cache/convit_jax/indices").iterdir())) == 2
+    assert len(os.listdir(home / "cache/convit_jax/indices")) == 2
 
 
-def test_where_nothing_can_be_written_the_index_stays_in_memory(home, monkeypatch):
-    read_only(home, monkeypatch, "data", "cache")
-    (home / "data").mkdir()
-    index = cached_index(home / "data", "train", "f", build)
+def test_an_index_that_cannot_be_written_stays_in_memory(home, data, read_only, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cached_index(data, "train", "f", build).path is None
+    read_only(home)
+    index = cached_index(data, "train", "f", build)
     assert index.path is None
     assert rows(index) == IN_ORDER
     assert not [path for path in home.rglob("*") if path.is_file()]
 
 
-def test_a_write_that_is_cut_off_leaves_no_index(home):
-    """A process that is killed in the middle of writing; the next one starts from nothing."""
+def test_a_process_that_is_killed_while_writing_leaves_no_index(data):
     program = f"""
-import os, signal
-import numpy as np
+import os, pathlib, signal
 from convit_jax.data import index
-os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-index.cached_index({str(home)!r}, "train", "f", lambda: index.make_index([0], ["a"], record=np.arange(1)))
+os.rename = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+index.cached_index(pathlib.Path({str(data)!r}), "train", "f", lambda: index.make_index([0], ["a"]))
 """
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
-    assert [path.name for path in home.iterdir() if path.suffix == ".unfinished"]
-    assert rows(cached_index(home, "train", "f", build)) == IN_ORDER
-
-
-def test_a_full_disk_leaves_nothing_behind(home, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    index = cached_index(home, "train", "f", build)
-    assert rows(index) == IN_ORDER
-    assert isinstance(index, Index)
-    assert not [path for path in home.rglob("*") if path.is_file()]
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -signal.SIGKILL
+    assert [path.suffix for path in data.iterdir()] == [".unfinished"]
+    assert rows(cached_index(data, "train", "f", build)) == IN_ORDER

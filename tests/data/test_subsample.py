@@ -1,21 +1,21 @@
-"""Subsets: the original's rule to the image, and the random rule's nesting and independence."""
+"""Subsets: the authors' rule to the image; the random rule's nesting and independence; the command."""
 
 import hashlib
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import run_python
 
 from convit_jax.data.subsample import select
 from convit_jax.data.tfds import TfdsImages
 from convit_jax.errors import UserError
 
+both_rules = pytest.mark.parametrize("rule", ["first", "random"])
+
 
 def data_set(*sizes, shuffle=None):
-    """Labels and names of classes of those sizes; the records in name order or shuffled by a seed."""
+    """Labels and names of classes of these sizes, in the order of names or shuffled."""
     labels = np.repeat(np.arange(len(sizes)), sizes)
     names = [f"{label}/{number:05d}" for label, size in enumerate(sizes) for number in range(size)]
     if shuffle is None:
@@ -33,82 +33,59 @@ def chosen_names(labels, names, **settings):
     [
         (100, 0.29, 28),  # 100 * 0.29 is 28.999999999999996
         (100, 0.57, 56),
-        (10, 0.3, 3),
         (1300, 0.05, 65),
         (732, 0.1, 73),
         (1, 1.0, 1),
         (7, 0.999, 6),
     ],
 )
-@pytest.mark.parametrize("rule", ["first", "random"])
-def test_of_each_class_int_n_f_images_are_kept(size, fraction, kept, rule):
+@both_rules
+def test_a_class_keeps_int_n_f_images(size, fraction, kept, rule):
     labels, names = data_set(size, 50)
     indices = select(labels, names, sampling_ratio=fraction, rule=rule)
     assert np.bincount(labels[indices]).tolist() == [kept, int(50 * fraction)]
 
 
-def test_the_first_rule_keeps_the_first_names_of_each_class_in_sorted_order():
-    labels, names = data_set(10, 4, 7, shuffle=0)
+def test_the_first_rule_keeps_the_first_names_of_each_class():
     expected = {f"{label}/{number:05d}" for label, kept in enumerate((5, 2, 3)) for number in range(kept)}
-    assert chosen_names(labels, names, sampling_ratio=0.5) == expected
+    assert chosen_names(*data_set(10, 4, 7, shuffle=0), sampling_ratio=0.5) == expected
 
 
-@pytest.mark.parametrize("rule", ["first", "random"])
-def test_indices_ascend_and_are_distinct_int64(rule):
-    labels, names = data_set(10, 4, 7, shuffle=1)
-    indices = select(labels, names, sampling_ratio=0.5, rule=rule)
-    assert indices.dtype == np.int64
-    assert (np.diff(indices) > 0).all()
+@both_rules
+def test_indices_are_ascending_int64_and_do_not_depend_on_the_order_of_the_records(rule):
+    results = set()
+    for shuffle in (None, 0, 1):
+        labels, names = data_set(30, 20, shuffle=shuffle)
+        indices = select(labels, names, sampling_ratio=0.4, rule=rule, seed=1)
+        assert indices.dtype == np.int64
+        assert (np.diff(indices) > 0).all()
+        results.add(frozenset(names[index] for index in indices))
+        np.testing.assert_array_equal(select(labels, names, rule=rule), np.arange(50))
+    assert len(results) == 1
 
 
-@pytest.mark.parametrize("rule", ["first", "random"])
-def test_ratio_1_keeps_everything(rule):
-    labels, names = data_set(10, 4, 7, shuffle=2)
-    np.testing.assert_array_equal(select(labels, names, rule=rule), np.arange(21))
-
-
-@pytest.mark.parametrize("rule", ["first", "random"])
-@pytest.mark.parametrize("num_classes", [1, 2, 3])
-def test_num_classes_keeps_the_first_classes_and_changes_nothing_within_them(rule, num_classes):
+@both_rules
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_num_classes_keeps_the_first_classes_as_they_were(rule, num_classes):
     labels, names = data_set(10, 6, 8, shuffle=3)
     every_class = select(labels, names, sampling_ratio=0.5, rule=rule)
     few = select(labels, names, sampling_ratio=0.5, rule=rule, num_classes=num_classes)
     np.testing.assert_array_equal(few, every_class[labels[every_class] < num_classes])
 
 
-@pytest.mark.parametrize("rule", ["first", "random"])
+@both_rules
 def test_a_smaller_fraction_is_a_subset_of_a_larger_one(rule):
-    labels, names = data_set(40, 60)
-    subsets = [
-        chosen_names(labels, names, sampling_ratio=f, rule=rule, seed=7) for f in (0.05, 0.1, 0.3, 0.5, 1)
-    ]
-    for small, large in pairwise(subsets):
-        assert small < large
+    fractions = (0.05, 0.1, 0.3, 0.5, 1)
+    subsets = [chosen_names(*data_set(40, 60), sampling_ratio=f, rule=rule, seed=7) for f in fractions]
+    assert all(small < large for small, large in pairwise(subsets))
 
 
-def test_random_subsets_differ_by_seed_and_from_the_first_names():
-    labels, names = data_set(60)
-    subsets = [chosen_names(labels, names, sampling_ratio=0.5, rule="random", seed=seed) for seed in range(4)]
-    subsets.append(chosen_names(labels, names, sampling_ratio=0.5))
-    assert len({frozenset(subset) for subset in subsets}) == 5
-
-
-def test_random_subsets_take_every_image_equally_often():
+def test_random_subsets_differ_by_seed_and_take_every_image_equally_often():
     labels, names = data_set(20)
-    counts = sum(
-        np.bincount(select(labels, names, sampling_ratio=0.25, rule="random", seed=seed), minlength=20)
-        for seed in range(2000)
-    )
+    subsets = [select(labels, names, sampling_ratio=0.25, rule="random", seed=seed) for seed in range(2000)]
+    assert len({tuple(subset) for subset in subsets[:4]}) == 4
+    counts = sum(np.bincount(subset, minlength=20) for subset in subsets)
     assert np.abs(counts / 2000 - 0.25).max() < 0.04  # four standard deviations
-
-
-@pytest.mark.parametrize("rule", ["first", "random"])
-def test_a_subset_does_not_depend_on_the_order_of_the_records(rule):
-    results = {
-        frozenset(chosen_names(*data_set(30, 20, shuffle=shuffle), sampling_ratio=0.4, rule=rule, seed=1))
-        for shuffle in (None, 0, 1)
-    }
-    assert len(results) == 1
 
 
 def test_a_random_subset_of_a_class_does_not_depend_on_the_other_classes():
@@ -120,28 +97,22 @@ def test_a_random_subset_of_a_class_does_not_depend_on_the_other_classes():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(sampling_ratio=0.0), r"data\.sampling_ratio is 0\.0"),
-        (dict(sampling_ratio=-0.5), r"data\.sampling_ratio is -0\.5"),
-        (dict(sampling_ratio=1.01), r"data\.sampling_ratio is 1\.01"),
-        (dict(sampling_ratio=float("nan")), r"data\.sampling_ratio is nan"),
         (dict(num_classes=0), r"data\.num_classes is 0.*has 2 classes"),
         (dict(num_classes=3), r"data\.num_classes is 3.*has 2 classes"),
-        (dict(rule="last"), r"data\.subset_rule is 'last'.*first or random"),
         (dict(sampling_ratio=0.2), r"no image of class 1, which has 4: give at least"),
     ],
 )
-def test_what_cannot_be_selected_is_refused_with_the_field_and_the_remedy(settings, message):
+def test_impossible_subsets_are_refused_with_the_field(settings, message):
     with pytest.raises(UserError, match=message):
         select(*data_set(10, 4), **settings)
 
 
-def test_a_class_that_the_data_lacks_is_no_error():
-    labels, names = data_set(4, 0, 4)
-    assert select(labels, names, sampling_ratio=0.5).tolist() == [0, 1, 4, 5]
+def test_a_class_without_images_is_no_error():
+    assert select(*data_set(4, 0, 4), sampling_ratio=0.5).tolist() == [0, 1, 4, 5]
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 9, 49, 600, 1300])
-def test_the_fraction_that_the_message_asks_for_is_enough(size):
+@pytest.mark.parametrize("size", [1, 3, 7, 49, 1300])
+def test_the_fraction_in_the_message_is_enough(size):
     labels, names = data_set(size)
     with pytest.raises(UserError, match="give at least") as caught:
         select(labels, names, sampling_ratio=0.5 / size)
@@ -150,12 +121,11 @@ def test_the_fraction_that_the_message_asks_for_is_enough(size):
 
 
 def test_the_command_lists_a_subset_with_the_hash_of_its_lines(tfds_data):
-    command = [sys.executable, "-m", "convit_jax.data.subsample", "--config=configs/convit_s.py"]
-    command += [f"--config.data.dir={tfds_data / 'tfrecord'}", "--config.data.name=cifar10"]
-    command += ["--config.data.sampling_ratio=0.5", "--list"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    root = tfds_data / "tfrecord"
+    config = ["--config=configs/convit_s.py", f"--config.data.dir={root}", "--config.data.name=cifar10"]
+    done = run_python("-m", "convit_jax.subset", *config, "--config.data.sampling_ratio=0.5", "--list")
     *lines, summary = done.stdout.splitlines(keepends=True)
-    source = TfdsImages("cifar10", tfds_data / "tfrecord", "train")
+    source = TfdsImages("cifar10", root, "train")
     expected = [source.names[index] for index in select(source.labels, source.names, sampling_ratio=0.5)]
     assert [line.rstrip("\n") for line in lines] == expected
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -25,13 +25,13 @@ from tests.tars import archive, write_ilsvrc
 
 HERE = Path(__file__).parent
 FORMATS = ("array_record", "tfrecord")
-# Of the training files that are no RGB JPEGs, and that TFDS mends by name: one of the CMYK ones, the PNG.
-MENDED = {"n01739381_1309.JPEG": ("CMYK", "JPEG"), "n02105855_2933.JPEG": ("RGB", "PNG")}
+# TFDS turns the training images that are CMYK or PNG into RGB JPEGs, by name: one of each kind.
+REPAIRED = {"n01739381_1309.JPEG": ("CMYK", "JPEG"), "n02105855_2933.JPEG": ("RGB", "PNG")}
 rng = np.random.default_rng(0)
 
 
 def crop(mode="RGB", kind="JPEG", size=None):
-    """The bytes of an image file: a random part of a sample photo, 24 to 48 pixels wide and high."""
+    """Returns an image file: a random part of a sample photo, 24 to 48 pixels wide and high."""
     photo = Image.fromarray(load_sample_images().images[rng.integers(2)])
     width, height = size or rng.integers(24, 49, 2)
     scale = rng.integers(1, 7)
@@ -43,20 +43,20 @@ def crop(mode="RGB", kind="JPEG", size=None):
 
 
 def labels(file):
-    """The lines of a list that TFDS ships."""
+    """Returns the lines of a list that TFDS contains."""
     return Path(tfds.core.tfds_path(file)).read_text().split()
 
 
 def imagenet_tars(folder):
-    """Write the two ILSVRC tars: the two classes of MENDED and the first four others in validation."""
+    """Writes the two ILSVRC tars: the two classes of REPAIRED and the first four others in validation."""
     of_validation = labels("datasets/imagenet2012/validation_labels.txt")
-    wnids = list(dict.fromkeys([name.split("_")[0] for name in MENDED] + of_validation))[:6]
+    wnids = list(dict.fromkeys([name.split("_")[0] for name in REPAIRED] + of_validation))[:6]
     train = {}
     for wnid in sorted(wnids):
-        names = [name for name in MENDED if name.startswith(wnid)]
+        names = [name for name in REPAIRED if name.startswith(wnid)]
         # Numbers are not padded with zeros, so that sorted order is not the order of numbers.
         names += [f"{wnid}_{number}.JPEG" for number in rng.choice(12000, 4 - len(names), replace=False)]
-        train.update({name: crop(*MENDED.get(name, ("RGB", "JPEG"))) for name in names})
+        train.update({name: crop(*REPAIRED.get(name, ("RGB", "JPEG"))) for name in names})
     modes = ["RGB", "L", "RGB", "CMYK", "RGB", "RGB", "RGB", "RGB"]
     write_ilsvrc(
         folder, train, {f"ILSVRC2012_val_{i:08d}.JPEG": crop(mode) for i, mode in enumerate(modes, 1)}
@@ -64,7 +64,7 @@ def imagenet_tars(folder):
 
 
 def imagenette_folder(folder):
-    """Write what the archive of imagenette2-160 unpacks to."""
+    """Writes what the archive of imagenette2-160 unpacks to."""
     wnids = labels("image_classification/imagenette_labels.txt")
     for split, few in (("train", wnids), ("val", wnids[:5])):
         for wnid in few:
@@ -74,7 +74,7 @@ def imagenette_folder(folder):
 
 
 def cifar_folder(folder):
-    """Write what CIFAR-10's binary archive unpacks to: label byte, then 3 x 32 x 32 bytes."""
+    """Writes what CIFAR-10's binary archive unpacks to: label byte, then 3 x 32 x 32 bytes."""
     unpacked = folder / "cifar-10-batches-bin"
     unpacked.mkdir()
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -88,7 +88,7 @@ def cifar_folder(folder):
 
 
 def prepare(name, root, raw, file_format, **settings):
-    """Let TFDS build a data set from the raw files."""
+    """Runs TFDS's builder on the raw files."""
     config = tfds.download.DownloadConfig(manual_dir=raw, try_download_gcs=False, **settings)
     with mock.patch.object(tfds.download.DownloadManager, "download_and_extract", return_value=raw):
         tfds.builder(name, data_dir=root / file_format).download_and_prepare(
