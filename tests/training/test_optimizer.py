@@ -29,7 +29,8 @@ def make_schedule(*, epochs, batch_size, epoch_length, schedule_per="epoch"):
     config = default.get_config()
     config.batch_size, config.optim.schedule_per = batch_size, schedule_per
     slots = SimpleNamespace(epoch_length=epoch_length)
-    return run_schedule(config, SimpleNamespace(epochs=epochs, train=SimpleNamespace(slots=slots)))
+    plan = SimpleNamespace(epochs=epochs, train=SimpleNamespace(slots=slots))
+    return jax.jit(run_schedule(config, plan))
 
 
 @pytest.mark.parametrize("batch_size", [1024, 512])
@@ -80,12 +81,17 @@ def toy_params():
 
 def run_steps(optimizer, params, count):
     """Parameters after `count` steps on gradients of sum(sin(p))."""
-    state = optimizer.init(params)
-    for _ in range(count):
-        grads = jax.tree.map(jnp.cos, params)
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    return params
+
+    @jax.jit
+    def run(params):
+        state = optimizer.init(params)
+        for _ in range(count):
+            grads = jax.tree.map(jnp.cos, params)
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    return run(params)
 
 
 def test_adamw_is_pytorchs_and_decay_spares_biases_norms_and_gates():
@@ -112,13 +118,13 @@ def test_adamw_is_pytorchs_and_decay_spares_biases_norms_and_gates():
 
 
 def test_what_decays_in_a_real_model():
-    params = abstract_model(model_settings("convit_tiny"))[1]
+    params = abstract_model(model_settings("convit_tiny", image_size=16, embed_dim=4))[1]
     optim = default.get_config().optim
     optim.weight_decay = 1.0
     optimizer = make_optimizer(optim, lambda step: 1.0, params)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
-    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)
-    updates, _ = optimizer.update(zeros, optimizer.init(ones), ones)
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params)
+    zeros = jax.tree.map(np.zeros_like, ones)
+    updates, _ = jax.jit(lambda: optimizer.update(zeros, optimizer.init(ones), ones))()
     decayed = {dotted(path) for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if leaf.any()}
     kernels = ("attn.qk", "attn.v", "attn.proj", "attn.pos_proj", "mlp.fc1", "mlp.fc2")
     plain = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -149,5 +155,5 @@ def test_clipping_bounds_the_gradient_of_all_parameters_together():
     optim.clip_norm, optim.eps, optim.weight_decay = 0.5, 1e3, 0.0  # eps so large that Adam is linear
     optimizer = make_optimizer(optim, lambda step: 1e3, toy_params())
     grads = jax.tree.map(jnp.ones_like, toy_params())
-    updates, _ = optimizer.update(grads, optimizer.init(toy_params()), toy_params())
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(toy_params()), toy_params())
     np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-3)
