@@ -247,7 +247,7 @@ def load_weights(source: str | None = None, which: str | int | None = None) -> "
       source: instead of --checkpoint.
       which: instead of --which.
     """
-    from convit_jax.weights.pretrained import behaving, load
+    from convit_jax.weights.pretrained import load, with_behaviour
 
     values = flags.FLAGS
     source = source or values.checkpoint
@@ -263,7 +263,7 @@ def load_weights(source: str | None = None, which: str | int | None = None) -> "
         ema=values.ema,
         **new_head,
     )
-    return behaving(loaded, dtype=values.dtype) if values.dtype else loaded
+    return with_behaviour(loaded, dtype=values.dtype) if values.dtype else loaded
 
 
 def _image_size(text: str | None) -> tuple[int, int] | None:

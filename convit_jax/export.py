@@ -2,61 +2,66 @@
 
     python -m convit_jax.export --checkpoint=convit_small convit_small.stablehlo
 
-Input: uint8 [batch, height, width, 3], images as they are after resizing and cropping; output: logits
-float32 [batch, classes]; the batch is of any size. Normalisation and weights are inside, so that nobody has
-to know them. In Python, with jax and flatbuffers alone:
+Input: uint8 [batch, height, width, 3], resized and cropped images; output: logits float32 [batch,
+classes]; any batch size. The file contains the weights and the normalisation. It needs only jax and
+flatbuffers:
 
     from jax import export
     logits = export.deserialize(open("convit_small.stablehlo", "rb").read()).call(images)
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from convit_jax.cli import define_weights, launch, load_weights
 from convit_jax.errors import UserError
-from convit_jax.weights.writer import whole_file
+from convit_jax.rundir import atomic_write, disk_errors
+
+if TYPE_CHECKING:
+    import jax.export
+
+    from convit_jax.weights.formats import Pretrained
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-def define():
+def _define_flags() -> None:
     define_weights()
-    flags.DEFINE_list("platforms", ["cpu", "cuda"], f"Where it shall run, of {', '.join(PLATFORMS)}.")
-    flags.DEFINE_bool("overwrite", False, "Replace OUTPUT if it exists.")
+    flags.DEFINE_list("platforms", ["cpu", "cuda"], f"Where the file can run, of {', '.join(PLATFORMS)}.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing OUTPUT.")
 
 
-def main(arguments):
-    """Export what the flags say."""
+def main(arguments: list[str]) -> None:
+    """Exports the weights that the flags name to OUTPUT."""
     if len(arguments) != 1:
-        raise UserError(f"give one OUTPUT, not {len(arguments)} arguments; --help explains them.")
+        raise UserError(f"give one OUTPUT, not {len(arguments)} arguments; see --help.")
     unknown = [name for name in flags.FLAGS.platforms if name not in PLATFORMS]
     if unknown:
-        raise UserError(f"there is no platform {unknown[0]!r}: choose of {', '.join(PLATFORMS)}.")
+        raise UserError(f"there is no platform {unknown[0]!r}: choose from {', '.join(PLATFORMS)}.")
     output = Path(arguments[0]).expanduser()
     if output.exists() and not flags.FLAGS.overwrite:
         raise UserError(f"{output} exists: give another OUTPUT, or add --overwrite to replace it.")
-    loaded = load_weights()
-    exported = export(loaded, flags.FLAGS.platforms)
-    with whole_file(output) as file:
+    exported = export(load_weights(), flags.FLAGS.platforms)
+    with disk_errors(output), atomic_write(output, "wb") as file:
         file.write(exported.serialize())
     (images,), (logits,) = exported.in_avals, exported.out_avals
     print(f"{output}: {images.str_short()} -> {logits.str_short()}, for {', '.join(exported.platforms)}")
 
 
-def export(loaded, platforms):
-    """The jax.export.Exported of a Pretrained: uint8 [b, H, W, C] -> logits float32 [b, classes].
+def export(loaded: "Pretrained", platforms: list[str]) -> "jax.export.Exported":
+    """Returns the exported network: uint8 [b, H, W, C] -> logits float32 [b, classes].
 
-    Without cuDNN's kernel and unrolled blocks, of which the format cannot hold the calls.
+    It has neither cuDNN's kernel nor unrolled blocks, which the format cannot hold.
     """
     import jax
     from jax import export as jax_export
 
     from convit_jax.data.augment import normalize
-    from convit_jax.weights.pretrained import behaving
+    from convit_jax.weights.pretrained import with_behaviour
 
-    loaded = behaving(loaded, attention="xla", scan_unroll=1)
+    loaded = with_behaviour(loaded, attention="xla", scan_unroll=1)
     model, how, s = loaded.model(), loaded.preprocessing, loaded.settings
     (batch,) = jax_export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, *s["image_size"], s["in_chans"]), "uint8")
@@ -65,4 +70,4 @@ def export(loaded, platforms):
 
 
 if __name__ == "__main__":
-    launch("export", main, define=define, arguments="OUTPUT")
+    launch("export", main, define=_define_flags, arguments="OUTPUT")

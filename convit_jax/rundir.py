@@ -36,8 +36,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         remedy = "free some space" if error.errno in NO_SPACE else "check the path and its permissions"
         raise UserError(
-            f"cannot write {path} ({error.strerror}): {remedy} and run the same command again; "
-            "a run continues from its last checkpoint."
+            f"cannot write {path} ({error.strerror}): {remedy} and run the same command again."
         ) from error
 
 

@@ -24,6 +24,8 @@ import numpy as np
 import pytest
 from absl import flags
 
+from convit_jax.rundir import checkpoint_steps
+
 ROOT = Path(__file__).parents[1]
 QUICK = os.environ["XLA_FLAGS"]  # for processes that tests start; here there are eight devices beside it
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
@@ -55,23 +57,18 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def xla_for_cudnn(monkeypatch):
-    """As on a GPU that has cuDNN's attention, with XLA in the kernel's place."""
+    """Layers take the way around cuDNN's attention, as on a GPU that has it, and XLA computes it."""
     from convit_jax.models import kernels
 
-    monkeypatch.setattr(kernels, "available", lambda: True)
-    monkeypatch.setattr(kernels, "IMPLEMENTATION", "xla")
+    monkeypatch.setattr(kernels, "cudnn_available", lambda: True)
+    monkeypatch.setattr(kernels.CudnnBackend, "implementation", "xla")
 
 
 @pytest.fixture
-def digits_config(monkeypatch):
-    """configs/digits.py with a model so small that a step takes milliseconds: 18 steps an epoch.
-
-    Curves, which take longer than its training, are not drawn; `monkeypatch.undo()` draws them.
-    """
+def digits_config():
+    """configs/digits.py with a model so small that a step takes milliseconds: 18 steps an epoch."""
     from configs import digits
-    from convit_jax.training import loop
 
-    monkeypatch.setattr(loop, "draw_curves", lambda run, directory: [directory / "curves.png"])
     config = digits.get_config()
     config.batch_size = 80
     config.epochs = 2
@@ -133,15 +130,15 @@ def tfds_data(tmp_path):
 
 def saved(workdir, step=None):
     """The tree of arrays in a run's checkpoint of a step, by default the latest, on one device."""
-    from convit_jax.training import checkpoint
+    from orbax.checkpoint import v1 as ocp
 
-    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", {})
-    step = checkpoints.latest.step if step is None else step
+    step = max(checkpoint_steps(workdir)) if step is None else step
+    path = (workdir / "checkpoints" / str(step)).absolute()
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = checkpoints.metadata(step).metadata
-    tree = checkpoint.restore(checkpoints, shapes, jax.tree.map(lambda _: here, shapes), step)
-    checkpoint.close(checkpoints)
-    return tree
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), ocp.metadata(path).metadata
+    )
+    return ocp.load(path, wanted)
 
 
 def assert_same(one, other, **tolerance):

@@ -1,36 +1,37 @@
-"""Makes checkpoint files that lie: zip archives and pickles with any content, without PyTorch."""
+"""Makes checkpoint files with any content, also false ones, without PyTorch."""
 
+import io
 import pickle
-import struct
-import zlib
+import zipfile
 
+import numpy as np
+
+STORAGES = {"float32": "Float", "float64": "Double", "float16": "Half", "int64": "Long"}
 TENSOR_V2 = "torch._utils._rebuild_tensor_v2"
 
 
-def raw_zip(members, method=0, sizes=(), places=()):
-    """A zip archive of {name: bytes}; `sizes` and `places` of members may be false."""
-    body, directory = b"", b""
-    for name, data in members.items():
-        packed = zlib.compress(data, wbits=-15) if method else data
-        common = struct.pack("<5HL", 20, 0, method, 0, 0, zlib.crc32(data))
-        common += struct.pack("<2L", dict(sizes).get(name, len(packed)), dict(sizes).get(name, len(data)))
-        common += struct.pack("<2H", len(name), 0)
-        place = dict(places).get(name, len(body))
-        body += b"PK\3\4" + common + name.encode() + packed
-        directory += b"PK\1\2\0\0" + common + struct.pack("<3H2L", 0, 0, 0, 0, place) + name.encode()
-    return body + directory + zip_end(len(members), len(directory), len(body))
+def torch_zip(program, storages=(), method=zipfile.ZIP_STORED, **more):
+    """A zip archive as torch.save makes it, around a pickle, the storages "0", "1", ..., and more members."""
+    members = {"data.pkl": program, **{f"data/{key}": data for key, data in enumerate(storages)}, **more}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(f"archive/{name}", data)
+    return file.getvalue()
 
 
-def zip_end(count, length, place):
-    return struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, length, place, 0)
+def save_torch(path, tensors):
+    """Writes {name: array} as torch.save writes a state dict."""
+    arrays = [np.ascontiguousarray(array) for array in tensors.values()]
+    items = b"".join(
+        value(name) + rebuilt(0, array.shape, strides_of(array), of=storage(array.size, key, array.dtype))
+        for key, (name, array) in enumerate(zip(tensors, arrays, strict=True))
+    )
+    path.write_bytes(torch_zip(program(b"}(", items, b"u"), [array.tobytes() for array in arrays]))
 
 
-def torch_zip(program, storage=None):
-    """A zip archive as torch.save makes it, around a pickle and perhaps the storage "0"."""
-    members = {"archive/data.pkl": program}
-    if storage is not None:
-        members["archive/data/0"] = storage
-    return raw_zip(members)
+def strides_of(array):
+    return tuple(stride // array.itemsize for stride in array.strides)
 
 
 def value(item):
@@ -49,16 +50,17 @@ def program(*parts):
 
 
 def call(name, *arguments):
-    """The pickle that calls a name with plain arguments."""
-    return program(named(name), value(arguments), pickle.REDUCE)
+    """The instructions that call a name with plain arguments."""
+    return named(name) + value(arguments) + pickle.REDUCE
 
 
-def storage(count, key="0", dtype="torch.FloatStorage", more=b""):
-    """The instructions for a storage that lies in the file."""
-    return b"(" + value("storage") + named(dtype) + value(key) + value("cpu") + value(count) + more + b"tQ"
+def storage(count, key=0, dtype="float32", kind=None):
+    """The instructions for a storage in the file."""
+    kind = kind or f"torch.{STORAGES[str(dtype)]}Storage"
+    return b"(" + value("storage") + named(kind) + value(str(key)) + value("cpu") + value(count) + b"tQ"
 
 
-def tensor(*arguments, of=None, name=TENSOR_V2):
-    """The pickle of a tensor made with (offset, shape, strides, ...), of a storage of four numbers."""
+def rebuilt(*arguments, of=None, name=TENSOR_V2, more=(False, {})):
+    """The instructions for a tensor of (offset, shape, strides), by default of a storage of four numbers."""
     of = storage(4) if of is None else of
-    return program(named(name), b"(", of, *map(value, arguments), b"tR")
+    return named(name) + b"(" + of + b"".join(map(value, (*arguments, *more))) + b"tR"

@@ -36,7 +36,11 @@ WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
             [WEIGHTS, "--checkpiont=x"],
             "Unknown command line flag 'checkpiont'. Did you mean: checkpoint",
         ),
-        ("export", [WEIGHTS, "--platforms=cpu,gpu", "x"], "there is no platform 'gpu': choose of cpu, cuda"),
+        (
+            "export",
+            [WEIGHTS, "--platforms=cpu,gpu", "x"],
+            "there is no platform 'gpu': choose from cpu",
+        ),
         ("export", [WEIGHTS], "give one OUTPUT, not 0 arguments"),
     ],
 )

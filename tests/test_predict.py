@@ -15,7 +15,7 @@ from convit_jax.errors import UserError
 from convit_jax.export import export
 from convit_jax.predict import find_images, read_bytes
 from convit_jax.weights import pretrained
-from convit_jax.weights.formats import save
+from convit_jax.weights.formats import save_converted
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 NAMES = ("n01440764", "n02123045", *"cdefghij")
@@ -24,7 +24,7 @@ NAMES = ("n01440764", "n02123045", *"cdefghij")
 @pytest.fixture
 def weights(tmp_path):
     loaded = pretrained.load(ROOT / "tests/golden/convit_golden.pth")
-    save(dataclasses.replace(loaded, class_names=NAMES), tmp_path / "w")
+    save_converted(dataclasses.replace(loaded, class_names=NAMES), tmp_path / "w")
     return tmp_path / "w"
 
 
@@ -91,7 +91,7 @@ def test_files_folders_and_patterns(image_folder):
 )
 def test_an_exported_network_gives_the_same_logits_at_any_batch_size(behaviour, xla_for_cudnn):
     loaded = pretrained.load(ROOT / "tests/golden/convit_golden.pth")
-    loaded = pretrained.behaving(loaded, **behaviour)
+    loaded = pretrained.with_behaviour(loaded, **behaviour)
     exported = jax.export.deserialize(export(loaded, ["cpu", "cuda"]).serialize())
     assert exported.platforms == ("cpu", "cuda")
     model, how = loaded.model(), loaded.preprocessing

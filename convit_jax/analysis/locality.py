@@ -29,7 +29,9 @@ def centres_and_spans(model: VisionTransformer) -> tuple[jax.Array, jax.Array]:
       (centres float32 [GPSA blocks, heads, 2], spans float32 [GPSA blocks, heads]). A span is the root of the
       mean of the variances along x and y.
     """
-    weights = model.gpsa_blocks.attn.pos_proj.kernel[...].astype(jnp.float32)  # [L, 3, H]
+    attn = model.gpsa_blocks and model.gpsa_blocks.attn
+    assert isinstance(attn, GatedPositionalSelfAttention)
+    weights = attn.pos_proj.kernel[...].astype(jnp.float32)  # [L, 3, H]
 
     def along(slope: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         offset = jnp.arange(1 - size, size, dtype=jnp.float32)

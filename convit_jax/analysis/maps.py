@@ -130,6 +130,7 @@ def init_maps(
     patch = query[0] * columns + query[1]
     content = None if image is None else layer_maps(model, image, query)[0].content
     attn = model.blocks[0].attn
+    assert isinstance(attn, GatedPositionalSelfAttention)
 
     def position() -> np.ndarray:
         maps = attn.positional_probabilities()

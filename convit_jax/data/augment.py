@@ -1,43 +1,92 @@
-"""What happens to a batch on the device, before mixup: shift, flip, RandAugment, colours, normalise, erase.
+"""Augmentation on the device, before mixup: shift, flip, RandAugment, colours, normalisation, erasing.
 
-Every draw is keyed by (seed, step) and the example's row in the global batch, so it does not depend on how
-many devices share the batch. Up to normalising, images are uint8: every operation rounds as Pillow does.
+Every draw depends on the key of the step and on the row in the global batch, so it is the same on any number
+of devices. Images are uint8 up to normalisation, and every operation rounds as Pillow does.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from convit_jax.data import image_ops
 from convit_jax.data.randaugment import randaugment
 
-
-def normalize(images, mean, std):
-    """uint8 [B, H, W, 3] -> float32, (images / 255 - mean) / std per channel."""
-    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
+LARGEST_ERASED = 1 / 3  # share of the image's area
+LONGEST_ERASED = 1 / 0.3  # ratio of the sides of an erased box
 
 
-def random_shift(images, padding, key):
-    """Random crop of the black-padded image (torchvision's RandomCrop): uint8 [B, H, W, C] -> the same."""
+def augment(
+    images: jax.Array, key: jax.Array, settings: ConfigDict, *, mean: Sequence[float], std: Sequence[float]
+) -> jax.Array:
+    """Returns training images as the model sees them, except for mixup and cutmix.
+
+    The order of timm's `transforms_imagenet_train`. The host has already done the random resized crop.
+
+    Args:
+      images: uint8 [B, H, W, 3].
+      key: PRNG key of the step.
+      settings: config.augment.
+      mean: of each channel, for pixels in 0..1.
+      std: the same.
+
+    Returns:
+      float32 [B, H, W, 3], normalised.
+    """
+    keys = stage_keys(key)
+    if settings.crop == "pad" and settings.padding > 0:
+        images = random_shift(images, settings.padding, keys["shift"])
+    if settings.hflip:
+        images = random_flip(images, keys["flip"])
+    if settings.policy == "randaugment":
+        fill = [min(255, round(255 * value)) for value in mean]
+        images = randaugment(images, keys["policy"], settings, fill)
+    elif settings.policy == "three_augment":
+        images = three_augment(images, keys["policy"])
+    if settings.color_jitter > 0:
+        images = color_jitter(images, keys["jitter"], settings.color_jitter)
+    images = normalize(images, mean, std)
+    if settings.erase_prob > 0:
+        images = random_erasing(images, keys["erase"], settings.erase_prob)
+    return images
+
+
+def stage_keys(key: jax.Array) -> dict[str, jax.Array]:
+    """Returns a key for each stage, so that leaving out one stage does not change the others."""
+    names = ("shift", "flip", "policy", "jitter", "erase")
+    return dict(zip(names, jax.random.split(key, len(names)), strict=True))
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Returns (images / 255 - mean) / std per channel, float32, for uint8 [B, H, W, 3]."""
+    means, stds = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    return (images.astype(jnp.float32) / 255.0 - means) / stds
+
+
+def random_shift(images: jax.Array, padding: int, key: jax.Array) -> jax.Array:
+    """Returns random crops of the black-padded images [B, H, W, C] (torchvision's `RandomCrop`)."""
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
 
-    def cut(image, corner):
+    def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])
 
     return jax.vmap(cut)(padded, corners)
 
 
-def random_flip(images, key):
-    """Each image [B, H, W, C] mirrored left to right with probability 0.5."""
+def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns the images [B, H, W, C], half of them mirrored (torchvision's `RandomHorizontalFlip`)."""
     flip = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
     return jnp.where(flip, images[:, :, ::-1], images)
 
 
-def three_augment(images, key):
-    """Grey, solarized from 128 up, or blurred with sigma 0.1 to 2 pixels (DeiT III, arXiv 2204.07118)."""
+def three_augment(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns each image grey, solarized from 128 or blurred with sigma 0.1 to 2 pixels.
+
+    The 3-Augment of DeiT III (arXiv 2204.07118, `new_data_aug_generator`). uint8 [B, H, W, 3].
+    """
     choice_key, sigma_key = jax.random.split(key)
     choice = jax.random.randint(choice_key, (images.shape[0], 1, 1, 1), 0, 3)
     sigma = jax.random.uniform(sigma_key, (images.shape[0],), minval=0.1, maxval=2.0)
@@ -47,8 +96,11 @@ def three_augment(images, key):
     return jnp.where(choice == 2, blurred, plain)
 
 
-def color_jitter(images, key, strength):
-    """Brightness, contrast, saturation by 1 +- strength, in random order (torchvision's ColorJitter)."""
+def color_jitter(images: jax.Array, key: jax.Array, strength: float) -> jax.Array:
+    """Returns the images uint8 [B, H, W, 3] with brightness, contrast and saturation changed in random order.
+
+    The factors are uniform in 1 +- strength (torchvision's `ColorJitter` without hue).
+    """
     order_key, factor_key = jax.random.split(key)
     shape = (images.shape[0], 3)
     order = jnp.argsort(jax.random.uniform(order_key, shape), axis=1)
@@ -62,14 +114,29 @@ def color_jitter(images, key, strength):
     return images
 
 
-LARGEST_ERASED, LONGEST_ERASED = 1 / 3, 1 / 0.3  # share of the image's area; h / w, or w / h
+def random_erasing(images: jax.Array, key: jax.Array, prob: float) -> jax.Array:
+    """Returns the images float32 [B, H, W, C], a share `prob` of them with a box of N(0, 1) noise.
+
+    timm's `RandomErasing` in mode "pixel".
+    """
+    box_key, noise_key = jax.random.split(key)
+    rows, height, width, channels = images.shape
+    boxes = erasing_boxes(box_key, rows, height, width, prob)
+    top, bottom, left, right = (edge[:, None, None] for edge in boxes)
+    y, x = jnp.arange(height)[:, None], jnp.arange(width)
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    # Noise is drawn for the box and looked up, which is cheaper than drawing it for the whole image.
+    noise = jax.random.normal(noise_key, (rows, largest_erased(height, width), channels))
+    place = jnp.where(inside, (y - top) * (right - left) + x - left, 0).reshape(rows, -1, 1)
+    noise = jnp.take_along_axis(noise, place, axis=1, mode="promise_in_bounds")
+    return jnp.where(inside[..., None], noise.reshape(images.shape), images)
 
 
-def erasing_boxes(key, rows, height, width, prob):
-    """Boxes of timm's RandomErasing: (top, bottom, left, right), int32 [rows] each; empty for no erasing.
+def erasing_boxes(key: jax.Array, rows: int, height: int, width: int, prob: float) -> tuple[jax.Array, ...]:
+    """Returns boxes as timm's `RandomErasing` draws them: (top, bottom, left, right), int32 [rows] each.
 
-    The first of ten tries that is smaller than the image: 2 % to 1/3 of its area, log-uniform aspect h / w
-    of 0.3 to 1 / 0.3, a uniform position.
+    A box is the first of ten that is smaller than the image. Its area is 2 % to 1/3 of the image, its
+    height / width log-uniform in 0.3 to 1 / 0.3, its place uniform. It is empty where nothing is erased.
     """
     on_key, area_key, aspect_key, y_key, x_key = jax.random.split(key, 5)
     tries = (rows, 10)
@@ -87,59 +154,8 @@ def erasing_boxes(key, rows, height, width, prob):
     return top, top + h, left, left + w
 
 
-def most_erased(height, width):
-    """Pixels of the largest box that erasing_boxes can give; rounding adds at most a half to each side."""
+def largest_erased(height: int, width: int) -> int:
+    """Returns the pixels of the largest box of `erasing_boxes`; rounding adds at most 1/2 to each side."""
     area = LARGEST_ERASED * height * width
     sides = math.sqrt(area * LONGEST_ERASED) + math.sqrt(area / LONGEST_ERASED)
     return math.ceil(area + sides / 2 + 1 / 4)
-
-
-def random_erasing(images, key, prob):
-    """A random box of some images replaced by N(0, 1) a value (timm's mode "pixel"): float32 [B, H, W, C]."""
-    box_key, noise_key = jax.random.split(key)
-    rows, height, width, channels = images.shape
-    boxes = erasing_boxes(box_key, rows, height, width, prob)
-    top, bottom, left, right = (edge[:, None, None] for edge in boxes)
-    y, x = jnp.arange(height)[:, None], jnp.arange(width)
-    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-    # Noise is drawn for a box and not for the whole image: drawing costs more than looking it up.
-    noise = jax.random.normal(noise_key, (rows, most_erased(height, width), channels))
-    place = jnp.where(inside, (y - top) * (right - left) + x - left, 0).reshape(rows, -1, 1)
-    noise = jnp.take_along_axis(noise, place, axis=1, mode="promise_in_bounds")
-    return jnp.where(inside[..., None], noise.reshape(images.shape), images)
-
-
-def stage_keys(key):
-    """A key for each stage: leaving one out changes no other."""
-    names = ("shift", "flip", "policy", "jitter", "erase")
-    return dict(zip(names, jax.random.split(key, len(names)), strict=True))
-
-
-def augment(images, key, settings, *, mean, std):
-    """uint8 [B, H, W, 3] -> float32, augmented and normalised.
-
-    Args:
-      settings: config.augment. mean, std: of each channel of pixels in 0..1.
-    """
-    keys = stage_keys(key)
-    if settings.crop == "pad" and settings.padding > 0:  # "resized" was done by the host
-        images = random_shift(images, settings.padding, keys["shift"])
-    if settings.hflip:
-        images = random_flip(images, keys["flip"])
-    if settings.policy == "randaugment":
-        images = randaugment(
-            images,
-            keys["policy"],
-            magnitude=settings.magnitude,
-            magnitude_std=settings.magnitude_std,
-            num_ops=settings.num_ops,
-            fill=[min(255, round(255 * value)) for value in mean],
-        )
-    elif settings.policy == "three_augment":
-        images = three_augment(images, keys["policy"])
-    if settings.color_jitter > 0:
-        images = color_jitter(images, keys["jitter"], settings.color_jitter)
-    images = normalize(images, mean, std)
-    if settings.erase_prob > 0:
-        images = random_erasing(images, keys["erase"], settings.erase_prob)
-    return images

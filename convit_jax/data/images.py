@@ -1,4 +1,4 @@
-"""One image on the host: decoding, the boxes of random and central crops, resizing; all with Pillow."""
+"""One image on the host, with Pillow: decode, choose a crop, resize."""
 
 import io
 import math
@@ -8,11 +8,25 @@ from PIL import Image, UnidentifiedImageError
 
 from convit_jax.errors import UserError
 
+Picture = Image.Image | np.ndarray  # RGB, or uint8 [H, W, 3]
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
-def decode(record, name):
-    """A record of a source as a PIL image in RGB, or as the uint8 array that it already is.
+AREA = (0.08, 1.0)  # of a random crop, share of the image
+ASPECT = (3 / 4, 4 / 3)  # of a random crop, width / height
 
-    As timm and torchvision do it: alpha is dropped, EXIF's orientation is ignored.
+
+def decode(record: bytes | np.ndarray, name: str) -> Picture:
+    """Returns a record of a source as an RGB image.
+
+    As in timm and torchvision, alpha is dropped and the EXIF orientation is ignored. 16-bit images keep their
+    upper eight bits.
+
+    Args:
+      record: content of an image file, or uint8 [H, W, 3], which is returned as it is.
+      name: of the image, for the error message.
+
+    Raises:
+      UserError: the file is not an image or is damaged.
     """
     if isinstance(record, np.ndarray):
         return record
@@ -21,40 +35,61 @@ def decode(record, name):
             image.load()
             if image.mode == "RGB":
                 return image
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                image = Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # else Pillow warns
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                upper = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+                return Image.fromarray(upper).convert("RGB")
+            if image.mode == "P" and "transparency" in image.info:  # converted directly, Pillow warns
+                return image.convert("RGBA").convert("RGB")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        reason = "unknown image format" if isinstance(error, UnidentifiedImageError) else str(error)
         reason = reason if record else "it is empty, 0 bytes"
         raise UserError(f"cannot decode the image {name} ({reason}): replace or remove the file.") from error
 
 
-def random_resized_crop_box(width, height, rng, *, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """(left, top, right, bottom) of torchvision's RandomResizedCrop in an image of width x height pixels."""
+def random_resized_crop(image: Picture, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Returns a random part of an image, resized to (height, width): uint8 [height, width, 3]."""
+    return crop_resize(image, size, random_resized_crop_box(*width_height(image), rng))
+
+
+def random_resized_crop_box(width: int, height: int, rng: np.random.Generator) -> Box:
+    """Draws the box of a random resized crop, as torchvision's `RandomResizedCrop` and timm's.
+
+    The area is uniform in `AREA` and the aspect log-uniform in `ASPECT`. If none of ten draws fits into the
+    image of width x height pixels, the box is the largest central one with an aspect in `ASPECT`.
+    """
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        area = width * height * rng.uniform(*AREA)
+        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    w, h = width, height  # no luck: the central crop nearest in shape
-    if width / height < ratio[0]:
-        h = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        w = round(height * ratio[1])
+    w, h = width, height
+    if width / height < ASPECT[0]:
+        h = round(width / ASPECT[0])
+    elif width / height > ASPECT[1]:
+        w = round(height * ASPECT[1])
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def centre_crop(image, size, crop_ratio, interpolation="bicubic"):
-    """Resize the short side to size / crop_ratio, then cut the centre of size (h, w): uint8 [h, w, 3].
+def centre_crop(
+    image: Picture, size: tuple[int, int], crop_ratio: float, interpolation: str = "bicubic"
+) -> np.ndarray:
+    """Resizes the short side to size / crop_ratio and cuts the centre, as timm's `transforms_imagenet_eval`.
 
-    Rounded as torchvision and timm round, and in two passes as they do: one resampling of the box that
-    remains is faster by a third but not the same, since Pillow orders its passes by cost.
+    Sizes are rounded as torchvision's `Resize` and `CenterCrop` round them. Resampling only the box that
+    remains would be a third faster but gives other pixels, because Pillow orders its two passes by cost.
+
+    Args:
+      image: the whole image.
+      size: (height, width) of the result.
+      crop_ratio: share of the resized short side that remains.
+      interpolation: a Pillow filter, in lower case.
+
+    Returns:
+      uint8 [height, width, 3].
     """
     (h, w), (width, height) = size, width_height(image)
     short_h, short_w = math.floor(h / crop_ratio), math.floor(w / crop_ratio)
@@ -67,11 +102,10 @@ def centre_crop(image, size, crop_ratio, interpolation="bicubic"):
     return resized[top : top + h, left : left + w]
 
 
-def crop_resize(image, size, box, interpolation="bicubic"):
-    """Cut box (left, top, right, bottom) out of an image and resize it, with antialiasing.
-
-    size: (h, w) of the result, uint8 [h, w, 3]. interpolation: one of Pillow's, in lower case.
-    """
+def crop_resize(
+    image: Picture, size: tuple[int, int], box: Box, interpolation: str = "bicubic"
+) -> np.ndarray:
+    """Returns a box of an image, resized to (height, width) with antialiasing: uint8 [height, width, 3]."""
     width, height = width_height(image)
     whole = tuple(box) == (0, 0, width, height)
     if whole and (height, width) == tuple(size):
@@ -82,6 +116,6 @@ def crop_resize(image, size, box, interpolation="bicubic"):
     return np.asarray(cut.resize((size[1], size[0]), Image.Resampling[interpolation.upper()]))
 
 
-def width_height(image):
-    """(width, height) of a PIL image or an array [H, W, 3]."""
+def width_height(image: Picture) -> tuple[int, int]:
+    """Returns (width, height) in pixels."""
     return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size

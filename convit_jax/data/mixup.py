@@ -1,23 +1,60 @@
-"""Mixup and cutmix of a batch with its reverse, and the soft labels that belong to them.
-
-As timm's Mixup in batch mode, which the recipe uses: one choice and one lambda for a batch,
-label smoothing within the labels.
-"""
+"""Mixup and cutmix of a batch with its reverse, and the soft labels (timm's `Mixup` in mode "batch")."""
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 
-def soft_labels(labels, num_classes, smoothing):
-    """int [B] -> float32 [B, num_classes]: 1 - s + s / C on the label, s / C elsewhere."""
+def mix_batch(
+    images: jax.Array, labels: jax.Array, key: jax.Array, settings: ConfigDict, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mixes each image with its partner in the reversed batch, by one choice and one lambda for the batch.
+
+    Args:
+      images: float32 [B, H, W, C].
+      labels: int32 [B].
+      key: PRNG key.
+      settings: config.augment; reads mixup (arXiv 1710.09412), cutmix (arXiv 1905.04899), mix_prob,
+        mix_switch_prob and label_smoothing.
+      num_classes: length of the soft labels.
+
+    Returns:
+      (images, soft labels float32 [B, num_classes]).
+    """
+    mixup, cutmix = settings.mixup, settings.cutmix
+    targets = soft_labels(labels, num_classes, settings.label_smoothing)
+    if settings.mix_prob == 0.0 or (mixup == 0.0 and cutmix == 0.0):
+        return images, targets
+    on_key, switch_key, lam_key, box_key = jax.random.split(key, 4)
+    height, width = images.shape[1:3]
+    if mixup == 0.0 or cutmix == 0.0:
+        use_cutmix = jnp.asarray(mixup == 0.0)
+    else:
+        use_cutmix = jax.random.bernoulli(switch_key, settings.mix_switch_prob)
+    alpha = jnp.where(use_cutmix, cutmix, mixup)
+    lam = jax.random.beta(lam_key, alpha, alpha)
+    top, bottom, left, right = cutmix_box(box_key, lam, height, width)
+    cutmix_lam = 1.0 - ((bottom - top) * (right - left)) / (height * width)  # of the box as cut
+    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
+    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    lam = jnp.where(use_cutmix, cutmix_lam, lam)
+    lam = jnp.where(jax.random.bernoulli(on_key, settings.mix_prob), lam, 1.0)
+    # The share of the image itself in each pixel: 1 outside and 0 inside the box, or lambda everywhere.
+    share = jnp.where(use_cutmix & (lam < 1.0), 1.0 - inside, lam)[None, :, :, None]
+    mixed = images * share + images[::-1] * (1.0 - share)
+    return mixed, targets * lam + targets[::-1] * (1.0 - lam)
+
+
+def soft_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
+    """Returns 1 - s + s / C at the label and s / C elsewhere, float32 [B, num_classes] (`mixup_target`)."""
     off = smoothing / num_classes
     return jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + off
 
 
-def cutmix_box(key, lam, height, width):
-    """(top, bottom, left, right) of a box of area 1 - lam around a random centre, cut at the borders.
+def cutmix_box(key: jax.Array, lam: jax.Array, height: int, width: int) -> tuple[jax.Array, ...]:
+    """Returns (top, bottom, left, right) of a box of area 1 - lam around a random centre.
 
-    An odd side loses a pixel, as in the timm of the original's time; timm 1.0 keeps it.
+    timm's `rand_bbox`: the box is cut at the borders, and an odd side loses a pixel (timm 1.0 keeps it).
     """
     y_key, x_key = jax.random.split(key)
     side = jnp.sqrt(1.0 - lam)
@@ -29,38 +66,3 @@ def cutmix_box(key, lam, height, width):
         jnp.clip(x - half_w, 0, width),
         jnp.clip(x + half_w, 0, width),
     )
-
-
-def mix(images, labels, key, *, num_classes, smoothing, mixup, cutmix, prob, switch_prob):
-    """Mix a batch with its reverse.
-
-    Args:
-      images: float32 [B, H, W, C]. labels: int32 [B]. key: PRNG key of the step.
-      num_classes, smoothing: of the soft labels.
-      mixup, cutmix: alpha of the Beta distribution of each lambda; 0 turns it off.
-      prob: of mixing a batch at all. switch_prob: of cutmix where both are on.
-
-    Returns:
-      (images, soft labels float32 [B, num_classes]).
-    """
-    targets = soft_labels(labels, num_classes, smoothing)
-    if prob == 0.0 or (mixup == 0.0 and cutmix == 0.0):
-        return images, targets
-    on_key, switch_key, lam_key, box_key = jax.random.split(key, 4)
-    height, width = images.shape[1:3]
-    if mixup == 0.0 or cutmix == 0.0:
-        use_cutmix = jnp.asarray(mixup == 0.0)
-    else:
-        use_cutmix = jax.random.bernoulli(switch_key, switch_prob)
-    alpha = jnp.where(use_cutmix, cutmix, mixup)
-    lam = jax.random.beta(lam_key, alpha, alpha)
-    top, bottom, left, right = cutmix_box(box_key, lam, height, width)
-    cutmix_lam = 1.0 - ((bottom - top) * (right - left)) / (height * width)  # of the box as cut
-    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
-    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-    lam = jnp.where(use_cutmix, cutmix_lam, lam)
-    lam = jnp.where(jax.random.bernoulli(on_key, prob), lam, 1.0)
-    # The share of the image itself, per pixel: 1 outside and 0 inside the box, or lambda everywhere.
-    share = jnp.where(use_cutmix & (lam < 1.0), 1.0 - inside, lam)[None, :, :, None]
-    mixed = images * share + images[::-1] * (1.0 - share)
-    return mixed, targets * lam + targets[::-1] * (1.0 - lam)

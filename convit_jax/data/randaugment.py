@@ -1,96 +1,103 @@
-"""RandAugment (Cubuk et al., arXiv 1909.13719) as timm's rand-m9-mstd0.5-inc1 draws it, on the device.
+"""RandAugment (Cubuk et al., arXiv 1909.13719) on the device, as timm's rand-m9-mstd0.5-inc1.
 
-Each of num_ops layers draws one of fifteen operations for an image and applies it with probability 0.5. Its
-magnitude m ~ N(magnitude, magnitude_std), cut to 0..10, and a random sign give its setting; l = m / 10:
-    Rotate +-30 l degrees; Shear +-0.3 l; Translate +-0.45 l of the side; Posterize to 4 - int(4 l) bits;
-    Solarize from 256 - int(256 l) up; SolarizeAdd int(110 l); Color, Contrast, Brightness, Sharpness
-    max(0.1, 1 +- 0.9 l); AutoContrast, Equalize and Invert have none.
-They are three kernels: a bicubic affine warp, a lookup table a channel, a blend with a degenerate image.
+Each of num_ops layers draws one of fifteen operations for an image and applies it with probability 0.5. The
+magnitude is m ~ N(magnitude, magnitude_std), clipped to 0..10, and the sign is random. With l = m / 10:
+
+    Rotate                               +-30 l degrees
+    ShearX, ShearY                       +-0.3 l
+    TranslateX, TranslateY               +-0.45 l of the side
+    Posterize                            4 - int(4 l) bits remain
+    Solarize                             inverts values from 256 - int(256 l)
+    SolarizeAdd                          adds int(110 l) to values below 128
+    Color, Contrast, Brightness, Sharpness   factor max(0.1, 1 +- 0.9 l)
+    AutoContrast, Equalize, Invert       no magnitude
+
+They reduce to a bicubic affine warp, a lookup table for each channel, and a blend with a degenerate image,
+which for Sharpness is a smoothed one.
 """
 
 import enum
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from convit_jax.data import image_ops
-
-
-class Op(enum.IntEnum):
-    """The operations in timm's order; NONE leaves an image as it is."""
-
-    NONE = -1
-    AUTO_CONTRAST = 0
-    EQUALIZE = 1
-    INVERT = 2
-    ROTATE = 3
-    POSTERIZE = 4
-    SOLARIZE = 5
-    SOLARIZE_ADD = 6
-    COLOR = 7
-    CONTRAST = 8
-    BRIGHTNESS = 9
-    SHARPNESS = 10
-    SHEAR_X = 11
-    SHEAR_Y = 12
-    TRANSLATE_X = 13
-    TRANSLATE_Y = 14
-
 
 APPLY_PROB = 0.5  # of each drawn operation
 
 
-def randaugment(images, key, *, magnitude, magnitude_std, num_ops, fill):
-    """uint8 [B, H, W, 3] -> the same, each image through num_ops drawn operations.
-
-    fill: three values in 0..255 for what a warp brings in from outside the image.
-    """
-    draws = draw(key, images.shape[0], magnitude, magnitude_std, num_ops)
-
-    def layer(number, images):
-        return apply(images, *(x[:, number] for x in draws), fill)
-
-    # A loop and not Python's: XLA would fuse the layers and compute pixels of the first several times.
-    return jax.lax.fori_loop(0, num_ops, layer, images)
+# The operations in timm's order; NONE leaves an image unchanged.
+Op = enum.IntEnum(
+    "Op",
+    "NONE AUTO_CONTRAST EQUALIZE INVERT ROTATE POSTERIZE SOLARIZE SOLARIZE_ADD COLOR CONTRAST BRIGHTNESS "
+    "SHARPNESS SHEAR_X SHEAR_Y TRANSLATE_X TRANSLATE_Y",
+    start=-1,
+)
 
 
-def draw(key, rows, magnitude, magnitude_std, num_ops):
-    """Operations (NONE where not applied), magnitudes in 0..10 and signs: [rows, num_ops] each."""
-    op_key, apply_key, magnitude_key, sign_key = jax.random.split(key, 4)
-    shape = (rows, num_ops)
-    ops = jax.random.randint(op_key, shape, 0, len(Op) - 1)
-    ops = jnp.where(jax.random.bernoulli(apply_key, APPLY_PROB, shape), ops, Op.NONE)
-    magnitudes = jnp.clip(magnitude + magnitude_std * jax.random.normal(magnitude_key, shape), 0.0, 10.0)
-    return ops, magnitudes, jax.random.rademacher(sign_key, shape, jnp.float32)
-
-
-def apply(images, op, magnitude, sign, fill):
-    """One operation an image.
+def randaugment(images: jax.Array, key: jax.Array, settings: ConfigDict, fill: Sequence[int]) -> jax.Array:
+    """Returns each image after its random operations (timm's `rand_augment_transform`).
 
     Args:
       images: uint8 [B, H, W, 3].
-      op: int32 [B], of Op. magnitude: float32 [B], 0..10. sign: float32 [B], +1 or -1.
+      key: PRNG key.
+      settings: config.augment; reads num_ops, magnitude and magnitude_std.
+      fill: three values in 0..255 for pixels that a warp takes from outside the image.
+    """
+    draws = draw_operations(key, images.shape[0], settings)
+
+    def layer(number: jax.Array, images: jax.Array) -> jax.Array:
+        op, magnitude, sign = (x[:, number] for x in draws)
+        return apply_operation(images, op, magnitude, sign, fill)
+
+    # With a Python loop XLA would fuse the layers and compute pixels of the first several times.
+    return jax.lax.fori_loop(0, settings.num_ops, layer, images)
+
+
+def draw_operations(key: jax.Array, rows: int, settings: ConfigDict) -> tuple[jax.Array, ...]:
+    """Returns operations (`Op.NONE` if not applied), magnitudes in 0..10 and signs, [rows, num_ops] each."""
+    op_key, apply_key, magnitude_key, sign_key = jax.random.split(key, 4)
+    shape = (rows, settings.num_ops)
+    ops = jax.random.randint(op_key, shape, 0, len(Op) - 1)
+    ops = jnp.where(jax.random.bernoulli(apply_key, APPLY_PROB, shape), ops, Op.NONE)
+    noise = settings.magnitude_std * jax.random.normal(magnitude_key, shape)
+    magnitudes = jnp.clip(settings.magnitude + noise, 0.0, 10.0)
+    return ops, magnitudes, jax.random.rademacher(sign_key, shape, jnp.float32)
+
+
+def apply_operation(
+    images: jax.Array, op: jax.Array, magnitude: jax.Array, sign: jax.Array, fill: Sequence[int]
+) -> jax.Array:
+    """Returns each image after one operation (timm's `AugmentOp`).
+
+    Args:
+      images: uint8 [B, H, W, 3].
+      op: member of `Op` for each image, int32 [B].
+      magnitude: 0 to 10, float32 [B].
+      sign: +1 or -1, float32 [B].
       fill: three values in 0..255.
     """
     level = magnitude / 10.0
-    # No image has more than one operation, so the order of the kernels does not matter.
+    # An image has one operation at most, so the order of the kernels does not matter.
     warps = (op == Op.ROTATE) | (op >= Op.SHEAR_X)
-    matrices = affine_matrices(op, sign * level, *images.shape[1:3])
+    matrices = _affine_matrices(op, sign * level, *images.shape[1:3])
 
-    def warp(images, matrices):
+    def warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
         return image_ops.warp(images, matrices, fill)
 
     warped = image_ops.some_rows(warp, warps, images, matrices)
     images = jnp.where(warps[:, None, None, None], warped, images)
-    images = image_ops.look_up(images, tables(images, op, level))
-    return blend(images, op, sign * magnitude)
+    images = image_ops.look_up(images, _tables(images, op, level))
+    return _enhance(images, op, sign * magnitude)
 
 
-def affine_matrices(op, level, height, width):
-    """float32 [B, 2, 3] for image_ops.warp, of a signed level; the identity for other operations."""
+def _affine_matrices(op: jax.Array, level: jax.Array, height: int, width: int) -> jax.Array:
+    """Matrices for `image_ops.warp`, float32 [B, 2, 3]; the identity for other operations."""
 
-    def setting(which, value):
+    def setting(which: int, value: float) -> jax.Array:
         return jnp.where(op == which, value * level, 0.0)
 
     angle = setting(Op.ROTATE, math.radians(30.0))
@@ -103,8 +110,8 @@ def affine_matrices(op, level, height, width):
     return jnp.stack([first, jnp.stack([shear_y + sin, cos, shift_y], axis=-1)], axis=-2)
 
 
-def tables(images, op, level):
-    """uint8 [B, 256, 3] for image_ops.look_up; the identity for other operations."""
+def _tables(images: jax.Array, op: jax.Array, level: jax.Array) -> jax.Array:
+    """Tables for `image_ops.look_up`, uint8 [B, 256, 3]; the identity for other operations."""
     op, level = op[:, None, None], level[:, None, None]
     values = jnp.arange(256)[None, :, None]
     bits = 4 - (4 * level).astype(jnp.int32)  # 0 bits: black
@@ -125,11 +132,11 @@ def tables(images, op, level):
     return result.astype(jnp.uint8)
 
 
-def blend(images, op, magnitude):
-    """ImageEnhance's four operations with a signed magnitude."""
+def _enhance(images: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
+    """ImageEnhance's four operations with a signed magnitude; other operations leave the image unchanged."""
     changed = (op >= Op.COLOR) & (op <= Op.SHARPNESS)
     factor = (100.0 + 9.0 * magnitude) / 100.0  # 1 + 0.9 level, rounded once
-    factor = jnp.where(changed, jnp.maximum(0.1, factor), 1.0)  # factor 1 is the image itself
+    factor = jnp.where(changed, jnp.maximum(0.1, factor), 1.0)
     op = op[:, None, None, None]
     degenerate = jnp.where(op == Op.COLOR, image_ops.grey(images), 0)
     degenerate = jnp.where(op == Op.CONTRAST, image_ops.mean_grey(images), degenerate)

@@ -9,7 +9,7 @@ import numpy as np
 
 from convit_jax.data.augment import stage_keys
 from convit_jax.data.images import decode
-from convit_jax.data.randaugment import Op, draw
+from convit_jax.data.randaugment import Op, draw_operations
 from convit_jax.errors import UserError
 from convit_jax.training.step import augmented, step_keys
 
@@ -83,7 +83,7 @@ def drawn_operations(config, rows):
     if aug.policy != "randaugment":
         return [""] * rows
     key = stage_keys(step_keys(config.seed, 0)[0])["policy"]
-    draws = jax.device_get(draw(key, rows, aug.magnitude, aug.magnitude_std, aug.num_ops))
+    draws = jax.device_get(draw_operations(key, rows, aug))
     names = [list(map(operation_name, *row)) for row in zip(*draws, strict=True)]
     return ["\n".join(filter(None, row)) for row in names]
 

@@ -1,63 +1,237 @@
-"""Attention by cuDNN's fused kernel (FlashAttention), for bfloat16 on NVIDIA GPUs.
+"""How attention is computed: back ends, gradients, and what a block keeps for its gradient.
 
-Everything is [B, N, H, d], as projections give it: nothing is transposed for the kernel. The position of
-GPSA is one N x N map a head for all images, applied by a product over values laid out as [H, B, d, N]:
-on a GPU two more transpositions cost more than the arithmetic that the two factors would save.
+`attention.py` defines the layers. The two back ends compute the same up to rounding:
+
+- `XlaBackend`: products that XLA compiles for any device. Heads are next to the batch, [B, H, N, d], so that
+  every product is batched over leading axes.
+- `CudnnBackend`: cuDNN's fused kernel (FlashAttention), for bfloat16 on NVIDIA GPUs. Heads are next to the
+  channels, [B, N, H, d], as projections give them, so that nothing is transposed for the kernel.
+
+B: images, N: tokens, H: heads, d: channels of a head, D = H * d.
 """
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-IMPLEMENTATION = "cudnn"  # of jax.nn.dot_product_attention
+from convit_jax.models.layers import Linear
+
+# What a block keeps for its gradient besides its input: the results of matrix products, except the scores of
+# attention. Norms, GELU, softmax and the positional term (part of "mixed") are cheap and computed again.
+KEPT = (
+    "qkv",  # queries, keys, values
+    "attention",  # maps times values
+    "mixed",  # content plus position
+    "middle",  # tokens between attention and MLP
+    "hidden",  # fc1 of the MLP
+)
 
 
-def available():
-    """Whether the devices at hand are GPUs that have the kernel: NVIDIA's, from Ampere on."""
-    if "cuda" not in jax.extend.backend.get_backend().platform_version.lower():
-        return False
-    return float(jax.local_devices()[0].compute_capability) >= 8.0
-
-
-def keep(primitive, *_, **__):
-    """A jax.checkpoint policy: keep what the kernel gave, so that the gradient does not run it again.
-
-    By the name of JAX's primitive; a test says if it changes.
-    """
+def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a JAX primitive is cuDNN's forward kernel, which must not run again for the gradient."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
-def attention(q, k, v):
-    """softmax(q k / sqrt(d)) v, each [B, N, H, d]."""
-    tokens, lengths = q.shape[1], None
-    # JAX refuses the gradient of an odd number (check_is_flash_attention, which takes an empty bias for one).
-    # The lengths are all the same, so that it does not matter that they are not cut with the batch.
-    if tokens % 2:
-        lengths = jnp.full(q.shape[0], tokens, jnp.int32)
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=IMPLEMENTATION)
-    return out[:, :tokens]
+KEEP_PRODUCTS: Callable[..., Any] = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(*KEPT), _is_cudnn_attention
+)
+
+
+def scaled_scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Returns q k / sqrt(d), float32 [B, H, Q, N], of q [B, H, Q, d] and k [B, H, N, d]."""
+    scores = jnp.einsum("bhqd,bhnd->bhqn", q, k, preferred_element_type=jnp.float32)
+    return scores / math.sqrt(q.shape[-1])
+
+
+def _times_values(maps: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.einsum("bhqn,bhnd->bhqd", maps.astype(v.dtype), v)
 
 
 @jax.custom_vjp
-def over_tokens(maps, v):
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Returns softmax(q k / sqrt(d)) v, in the dtype of v, keeping no attention map for the gradient.
+
+    Rows are divided by their sums after the product with v, which is cheaper. The gradient computes the
+    probabilities again from q and k, as FlashAttention does.
+
+    Args:
+      q: [B, H, Q, d].
+      k: [B, H, N, d].
+      v: [B, H, N, d].
+    """
+    scores = scaled_scores(q, k)
+    exp = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return (_times_values(exp, v) / jnp.sum(exp, axis=-1, keepdims=True)).astype(v.dtype)
+
+
+def _softmax_attention_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+    out = checkpoint_name(softmax_attention(q, k, v), "attention")
+    return out, (q, k, v, out)
+
+
+def _softmax_attention_backward(kept: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dS = P * (d_out v^T - rowsum(d_out * out)) / sqrt(d), from which dq and dk; dv = P^T d_out."""
+    q, k, v, out = kept
+    maps = jax.nn.softmax(scaled_scores(q, k), axis=-1)
+    d_v = jnp.einsum("bhqn,bhqd->bhnd", maps.astype(v.dtype), d_out)
+    d_maps = jnp.einsum("bhqd,bhnd->bhqn", d_out, v, preferred_element_type=jnp.float32)
+    inner = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    d_scores = (maps * (d_maps - inner) / math.sqrt(q.shape[-1])).astype(q.dtype)
+    d_q = jnp.einsum("bhqn,bhnd->bhqd", d_scores, k)
+    d_k = jnp.einsum("bhqn,bhqd->bhnd", d_scores, q)
+    return d_q, d_k, d_v
+
+
+softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backward)
+
+
+class XlaBackend:
+    """Attention as products that XLA compiles. Heads are [B, H, N, d]."""
+
+    per_head = (-1, 1, 1)  # shape that aligns one number per head with [B, H, N, d]
+
+    @staticmethod
+    def split_heads(linear: Linear, x: jax.Array, count: int, num_heads: int) -> tuple[jax.Array, ...]:
+        """Returns `count` arrays [B, H, N, d] of tokens x [B, N, D] through a layer D -> count * D."""
+        x = linear(x)
+        batch, tokens, width = x.shape
+        x = x.reshape(batch, tokens, count, num_heads, width // (count * num_heads))
+        return tuple(checkpoint_name(x.transpose(2, 0, 3, 1, 4), "qkv"))
+
+    @staticmethod
+    def join_heads(x: jax.Array) -> jax.Array:
+        """Returns [B, N, D] of heads [B, H, N, d]."""
+        batch, heads, tokens, size = x.shape
+        return x.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * size)
+
+    @staticmethod
+    def content(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Returns softmax(q k / sqrt(d)) v, [B, H, Q, d]."""
+        with jax.named_scope("content"):
+            return softmax_attention(q, k, v)
+
+    @staticmethod
+    def apply_maps(maps: jax.Array, v: jax.Array) -> jax.Array:
+        """Returns explicit attention maps [B, H, Q, N] times values, [B, H, Q, d]."""
+        return checkpoint_name(_times_values(maps, v), "attention")
+
+    @staticmethod
+    def position(a_y: jax.Array, a_x: jax.Array, v: jax.Array) -> jax.Array:
+        """Returns (A_y (x) A_x) v, [B, H, N, d], as one product along each axis of the grid.
+
+        The factors are repeated for the batch. With the heads alone as batch axis XLA would transpose the
+        values. They take the dtype of v after that, so that their gradient is summed in float32.
+
+        Args:
+          a_y: float32 [H, rows, rows].
+          a_x: float32 [H, columns, columns].
+          v: [B, H, rows * columns, d].
+        """
+        with jax.named_scope("position"):
+            batch, heads, tokens, size = v.shape
+            rows, columns = a_y.shape[-1], a_x.shape[-1]
+            a_y = jnp.broadcast_to(a_y, (batch, *a_y.shape)).astype(v.dtype)
+            a_x = jnp.broadcast_to(a_x[:, None], (batch, heads, rows, columns, columns)).astype(v.dtype)
+            v = a_y @ v.reshape(batch, heads, rows, columns * size)  # [B, H, rows, columns * d]
+            return (a_x @ v.reshape(batch, heads, rows, columns, size)).reshape(batch, heads, tokens, size)
+
+
+class CudnnBackend:
+    """Attention by cuDNN's fused kernel. Heads are [B, N, H, d]; see `XlaBackend` for the methods."""
+
+    per_head = (-1, 1)
+    implementation: Literal["cudnn", "xla"] = "cudnn"  # of jax.nn.dot_product_attention
+
+    @staticmethod
+    def split_heads(linear: Linear, x: jax.Array, count: int, num_heads: int) -> tuple[jax.Array, ...]:
+        """Returns `count` arrays [B, N, H, d], by one product each.
+
+        The parts of a joint product would be copied for the kernel, which takes contiguous arrays.
+        """
+        batch, tokens, dim = x.shape
+        parts = (linear(x, slice(i * dim, (i + 1) * dim)) for i in range(count))
+        return tuple(
+            checkpoint_name(part, "qkv").reshape(batch, tokens, num_heads, dim // num_heads) for part in parts
+        )
+
+    @staticmethod
+    def join_heads(x: jax.Array) -> jax.Array:
+        """Returns [B, N, D] of heads [B, N, H, d]."""
+        return x.reshape(*x.shape[:2], -1)
+
+    @classmethod
+    def content(cls, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Returns softmax(q k / sqrt(d)) v, [B, N, H, d]."""
+        tokens, lengths = q.shape[1], None
+        # JAX refuses the gradient for an odd number of tokens (check_is_flash_attention takes the empty bias
+        # for a bias): pad, and give the true lengths.
+        if tokens % 2:
+            lengths = jnp.full(q.shape[0], tokens, jnp.int32)
+            q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        with jax.named_scope("content"):
+            out = jax.nn.dot_product_attention(
+                q, k, v, key_value_seq_lengths=lengths, implementation=cls.implementation
+            )
+        return out[:, :tokens]
+
+    @staticmethod
+    def position(a_y: jax.Array, a_x: jax.Array, v: jax.Array) -> jax.Array:
+        """Returns (A_y (x) A_x) v, [B, N, H, d], by one N x N map per head for all images.
+
+        On a GPU the transpositions between products along the axes cost more than the arithmetic they save.
+        """
+        with jax.named_scope("position"):
+            tokens = v.shape[1]
+            # Without the barrier XLA takes a minute longer to compile unrolled blocks, in search of fusions.
+            a_y, a_x = jax.lax.optimization_barrier((a_y, a_x))
+            maps = jnp.einsum("hyv,hxu->hyxvu", a_y, a_x).reshape(-1, tokens, tokens)
+            return _shared_maps_times_values(maps, v.transpose(2, 0, 3, 1)).transpose(1, 3, 0, 2)
+
+
+@jax.custom_vjp
+def _shared_maps_times_values(maps: jax.Array, v: jax.Array) -> jax.Array:
     """Maps float32 [H, N, N] times values [H, B, d, N] -> [H, B, d, N]; the maps' gradient is float32."""
     return jnp.einsum("hbdm,hnm->hbdn", v, maps.astype(v.dtype))
 
 
-def _over_tokens_backward(kept, d_out):
+def _shared_maps_backward(kept: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     maps, v = kept
     d_maps = jnp.einsum("hbdn,hbdm->hnm", d_out, v, preferred_element_type=maps.dtype)
     return d_maps, jnp.einsum("hbdn,hnm->hbdm", d_out, maps.astype(v.dtype))
 
 
-over_tokens.defvjp(lambda maps, v: (over_tokens(maps, v), (maps, v)), _over_tokens_backward)
+_shared_maps_times_values.defvjp(
+    lambda maps, v: (_shared_maps_times_values(maps, v), (maps, v)), _shared_maps_backward
+)
 
 
-def position(a_y, a_x, v):
-    """(A_y (x) A_x) v of each head: [H, rows, rows], [H, columns, columns], v [B, N, H, d] -> as v."""
-    tokens = v.shape[1]
-    # Without the barrier XLA looks a minute longer for what to fuse with them, where blocks are unrolled.
-    a_y, a_x = jax.lax.optimization_barrier((a_y, a_x))
-    maps = jnp.einsum("hyv,hxu->hyxvu", a_y, a_x).reshape(-1, tokens, tokens)
-    return over_tokens(maps, v.transpose(2, 0, 3, 1)).transpose(1, 3, 0, 2)
+def gated_sum(gates: jax.Array, content: jax.Array, position: jax.Array) -> jax.Array:
+    """Returns (1 - gates) content + position, summed in float32, in the dtype of `content`.
+
+    The position is multiplied by the gates already. Shapes broadcast; the back end gives the layout.
+    """
+    mixed = (1.0 - gates) * content.astype(jnp.float32) + position
+    return checkpoint_name(mixed.astype(content.dtype), "mixed")
+
+
+Backend = type[XlaBackend] | type[CudnnBackend]
+
+
+def choose_backend(attention: str) -> Backend:
+    """Returns the back end of a layer's setting `attention`, "xla" or "cudnn".
+
+    Without an NVIDIA GPU that has the kernel (Ampere or later) "cudnn" is computed as "xla".
+    """
+    return CudnnBackend if attention == "cudnn" and cudnn_available() else XlaBackend
+
+
+def cudnn_available() -> bool:
+    """Returns whether the local devices are NVIDIA GPUs with cuDNN's fused attention (Ampere or later)."""
+    if "cuda" not in jax.extend.backend.get_backend().platform_version.lower():
+        return False
+    return float(jax.local_devices()[0].compute_capability) >= 8.0

@@ -1,34 +1,36 @@
-"""What every block is made of: linear layers, LayerNorm, GELU, dropout and stochastic depth.
+"""The parts of every block: linear layers, LayerNorm, GELU, dropout, stochastic depth, MLP, patch embedding.
 
-Under bfloat16 the statistics of norms and the gradients of parameters, sums over all tokens, are float32.
+Under bfloat16 the statistics of norms and the gradients of parameters (sums over all tokens) are float32.
 """
 
 import functools
 import math
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 TRUNC_NORMAL = nnx.initializers.normal(0.02)  # the original cuts at +-2, which is 100 sigma
 
 
 @jax.custom_vjp
-def product(x, kernel):
-    """x [..., D] times kernel float32 [D, E] -> [..., E], in the dtype of x.
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns x kernel, [..., E] in the dtype of x; the gradient of the kernel is summed in float32.
 
-    The gradient for the kernel, a sum over all tokens, is one of float32, and is summed over devices as such.
-    It transposes the narrower of x and the cotangent, since a CPU copies what it transposes; JAX's own always
-    takes the cotangent.
+    That gradient sums over all tokens, and over devices. It transposes the narrower of x and the cotangent,
+    since a CPU copies what it transposes; JAX's own gradient always transposes the cotangent.
+
+    Args:
+      x: [..., D].
+      kernel: float32 [D, E].
     """
     return x @ kernel.astype(x.dtype)
 
 
-def _product_forward(x, kernel):
-    return product(x, kernel), (x, kernel)
-
-
-def _product_backward(kept, d_out):
+def _matmul_backward(kept: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
     rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
     wide = functools.partial(jnp.matmul, preferred_element_type=kernel.dtype)
@@ -36,20 +38,18 @@ def _product_backward(kept, d_out):
     return d_out @ kernel.astype(d_out.dtype).T, d_kernel
 
 
-product.defvjp(_product_forward, _product_backward)
+matmul.defvjp(lambda x, kernel: (matmul(x, kernel), (x, kernel)), _matmul_backward)
 
 
 @jax.custom_vjp
-def add_bias(x, bias):
-    """x [..., E] plus bias float32 [E], in the dtype of x; the bias's gradient is a sum in float32.
-
-    What that sums is in the dtype of x, behind a barrier: XLA for a GPU would write it in float32 beside it
-    (of ConViT-S's MLP 0.7 GB a block at batch 512).
-    """
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns x + bias, [..., E] in the dtype of x; the gradient of the float32 bias is a float32 sum."""
     return (x + bias).astype(x.dtype)
 
 
-def _add_bias_backward(_, d_out):
+def _add_bias_backward(_: None, d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Without the barrier XLA for a GPU also writes d_out in float32: 0.7 GB a block in the MLP of ConViT-S at
+    # batch 512.
     d_out = jax.lax.optimization_barrier(d_out)
     return d_out, jnp.sum(d_out, axis=range(d_out.ndim - 1), dtype=jnp.float32)
 
@@ -58,46 +58,96 @@ add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)
 
 
 class Linear(nnx.Linear):
-    """Dense layer [..., D] -> [..., E] with the init of the original: N(0, 0.02), zero bias."""
+    """Dense layer [..., D] -> [..., E] with the original's init: N(0, 0.02), zero bias."""
 
-    def __init__(self, dim_in, dim_out, *, use_bias=True, dtype, rngs):
+    def __init__(
+        self, dim_in: int, dim_out: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         super().__init__(dim_in, dim_out, use_bias=use_bias, dtype=dtype, kernel_init=TRUNC_NORMAL, rngs=rngs)
 
-    def __call__(self, x, columns=slice(None)):
-        """columns: a slice of the outputs, for these alone."""
-        out = product(x.astype(self.dtype), self.kernel[:, columns])
+    def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
+        """Returns the outputs in `columns`, by default all, in the dtype of the layer."""
+        out = matmul(x.astype(self.dtype), self.kernel[:, columns])
         if self.bias is None:
             return out
         bias = self.bias[columns]
         return out + bias if out.dtype == bias.dtype else add_bias(out, bias)
 
 
-def dropout(x, rate, key):
-    """Inverted dropout; no key (evaluation) or rate 0 returns x itself."""
+def layer_norm(dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Returns a LayerNorm with eps 1e-6 and float32 statistics; its output has `dtype`."""
+    return nnx.LayerNorm(dim, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Returns x Phi(x), exact, in float32 with erf as in PyTorch (faster than the erfc of jax.nn.gelu)."""
+    x32 = x.astype(jnp.float32)
+    return (0.5 * x32 * (1.0 + jax.lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """Returns `count` keys from one, or `count` times None from None."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Returns x with a fraction `rate` of its values zeroed and the rest scaled; x itself without a key."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
 
 
-def split_key(key, count):
-    """`count` keys from one, or as many None."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
+def drop_path(x: jax.Array, rate: jax.Array | float | None, key: jax.Array | None) -> jax.Array:
+    """Returns the branch x [B, N, D] zeroed for a fraction `rate` of the examples (stochastic depth).
 
-
-def gelu(x):
-    """x Phi(x), exact, in float32: by erf as PyTorch has it, faster than the erfc of jax.nn.gelu."""
-    x32 = x.astype(jnp.float32)
-    return (0.5 * x32 * (1.0 + jax.lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
-
-
-def layer_norm(dim, *, dtype, rngs):
-    """LayerNorm, eps 1e-6, statistics in float32 whatever dtype it returns."""
-    return nnx.LayerNorm(dim, epsilon=1e-6, use_fast_variance=False, dtype=dtype, rngs=rngs)
-
-
-def drop_path(x, rate, key):
-    """Stochastic depth (Huang et al. 2016): zero the branch x [B, N, D] of an example; rate: how often."""
+    The rest is scaled. Returns x itself without a key or rate. See Huang et al. 2016.
+    """
     if key is None or rate is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1))
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """fc2(gelu(fc1(x))): [B, N, D] -> [B, N, D]."""
+
+    def __init__(
+        self, dim: int, hidden_dim: int, *, drop: float = 0.0, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.drop = drop
+        self.fc1 = Linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        hidden_key, out_key = split_key(key, 2)
+        hidden = checkpoint_name(self.fc1(x), "hidden")
+        x = dropout(gelu(hidden), self.drop, hidden_key)
+        return dropout(self.fc2(x), self.drop, out_key)
+
+
+class PatchEmbed(nnx.Module):
+    """Images [B, height, width, C] -> patches float32 [B, rows * columns, D], row by row.
+
+    `proj` holds the parameters of the original's convolution, whose stride is its size. It is computed as one
+    matrix product, since the gradient of the convolution is slow on a CPU.
+    """
+
+    def __init__(
+        self, patch_size: int, in_chans: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        bound = (patch_size * patch_size * in_chans) ** -0.5  # PyTorch's default for convolutions
+
+        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        size = (patch_size, patch_size)
+        inits: dict[str, Any] = dict(kernel_init=uniform, bias_init=uniform, rngs=rngs)
+        self.proj = nnx.Conv(in_chans, embed_dim, size, strides=size, padding="VALID", dtype=dtype, **inits)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        batch, height, width, channels = images.shape
+        kernel, bias = self.proj.kernel, cast(nnx.Param, self.proj.bias)  # [size, size, C, D], [D]
+        size, width_out = kernel.shape[0], kernel.shape[-1]
+        patches = images.reshape(batch, height // size, size, width // size, size, channels)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
+        return matmul(patches, kernel[...].reshape(-1, width_out)) + bias[...]

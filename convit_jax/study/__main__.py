@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from tqdm import tqdm
 
 from convit_jax.cli import launch
 from convit_jax.errors import UserError
@@ -23,7 +24,6 @@ from convit_jax.study.figure import draw
 from convit_jax.study.plan import check, read_plan
 from convit_jax.study.runner import Signals, claim, folder, outcome, take, train, train_command
 from convit_jax.study.table import write_tables
-from convit_jax.training.metrics import duration
 
 SAVED = "interrupted; what was done stays, the same command continues."
 
@@ -86,11 +86,11 @@ def study(plan, output, signals, work):
         took = time.monotonic() - began
         seconds, worked = seconds + took, worked + work[run.name] * (now.share() - before.share())
         if now.state == "done":
-            text = f"top-1 {now.last['top1']:.2f} in {duration(took)}"
+            text = f"top-1 {now.last['top1']:.2f} in {tqdm.format_interval(took)}"
             rest = [(other, outcome(output, other)) for other in plan.runs]
             left = sum(work[each.name] * (1 - found.share()) for each, found in rest if may_try(each, found))
             if left and worked:
-                text += f", about {duration(left / worked * seconds / (1 + others))} left"
+                text += f", about {tqdm.format_interval(left / worked * seconds / (1 + others))} left"
             live.end(text)
         elif now.failure:
             live.end(f"failed: {now.failure} (its output: {folder(output, run)}/output.log)")

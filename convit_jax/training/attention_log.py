@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from convit_jax.analysis import locality
 from convit_jax.data.augment import normalize
-from convit_jax.data.loader import EvalExample
+from convit_jax.data.examples import EvalExample
 from convit_jax.training.plan import Plan
 from convit_jax.training.sharding import gather, put_batch, replicated
 

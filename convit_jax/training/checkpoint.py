@@ -1,13 +1,10 @@
-"""Orbax behind a few functions: open, save, wait, restore, close.
-
-A checkpoint is written to the side and renamed when it is whole, in the background; the latest
-and the one with the best val_top1 are kept. Restoring goes into an abstract tree with today's
-shardings, so that a run moves between numbers of devices.
-"""
+"""Checkpoints of a run, written in the background by Orbax: the latest and the best one are kept."""
 
 import contextlib
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -15,91 +12,114 @@ from orbax.checkpoint import v1 as ocp
 from convit_jax.errors import UserError
 from convit_jax.rundir import NO_SPACE
 
-# Of an array that all devices hold each saves a part, unless that were less than so many bytes: every
-# shape of part is a program to compile, hundreds of them for the small arrays of a model.
-WHOLE = 2**20
+# Each device that holds a copy of an array saves a part of it, unless the part is smaller than this. Every
+# shape of part is a program to compile: hundreds of them for the small arrays of a model.
+SMALLEST_PART = 2**20  # bytes
 
 
 class LatestAndBest:
-    """Keeps the latest checkpoint and the one with the best top-1 so far; top1: {step: val_top1}."""
+    """Orbax's policy that keeps the latest checkpoint and the one with the best top-1 so far.
 
-    def __init__(self, top1):
+    Attributes:
+      top1: {step: val_top1}, filled by the owner.
+    """
+
+    def __init__(self, top1: Mapping[int, float]) -> None:
         self.top1 = top1
 
-    def should_preserve(self, checkpoints, *, context):
-        """A bool for each checkpoint, as Orbax's policies give it."""
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns whether to keep each checkpoint, given in order of their steps."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         best = max(steps, key=lambda step: (self.top1.get(step, -1.0), step), default=None)
         return [step in (steps[-1], best) for step in steps]
 
 
-def open_checkpoints(directory, top1):
-    """A handle on a directory of checkpoints, made if it is not there.
+class Checkpoints:
+    """The checkpoints in a directory, each a folder named after its step.
 
-    top1: {step: val_top1 in per cent}, kept up to date by its owner; decides which checkpoint is the best.
+    A checkpoint gets its name when it is complete. All processes call the methods together.
+
+    Attributes:
+      directory: absolute path.
+      latest: step of the latest complete checkpoint, or None.
     """
-    context = ocp.Context()
-    context.array.saving.min_slice_bytes_for_replica_parallel = WHOLE
-    return ocp.training.Checkpointer(
-        Path(directory).absolute(),
-        preservation_policy=LatestAndBest(top1),
-        cleanup_tmp_directories=True,
-        context=context,
-    )
 
+    def __init__(self, directory: Path, top1: Mapping[int, float]) -> None:
+        """Opens a directory, which is made if it does not exist.
 
-def any_in(directory):
-    """Whether a directory holds a checkpoint; one takes its name, the step, when it is whole."""
-    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
-
-
-def save(checkpoints, step, tree):
-    """Start writing a tree of arrays as the checkpoint of a step; waits only for the one before.
-
-    Raises:
-      UserError: the checkpoint before this one could not be written.
-    """
-    with _storage_errors(checkpoints):
-        checkpoints.save_async(step, tree, force=True)
-
-
-def restore(checkpoints, shapes, shardings, step=None):
-    """The tree saved at a step (None: the latest), of these shapes and dtypes, placed by these shardings."""
-    abstract = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
-    )
-    return checkpoints.load(step, abstract)
-
-
-def wait(checkpoints):
-    """Until what was saved is on disk. Raises UserError if it could not be written."""
-    with _storage_errors(checkpoints):
-        checkpoints.wait()
-
-
-def close(checkpoints):
-    """Wait until everything is on disk. Raises UserError if it could not be written."""
-    with _storage_errors(checkpoints):
-        checkpoints.close()
-
-
-@contextlib.contextmanager
-def _storage_errors(checkpoints):
-    """Turn a full or unwritable disk into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        full = any(
-            getattr(error, "errno", None) == code or os.strerror(code) in str(error) for code in NO_SPACE
+        Args:
+          directory: path.
+          top1: {step: val_top1}, which the owner keeps up to date; decides which checkpoint is the best.
+        """
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_PART
+        self.directory = directory.absolute()
+        self._orbax = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=LatestAndBest(top1),
+            cleanup_tmp_directories=True,
+            context=context,
         )
-        if not full and not isinstance(error, OSError):
-            raise
-        cause = "the disk is full" if full else str(error)
-        # A checkpoint takes its name, the step, when it is whole.
-        whole = [int(path.name) for path in Path(checkpoints.directory).iterdir() if path.name.isdigit()]
-        kept = f"the last good one is of step {max(whole)}" if whole else "there is no earlier one"
-        remedy = "it continues from there" if whole else "it begins anew"
-        raise UserError(
-            f"A checkpoint could not be written to {checkpoints.directory} ({cause}); {kept}. "
-            f"Make room and start the same command again: {remedy}."
-        ) from error
+        self._saved = 0  # step that needs no saving: at first 0, which is made from the seed
+
+    @property
+    def latest(self) -> int | None:
+        return self._orbax.latest and self._orbax.latest.step
+
+    def save(self, step: int, tree: Any) -> None:
+        """Starts to write a tree of arrays as the checkpoint of a step; does nothing if it is saved already.
+
+        Waits for the checkpoint before this one only. The arrays may be donated as soon as this returns.
+
+        Raises:
+          UserError: the checkpoint before this one could not be written.
+        """
+        if step == self._saved:
+            return
+        with self._storage_errors():
+            self._orbax.save_async(step, tree, force=True)
+        self._saved = step
+
+    def restore(self, step: int, shapes: Any, shardings: Any) -> Any:
+        """Returns the tree saved at a step, placed by these shardings, whatever devices it was saved from.
+
+        Args:
+          step: of a checkpoint.
+          shapes: tree of jax.ShapeDtypeStruct.
+          shardings: tree of jax.sharding.Sharding, of the same structure.
+        """
+        wanted = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            shapes,
+            shardings,
+        )
+        self._saved = step
+        return self._orbax.load(step, wanted)
+
+    def wait(self) -> None:
+        """Waits until everything is on the disk. Raises UserError if it could not be written."""
+        with self._storage_errors():
+            self._orbax.wait()
+
+    def close(self) -> None:
+        """Waits as `wait` does, and ends the writer."""
+        with self._storage_errors():
+            self._orbax.close()
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        """Turns errors of the storage into one sentence."""
+        try:
+            yield
+        except Exception as error:
+            number, text = getattr(error, "errno", None), str(error)
+            full = any(number == code or os.strerror(code) in text for code in NO_SPACE)
+            if not full and not isinstance(error, OSError):
+                raise
+            cause = "the disk is full" if full else text
+            steps = [int(path.name) for path in self.directory.iterdir() if path.name.isdigit()]
+            kept = f"continues from step {max(steps)}" if steps else "starts over, there is no checkpoint yet"
+            raise UserError(
+                f"cannot write a checkpoint to {self.directory} ({cause}). Make room and start the same "
+                f"command again: it {kept}."
+            ) from error

@@ -19,7 +19,7 @@ from convit_jax.errors import UserError
 from convit_jax.models.vit import VisionTransformer
 from convit_jax.training.losses import distillation_loss, soft_cross_entropy
 from convit_jax.training.plan import Plan
-from convit_jax.weights.pretrained import behaving, describe, fingerprint, load, match_classes
+from convit_jax.weights.pretrained import describe_weights, fingerprint, load, match_classes, with_behaviour
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def load_teacher(
         )
     try:
         loaded = load(source, image_size=student["image_size"], which=which)
-        loaded = behaving(loaded, dtype=student["dtype"], attention=student["attention"])
+        loaded = with_behaviour(loaded, dtype=student["dtype"], attention=student["attention"])
         changes = list(loaded.changes)
         columns, remarks = _columns(names, loaded)
         if loaded.settings["in_chans"] != student["in_chans"]:
@@ -123,7 +123,7 @@ def load_teacher(
     renormalise = _renormalisation(config.data, loaded.preprocessing)
     if renormalise:
         changes.append("images renormalised for it")
-    network, changes = describe(loaded), changes + remarks
+    network, changes = describe_weights(loaded), changes + remarks
     facts = {"source": source, "network": network, "changes": changes, "weights": weights}
     return Teacher(loaded.network[0], config.distill, columns, renormalise, facts), params
 

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from convit_jax.config import check_config, default_config
-from convit_jax.data.loader import EvalExample, Slots, TrainExample
+from convit_jax.data.examples import EvalExample, Slots, TrainExample
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError

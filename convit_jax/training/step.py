@@ -14,7 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from convit_jax.data.augment import augment, normalize
-from convit_jax.data.mixup import mix
+from convit_jax.data.mixup import mix_batch
 from convit_jax.training.distill import Teacher
 from convit_jax.training.losses import soft_cross_entropy
 from convit_jax.training.optimizer import Schedule
@@ -83,17 +83,8 @@ def augmented(
     batch: as of make_train_step. keys: of step_keys.
     """
     aug, mean, std = config.augment, tuple(config.data.mean), tuple(config.data.std)
-    return mix(
-        augment(batch["image"], keys[0], aug, mean=mean, std=std),
-        batch["label"],
-        keys[1],
-        num_classes=num_classes,
-        smoothing=aug.label_smoothing,
-        mixup=aug.mixup,
-        cutmix=aug.cutmix,
-        prob=aug.mix_prob,
-        switch_prob=aug.mix_switch_prob,
-    )
+    images = augment(batch["image"], keys[0], aug, mean=mean, std=std)
+    return mix_batch(images, batch["label"], keys[1], aug, num_classes)
 
 
 def make_train_step(

@@ -1,109 +1,58 @@
-"""SIGTERM and Ctrl-C ask the loop to save and stop; a second Ctrl-C stops at once.
+"""SIGTERM and Ctrl-C ask the training to save and stop."""
 
-Where there are several processes, a signal on any of them stops all, after the same step: each puts the
-number of its signal, or 0, beside its batch, and the step's largest comes back with its results.
-"""
-
+import contextlib
 import signal
 import threading
+from types import FrameType
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
 
-from convit_jax.training.distributed import together
-from convit_jax.training.sharding import batch_sharding, replicated
+from convit_jax.training.distributed import several
 
 
-class StopSignals:
-    """Context manager; `requested` is the signal's name once one came, else None.
+class Stop(contextlib.AbstractContextManager["Stop"]):
+    """Whether the training is to save and stop, in one process or in several.
 
-    Outside the main thread, where Python lets nobody set handlers, it never asks for a stop.
+    One process: SIGTERM or Ctrl-C sets `requested`; a second Ctrl-C raises KeyboardInterrupt. Outside the
+    main thread, where Python allows no signal handlers, nothing sets it.
+
+    Several processes: JAX's preemption service takes SIGTERM on any of them, and `poll` sets `requested`
+    on all of them at the same step. Python handles no SIGTERM here: a handler would replace the service's.
+    Ctrl-C ends the process that gets it, see `distributed.ends_all`.
+
+    Attributes:
+      requested: name of the signal, or None.
     """
 
-    def __init__(self):
-        self.requested = None
-        self._previous = {}
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[int, Any] = {}
 
-    def _handle(self, number, frame):
-        self.requested = signal.Signals(number).name
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    def poll(self, step: int) -> str | None:
+        """Returns `requested`; every process calls this once per step, and in an evaluation with its step.
 
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
+        The service agrees on the step after the largest one that it was called with, so that between two
+        steps nothing is agreed on. Orbax calls it too, with the step of a checkpoint.
+        """
+        if several() and multihost_utils.reached_preemption_sync_point(step):
+            self.requested = "SIGTERM"
+            logging.set_verbosity(logging.ERROR)  # Orbax warns that the step is reached
+        return self.requested
+
+    def __enter__(self) -> "Stop":
+        if several():
+            self.poll(1)  # agreed on for a signal that came before the first call
+        elif threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-
-class AgreedStop:
-    """`requested` as all processes know it, at the same step on each of them.
-
-    One process need not ask anybody: what its StopSignals says holds at once.
-    """
-
-    EVERY = 8  # batches of an evaluation between two questions
-    GIVE_UP = 1000  # the vote of a process that cannot go on; signals have smaller numbers
-
-    def __init__(self, own, mesh):
-        self.own, self.alone = own, jax.process_count() == 1
-        self._mesh, self._agreed, self._calls = mesh, None, 0
-        self.error = None  # why this process gives up, a UserError
-        self.given_up = False  # whether all know that one of them does
-        self._votes = {0: self._vote(0)}  # on the devices, so that a step ships nothing more
-        self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
-
-    def _vote(self, number):
-        rows = np.full(len(self._mesh.local_devices), number, np.int32)
-        return jax.make_array_from_process_local_data(batch_sharding(self._mesh), rows)
-
-    @property
-    def requested(self):
-        """The signal's name, or None."""
-        return self.own.requested if self.alone else self._agreed
-
-    def votes(self):
-        """int32 [devices]: this process's signal, GIVE_UP or 0 on each of its devices."""
-        number = 0
-        if self.error is not None:
-            number = self.GIVE_UP
-        elif self.own.requested and not self.alone:
-            number = int(signal.Signals[self.own.requested])
-        if number not in self._votes:
-            self._votes[number] = self._vote(number)
-        return self._votes[number]
-
-    def count(self, largest):
-        """Take note of the largest vote of a step that is done, an array on the devices."""
-        number = int(largest)
-        if number == self.GIVE_UP:
-            self.given_up = True
-        elif number:
-            self._agreed = signal.Signals(number).name
-
-    def raise_if_given_up(self):
-        """Raise the error of the process that gave up, on all of them."""
-        if self.given_up:
-            with together():
-                if self.error is not None:
-                    raise self.error
-
-    def ask(self):
-        """Between batches of an evaluation, by all processes alike: the signal's name, or None."""
-        if not self.alone and self._calls % self.EVERY == 0:
-            self.count(self._largest(self.votes()))
-        self._calls += 1
-        return self.requested
-
-
-def with_votes(step):
-    """A training step that takes votes after the batch, and returns the largest."""
-
-    def voting(state, metrics, batch, votes, seed, teacher_params):
-        return *step(state, metrics, batch, seed, teacher_params), jnp.max(votes)
-
-    return voting
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = signal.Signals(number).name
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

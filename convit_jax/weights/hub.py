@@ -1,16 +1,11 @@
-"""Published weights: which repository of the Hugging Face Hub holds a model of the authors.
-
-Files go into the Hub's usual cache on this machine and are fetched once; huggingface_hub shows the
-progress, resumes what was cut off and checks what came.
-"""
+"""Downloads published weights from the Hugging Face Hub into its usual cache."""
 
 import re
 from pathlib import Path
 
 from convit_jax.errors import UserError, nearest
 
-#  authors' name                      repository
-PUBLISHED = {
+PUBLISHED = {  # the authors' name: the repository
     name: f"timm/{name}.fb_in1k"
     for name in (
         "convit_tiny",
@@ -26,19 +21,19 @@ PUBLISHED = {
         "deit_base_distilled_patch16_384",
     )
 }
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is taken
 
 
-def repository(source):
-    """The Hub id that a source names, either itself or by the authors' name of a model; or None."""
+def repository(source: str) -> str | None:
+    """Returns the Hub id that a source names, directly or by the authors' name of a model, or None."""
     if source in PUBLISHED:
         return PUBLISHED[source]
-    file = source.endswith((".pth", ".pt", ".bin", ".safetensors"))
-    return source if re.fullmatch(r"[\w-]+/[\w.-]+", source) and not file else None
+    is_file = source.endswith((".pth", ".pt", ".bin", ".safetensors"))
+    return source if re.fullmatch(r"[\w-]+/[\w.-]+", source) and not is_file else None
 
 
-def download(repo):
-    """The folder with config.json and the weights of a Hub repository, downloaded if they are not there.
+def download(repo: str) -> Path:
+    """Returns the folder with config.json and the weights of a Hub repository, downloaded once.
 
     Raises:
       UserError: no connection, no such repository, or one without weights.
@@ -64,11 +59,11 @@ def download(repo):
         ) from error
     except UserError:
         raise
-    except Exception as error:  # of whichever library below fails first
+    except Exception as error:  # of any library that the download goes through
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         if isinstance(error, errors.LocalEntryNotFoundError):
             reason = "no connection to it, and no copy in the cache"
         raise UserError(
-            f"cannot download {repo} from the Hub ({reason}): connect and start again, or download its "
+            f"cannot download {repo} from the Hub ({reason}): connect and try again, or download its "
             f"{' or '.join(WEIGHTS)} elsewhere and give the file's path."
         ) from error

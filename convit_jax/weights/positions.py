@@ -1,15 +1,15 @@
-"""Resizing of the learned position embedding, for images of another size than those of the training.
+"""Resizes the learned position embedding for images of another size than those of the training.
 
-Bicubic as PyTorch's F.interpolate(mode="bicubic", align_corners=False), which the authors' code for
-fine-tuning uses: pixel i of `new` lies at (i + 1/2) old / new - 1/2, its four neighbours (clamped to
-the edge) weigh k(t) = Keys' cubic kernel with a = -3/4, and there is no antialiasing.
+Bicubic like PyTorch's F.interpolate(mode="bicubic", align_corners=False), which the authors' fine-tuning
+uses: pixel i of `new` lies at (i + 1/2) old / new - 1/2, its four neighbours (clamped to the edge) have
+weights k(t), Keys' cubic kernel with a = -3/4, and there is no antialiasing.
 """
 
 import numpy as np
 
 
-def bicubic_matrix(old, new):
-    """Weights float64 [new, old] that resize an axis of length `old` to length `new`."""
+def bicubic_matrix(old: int, new: int) -> np.ndarray:
+    """Returns weights, float64 [new, old], that resize an axis of length `old` to length `new`."""
     a = -0.75
     centre = (np.arange(new) + 0.5) * old / new - 0.5
     left = np.floor(centre).astype(int)
@@ -22,10 +22,18 @@ def bicubic_matrix(old, new):
     return matrix
 
 
-def resize_pos_embed(pos_embed, old_grid, new_grid):
-    """Position embedding [1, T + rows * columns, D] for another grid, in its own dtype.
+def resize_pos_embed(
+    pos_embed: np.ndarray, old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> np.ndarray:
+    """Resizes a position embedding.
 
-    The T leading entries, of class and distillation token, stay as they are. Grids are (rows, columns).
+    Args:
+      pos_embed: [1, T + rows * columns, D], the first T entries of class and distillation token.
+      old_grid: its (rows, columns).
+      new_grid: the (rows, columns) wanted.
+
+    Returns:
+      The resized embedding in the same dtype. The first T entries do not change.
     """
     rows, columns = old_grid
     extra = pos_embed.shape[1] - rows * columns

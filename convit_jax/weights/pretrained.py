@@ -1,13 +1,16 @@
-"""Trained weights from wherever they are, for a model, a training or a command.
+"""Loads trained weights from any source, for a model, a training or a command.
 
-A source is a file (.pth, .pt, .bin, .safetensors), a directory that `convert` wrote, one as the Hub
-holds it, a run directory, a Hub id, or the authors' name of a model. On the way the head may be
-replaced and the position embedding resized.
+A source is a file (.pth, .pt, .bin, .safetensors), a directory that `convert` wrote or in the Hub's
+layout, a run directory, a Hub id, or the authors' name of a model. The head can be replaced and the
+position embedding resized.
 """
 
 import dataclasses
 import hashlib
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,11 +18,12 @@ import numpy as np
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.layers import TRUNC_NORMAL
 from convit_jax.models.variants import model_settings
-from convit_jax.weights import hub, names
-from convit_jax.weights.formats import from_converted, from_hub, from_run, from_tensors
+from convit_jax.models.vit import VisionTransformer
+from convit_jax.weights import hub
+from convit_jax.weights.checkpoint_file import read_state_dict
+from convit_jax.weights.formats import Pretrained, from_converted, from_hub, from_run, from_state_dict
+from convit_jax.weights.names import check_state_dict
 from convit_jax.weights.positions import resize_pos_embed
-from convit_jax.weights.reader import EMA_PLACES, open_state_dict
-from convit_jax.weights.safetensors_file import pieces
 
 BEHAVIOUR = ("dtype", "attention", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
 ARCHITECTURE = (
@@ -34,28 +38,36 @@ ARCHITECTURE = (
     "pos_embed_class_token",
     "distilled",
 )
+Size = int | tuple[int, int] | None  # in pixels, of height and width
 
 
 def load_pretrained(
-    path, *, num_classes=None, image_size=None, num_heads=None, which="best", ema=False, seed=0, **behaviour
-):
-    """A trained model.
+    path: str | os.PathLike[str],
+    *,
+    num_classes: int | None = None,
+    image_size: Size = None,
+    num_heads: int | None = None,
+    which: str | int = "best",
+    ema: bool = False,
+    seed: int = 0,
+    **behaviour: Any,
+) -> VisionTransformer:
+    """Returns a trained model: model(images [B, H, W, 3], normalised) -> logits [B, num_classes].
 
     Args:
-      path: of a .pth, .pt or .safetensors file, of a converted directory or of a run directory; or a Hub id
-        as "timm/convit_tiny.fb_in1k", or the authors' name as "convit_tiny".
-      num_classes: replace the head by a new one with so many classes, initialised from `seed`.
+      path: of a .pth, .pt, .bin or .safetensors file, a converted directory or a run directory; or a Hub
+      id as
+        "timm/convit_tiny.fb_in1k", or the authors' name as "convit_tiny".
+      num_classes: replace the head by a new one of this size, initialised from `seed`.
       image_size: pixels, an int or (height, width): resize the position embedding for such images.
-      num_heads: of a DeiT whose width is not in its table.
-      which: "best" (by top-1 on the test split) or "latest" checkpoint of a run directory, or that of a
-        step. ema: take its moving average.
-      **behaviour: dtype, drop_path_rate, remat and the like, which change no weight.
-
-    Returns:
-      A VisionTransformer: model(images [B, H, W, 3], normalised) -> logits [B, num_classes].
+      num_heads: of a DeiT whose width is not in the table of sizes.
+      which: checkpoint of a run directory: "best" (by top-1 on the test split), "latest", or a step.
+      ema: take the moving average of the weights in a run or a training checkpoint.
+      seed: of the new head.
+      **behaviour: settings that change no weight, as dtype or drop_path_rate.
 
     Raises:
-      UserError: nothing usable there, or weights that do not fit; the sentence says what and why.
+      UserError: the source cannot be used, or its weights do not fit; the message says what and why.
     """
     loaded = load(
         path,
@@ -66,27 +78,37 @@ def load_pretrained(
         ema=ema,
         seed=seed,
     )
-    return behaving(loaded, **behaviour).model()
+    return with_behaviour(loaded, **behaviour).model()
 
 
-def load(source, *, num_classes=None, image_size=None, num_heads=None, which="best", ema=False, seed=0):
-    """The Pretrained of a source, every name and shape accounted for; arguments as of load_pretrained."""
-    source, size = str(source), _pair(image_size)
+def load(
+    source: str | os.PathLike[str],
+    *,
+    num_classes: int | None = None,
+    image_size: Size = None,
+    num_heads: int | None = None,
+    which: str | int = "best",
+    ema: bool = False,
+    seed: int = 0,
+) -> Pretrained:
+    """Returns the Pretrained of a source with every name and shape checked; see load_pretrained."""
+    source = str(source)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     wanted = dict(num_heads=num_heads, num_classes=num_classes, image_size=size)
     path = fetch(source)
     if num_classes is not None and num_classes < 1:
         raise UserError(f"num_classes is {num_classes}: it must be at least 1.")
 
     if path.is_file():
-        loaded = from_tensors(open_state_dict(path, EMA_PLACES if ema else None), source, wanted)
+        loaded = from_state_dict(read_state_dict(path, ema=ema), source, wanted)
     elif (path / "checkpoints").is_dir():
         loaded = from_run(path, which, ema)
     elif ema:
         raise UserError(f"{source} holds no moving average: give a run directory, or leave ema out.")
     elif (path / "weights.safetensors").exists():
         loaded = from_converted(path)
-    elif weight_files := [path / name for name in hub.WEIGHTS if (path / name).exists()]:
-        loaded = from_hub(path, weight_files[0], source, wanted)
+    elif files := [path / name for name in hub.WEIGHTS if (path / name).exists()]:
+        loaded = from_hub(path, files[0], source, wanted)
     else:
         raise UserError(
             f"{path} is neither a run directory (it has no checkpoints) nor a converted one (it has no "
@@ -96,14 +118,15 @@ def load(source, *, num_classes=None, image_size=None, num_heads=None, which="be
     head = loaded.tensors.get("head.weight")
     if num_classes is not None and (head is None or len(head) != num_classes):
         loaded = _with_new_head(loaded, num_classes, seed)
-    names.check(loaded.tensors, loaded.network[1], loaded.source)
+    check_state_dict(loaded.tensors, loaded.network[1], loaded.source)
     return loaded if size is None else _resized(loaded, size)
 
 
-def fetch(source):
-    """The path of a source; where there is none, of the Hub's copy, which is downloaded.
+def fetch(source: str) -> Path:
+    """Returns the path of a source; what is not on the disk is downloaded from the Hub.
 
-    Raises UserError if neither is there, or the Hub cannot be reached.
+    Raises:
+      UserError: it is in neither place, or the Hub cannot be reached.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -112,41 +135,51 @@ def fetch(source):
     if repo is None:
         raise UserError(
             f"there is no file or directory {source}, and no published model of that name"
-            f"{nearest(source, hub.PUBLISHED)} Published are: {', '.join(hub.PUBLISHED)}."
+            f"{nearest(source, hub.PUBLISHED)} The published models are: {', '.join(hub.PUBLISHED)}."
         )
     try:
         return hub.download(repo)
     except UserError as error:
-        if repo != source:  # a published name, which is no path
+        if repo != source:  # a published name cannot be meant as a path
             raise
         raise UserError(
             f"there is no file or directory {source}, and as a name on the Hub: {error}"
         ) from error
 
 
-def behaving(loaded, **behaviour):
-    """A Pretrained with other settings of those that change no weight, as dtype="bfloat16"."""
+def with_behaviour(loaded: Pretrained, **behaviour: Any) -> Pretrained:
+    """Returns the same weights with other settings that change no weight, as dtype="bfloat16"."""
     for name in behaviour:
         if name not in BEHAVIOUR:
             raise UserError(
-                f"weights that are loaded have no setting {name!r}{nearest(name, BEHAVIOUR)} "
-                f"What may be given: {', '.join(BEHAVIOUR)}."
+                f"loaded weights have no setting {name!r}{nearest(name, BEHAVIOUR)} "
+                f"The settings are: {', '.join(BEHAVIOUR)}."
             )
-    if behaviour.get("dtype") == "float32":  # which cuDNN's kernel does not take
+    if behaviour.get("dtype") == "float32":  # cuDNN's kernel does not take it
         behaviour = {"attention": "xla", **behaviour}
     settings = model_settings("convit_tiny", **{**loaded.settings, **behaviour})  # every setting is given
     return dataclasses.replace(loaded, settings=settings)
 
 
-def load_into(source, settings, seed, which="best"):
-    """(parameters to start a training from, changes in words) of a source, for the settings of its model.
+def load_into(
+    source: str, settings: Mapping[str, Any], seed: int, which: str | int = "best"
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Loads weights to start a training from.
 
-    The head is replaced if the number of classes differs, the position embedding resized if the size of
-    images does. The parameters, a nested dict of float32 arrays, are read whole, so damage is found here.
-    which: of a run directory's checkpoints, as of load_pretrained.
+    The head is replaced if the number of classes differs, the position embedding resized if the image
+    size does.
+
+    Args:
+      source: as of load_pretrained.
+      settings: of the model to train, as of model_settings().
+      seed: of a new head.
+      which: checkpoint of a run directory, as of load_pretrained.
+
+    Returns:
+      (parameters, a nested dict of float32 numpy arrays; changes, for people).
 
     Raises:
-      UserError: nothing usable there, or a network of another architecture.
+      UserError: the source cannot be used, or has another architecture.
     """
     loaded = load(
         source,
@@ -162,23 +195,28 @@ def load_into(source, settings, seed, which="best"):
             ", ".join(f"{name}={s[name]}" for name in differing) for s in (loaded.settings, settings)
         )
         raise UserError(
-            f"init_from {source} has {theirs}, but config.model asks for {ours}: set model.name, or these "
-            "fields, to those of the weights."
+            f"init_from {source} has {theirs}, but config.model asks for {ours}: "
+            "set model.name, or these fields, to those of the weights."
         )
     return loaded.params(), loaded.changes
 
 
-def match_classes(names, loaded):
-    """Which of the weights' labels each class of the data has: (int32 [C], a sentence to say or None).
+def match_classes(names: Sequence[str], loaded: Pretrained) -> tuple[np.ndarray, str | None]:
+    """Matches the classes of some data with the labels of the weights.
 
-    Matched by name where the weights know all of the names. Else in order: as many classes as the weights
-    have, which is said if they have other names; weights without names take fewer classes too, as their
+    Classes match by name if the weights know all names, otherwise by order if there are as many (a
+    message says so if the weights have other names). Weights without names take fewer classes, as their
     first labels.
 
-    names: of the data's classes.
+    Args:
+      names: of the data's classes.
+      loaded: the weights.
+
+    Returns:
+      (the weights' label of each class, int32 [C]; a message or None).
 
     Raises:
-      UserError: more classes than the weights have, or fewer without names in common.
+      UserError: the data has more classes than the weights, or fewer without names in common.
     """
     theirs = {name: label for label, name in enumerate(loaded.class_names or ())}
     if all(name in theirs for name in names):
@@ -189,16 +227,40 @@ def match_classes(names, loaded):
             f"the data has {len(names)} classes, as {names[0]!r}, and the weights have {known}: give weights "
             "and images of the same classes, or name the folders as the weights' classes."
         )
-    sentence = None
-    if theirs:
-        sentence = (
+    message = None
+    if loaded.class_names:
+        message = (
             f"The data's classes ({names[0]!r}, ...) are not the weights' ({loaded.class_names[0]!r}, ...): "
             "matched in order."
         )
-    return np.arange(len(names), dtype=np.int32), sentence
+    return np.arange(len(names), dtype=np.int32), message
 
 
-def _resized(loaded, size):
+def fingerprint(tensors: Any) -> str:
+    """Returns the SHA-256 of the names, dtypes, shapes and values in a nested dict of arrays."""
+    digest = hashlib.sha256()
+    for path, tensor in jax.tree_util.tree_leaves_with_path(tensors):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def describe_weights(loaded: Pretrained) -> str:
+    """Returns a line that says what the weights are."""
+    s = loaded.settings
+    count = sum(tensor.size for tensor in loaded.tensors.values())
+    dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in loaded.tensors.values()}))
+    kind = ("ConViT" if s["local_up_to_layer"] else "DeiT") + (", distilled" if s["distilled"] else "")
+    height, width = s["image_size"]
+    return (
+        f"{kind}: {count:,} parameters ({dtypes}), {s['depth']} blocks, {s['local_up_to_layer']} of them "
+        f"GPSA, {s['num_heads']} heads, width {s['embed_dim']}, {height} x {width} px in patches of "
+        f"{s['patch_size']}, {s['num_classes']} classes"
+    )
+
+
+def _resized(loaded: Pretrained, size: tuple[int, int]) -> Pretrained:
     """The same weights for images of another size (height, width) in pixels."""
     settings = loaded.settings
     if size == settings["image_size"]:
@@ -208,21 +270,21 @@ def _resized(loaded, size):
         raise UserError(
             f"image_size {size[0]} x {size[1]} is not a multiple of the patches of {patch}: change it."
         )
-    old, new = ([side // patch for side in sides] for sides in (settings["image_size"], size))
-    pos_embed = resize_pos_embed(np.asarray(loaded.tensors["pos_embed"]), old, new)
+    (rows, columns), (new_rows, new_columns) = (
+        (height // patch, width // patch) for height, width in (settings["image_size"], size)
+    )
+    pos_embed = resize_pos_embed(loaded.tensors["pos_embed"], (rows, columns), (new_rows, new_columns))
+    change = f"position embedding resized from {rows} x {columns} to {new_rows} x {new_columns} patches"
     return dataclasses.replace(
         loaded,
         tensors={**loaded.tensors, "pos_embed": pos_embed},
         settings={**settings, "image_size": size},
-        changes=(
-            *loaded.changes,
-            f"position embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches",
-        ),
+        changes=(*loaded.changes, change),
     )
 
 
-def _with_new_head(loaded, num_classes, seed):
-    """The same weights with a head, or both heads, initialised anew."""
+def _with_new_head(loaded: Pretrained, num_classes: int, seed: int) -> Pretrained:
+    """The same weights with a new head, or two if distilled."""
     width, dtype = loaded.settings["embed_dim"], loaded.tensors["pos_embed"].dtype
     heads = {}
     for number, head in enumerate(("head", "head_dist") if loaded.settings["distilled"] else ("head",)):
@@ -236,33 +298,3 @@ def _with_new_head(loaded, num_classes, seed):
         class_names=None,
         changes=(*loaded.changes, f"new head for {num_classes} classes"),
     )
-
-
-def fingerprint(tensors):
-    """SHA-256 of the names, dtypes, shapes and values of a nested dict of arrays, or of Stored ones."""
-    digest = hashlib.sha256()
-    for path, tensor in jax.tree_util.tree_leaves_with_path(tensors):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        for piece in pieces(tensor):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def describe(loaded):
-    """One line: what the weights are."""
-    s = loaded.settings
-    count = sum(tensor.size for tensor in loaded.tensors.values())
-    dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in loaded.tensors.values()}))
-    kind = ("ConViT" if s["local_up_to_layer"] else "DeiT") + (", distilled" if s["distilled"] else "")
-    height, width = s["image_size"]
-    return (
-        f"{kind}: {count:,} parameters ({dtypes}), {s['depth']} blocks, {s['local_up_to_layer']} of them "
-        f"GPSA, {s['num_heads']} heads, width {s['embed_dim']}, {height} x {width} px in patches of "
-        f"{s['patch_size']}, {s['num_classes']} classes"
-    )
-
-
-def _pair(image_size):
-    """(height, width) of an int, a pair or None."""
-    return (image_size, image_size) if isinstance(image_size, int) else image_size and tuple(image_size)

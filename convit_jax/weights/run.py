@@ -1,41 +1,27 @@
-"""The parameters that a run directory has kept; reads only, so the run may still be going."""
+"""Reads the parameters in a run directory. It changes nothing, so the run may still be training."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from convit_jax.errors import UserError
-from convit_jax.rundir import read_metrics
-from convit_jax.training.distributed import from_first, is_first, several, together
+from convit_jax.rundir import checkpoint_steps, read_metrics
 
 
-def agree_on_checkpoint(source, which="best", ema=False):
-    """`which` of a source of weights for all processes, which call this together; of a run directory a step.
+def read_run(directory: Path, which: str | int = "best", ema: bool = False) -> dict[str, Any]:
+    """Returns the parameters in a run directory, a nested dict of float32 numpy arrays.
 
-    The run may go on, and another checkpoint be the best a moment later.
-    """
-    if not several():
-        return which
-    with together():
-        if is_first() and source and ((directory := Path(source).expanduser()) / "checkpoints").is_dir():
-            which = find_step(directory, which, ema)
-    return from_first(which)
-
-
-def read_run(directory, which="best", ema=False):
-    """The parameters in a run directory, a nested dict of numpy arrays.
-
-    Each of several processes reads by itself and waits for no other, which may find nothing there.
+    Each of several processes reads by itself and waits for no other.
 
     Args:
-      which: a step, "latest", or "best": by val_top1 among the checkpoints that are there, which are the
-        latest and the best by val_top1.
-      ema: take the moving average of the parameters; "best" is then that of these two with the better
-        val_ema_top1, though another step, which was not kept, may have had a better one.
+      directory: of the run.
+      which: a step, or "best" or "latest" as `find_step` explains them.
+      ema: read the moving average of the parameters.
 
     Raises:
-      UserError: no checkpoint yet, or no average was kept.
+      UserError: there is no checkpoint yet, it cannot be read, or no average was kept.
     """
     step = which if isinstance(which, int) else find_step(directory, which, ema)
     path = (directory / "checkpoints" / str(step)).absolute()
@@ -56,7 +42,7 @@ def read_run(directory, which="best", ema=False):
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"the checkpoint {path} cannot be read ({reason}): take another one with which=latest or best."
+            f"the checkpoint {path} cannot be read ({reason}): try the other one with which=latest or best."
         ) from error
     raise UserError(
         f"the run in {directory} kept no moving average of its weights: leave ema out, or train with "
@@ -64,13 +50,22 @@ def read_run(directory, which="best", ema=False):
     )
 
 
-def find_step(directory, which, ema):
-    """The step of the checkpoint "best" or "latest" in a run directory; arguments as of read_run."""
+def find_step(directory: Path, which: str, ema: bool) -> int:
+    """Returns the step of a checkpoint in a run directory, which keeps the latest and the best by val_top1.
+
+    Args:
+      directory: of the run.
+      which: "latest", or "best" by val_top1 among the checkpoints that exist.
+      ema: "best" by val_ema_top1 instead, though a step that was not kept may have had a better average.
+
+    Raises:
+      UserError: there is no checkpoint yet, or `which` is something else.
+    """
     if which not in ("best", "latest"):
         raise UserError(f"there is no checkpoint {which!r}: choose best or latest.")
-    steps = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+    steps = checkpoint_steps(directory)
     if not steps:
-        raise UserError(f"the run in {directory} has saved no checkpoint yet: let it train longer.")
+        raise UserError(f"the run in {directory} has not saved a checkpoint yet: let it train longer.")
     score = "val_ema_top1" if ema else "val_top1"
     top1 = {line["step"]: line[score] for line in read_metrics(directory / "metrics.jsonl") if score in line}
     return max(steps, key=lambda step: (top1.get(step, -1.0) if which == "best" else 0.0, step))

@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from convit_jax.data.loader import EvalExample, Slots, TrainExample, batches
+from convit_jax.data.examples import EvalExample, Slots, TrainExample
+from convit_jax.data.loader import batches
 from convit_jax.data.sources import ImageFolder, open_source
 from convit_jax.data.subsample import select
 from convit_jax.data.tfds import TfdsImages

@@ -6,7 +6,7 @@ import pytest
 
 from configs import default
 from convit_jax.data.augment import stage_keys
-from convit_jax.data.randaugment import Op, draw
+from convit_jax.data.randaugment import Op, draw_operations
 from convit_jax.errors import UserError
 from convit_jax.figures import augmentations as montage
 from convit_jax.training.plan import make_plan
@@ -51,7 +51,7 @@ def test_it_shows_the_pixels_of_the_step(config):
 
 def test_captions_name_what_is_drawn_and_mixed(config):
     captions = montage.drawn_operations(config, 40)
-    ops, _, _ = draw(stage_keys(step_keys(0, 0)[0])["policy"], 40, 9.0, 0.5, 2)
+    ops, _, _ = draw_operations(stage_keys(step_keys(0, 0)[0])["policy"], 40, config.augment)
     for caption, row in zip(captions, jax.device_get(ops), strict=True):
         assert len(caption.splitlines()) == (row != Op.NONE).sum()
     assert montage.operation_name(Op.ROTATE, 9.21, -1.0) == "Rotate -9.2"

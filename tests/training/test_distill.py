@@ -22,7 +22,7 @@ from convit_jax.training.plan import make_plan
 from convit_jax.training.step import augmented, make_train_step, new_state, step_keys, train_metrics
 from convit_jax.training.summary import describe_run
 from convit_jax.weights import names, pretrained
-from convit_jax.weights.formats import Preprocessing, Pretrained, save
+from convit_jax.weights.formats import Preprocessing, Pretrained, save_converted
 
 DIGITS = tuple("0123456789")
 LIKE_DIGITS = Preprocessing(crop_ratio=1.0, mean=(0.305,) * 3, std=(0.376,) * 3)
@@ -41,7 +41,7 @@ def make_teacher(path, *, preprocessing=LIKE_DIGITS, class_names=DIGITS, seed=7,
 
     params = jax.tree_util.tree_map_with_path(weights, abstract_model(settings)[1])
     tensors = names.to_state_dict(params)
-    save(Pretrained(tensors, settings, preprocessing, class_names, str(path)), path)
+    save_converted(Pretrained(tensors, settings, preprocessing, class_names, str(path)), path)
     return str(path)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from convit_jax.models.variants import abstract_model
 from convit_jax.training.plan import make_plan
-from convit_jax.training.summary import describe_run, facts
+from convit_jax.training.summary import describe_run, facts, peak_flops
 
 
 def rate_line(config):
@@ -37,3 +37,17 @@ def test_the_peak_of_the_rate_is_that_of_the_runs_own_steps(digits_config):
         "does not reach)"
     )
     assert rate == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "dtype", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA L40", "bfloat16", None),
+        ("TPU v5 lite", "bfloat16", 197e12),
+        ("NVIDIA H200", "float32", None),
+    ],
+)
+def test_the_peak_of_a_device_is_known_by_its_name(device_kind, dtype, flops):
+    assert peak_flops(device_kind, dtype) == flops

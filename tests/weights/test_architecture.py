@@ -6,13 +6,13 @@ import pytest
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, list_models, model_settings
 from convit_jax.weights.architecture import infer
-from convit_jax.weights.names import shapes
+from convit_jax.weights.names import state_dict_shapes
 
 
 def tensors_of(settings):
     """A state dict of these sizes that takes no memory."""
     params = abstract_model(settings)[1]
-    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes(params).items()}
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in state_dict_shapes(params).items()}
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -49,7 +49,10 @@ def test_the_shape_of_an_oblong_grid_comes_from_the_caller():
     tensors = tensors_of(settings)
     assert infer(tensors, "it", trained_at=(32, 64)) == settings
     assert infer(tensors, "it", image_size=(64, 32))["image_size"] == (64, 32)
-    with pytest.raises(UserError, match="is for 8 positions, which make no square: say with image_size"):
+    with pytest.raises(
+        UserError,
+        match="is for 8 positions, which make no square: give the size of the training images",
+    ):
         infer(tensors, "it", image_size=(48, 64))
     with pytest.raises(UserError, match="8 positions, which images of 64 x 64 pixels in patches of 16"):
         infer(tensors, "it", trained_at=(64, 64))
@@ -78,7 +81,7 @@ def test_what_is_no_network_of_this_kind_is_said_in_a_sentence():
     cases = {
         "no usable patch_embed.proj.weight, pos_embed, cls_token": {"fc.weight": np.zeros((2, 2))},
         "no usable pos_embed": {**tensors, "pos_embed": np.zeros(7)},
-        "it has no head: say with num_classes|has no head": without(tensors, "head.weight", "head.bias"),
+        "it has no head: give the number of classes": without(tensors, "head.weight", "head.bias"),
         "has no block 1 but later ones": {n: t for n, t in tensors.items() if not n.startswith("blocks.1.")},
         "the blocks 0, 1, 3 have GPSA: they must be": {
             **tensors,

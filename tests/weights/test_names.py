@@ -7,7 +7,7 @@ import pytest
 
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, model_settings
-from convit_jax.weights.names import check, shapes, to_params, to_state_dict
+from convit_jax.weights.names import check_state_dict, state_dict_shapes, to_params, to_state_dict
 
 TINY = dict(num_classes=5, image_size=16, patch_size=8, embed_dim=8, num_heads=4, depth=3)
 
@@ -19,12 +19,12 @@ def settings(name="convit_tiny", **more):
 
 def state_dict(*name, **more):
     rng = np.random.default_rng(0)
-    names = shapes(abstract_model(settings(*name, **more))[1])
+    names = state_dict_shapes(abstract_model(settings(*name, **more))[1])
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
 
 
 def test_the_names_are_those_of_the_original():
-    names = shapes(abstract_model(settings(qkv_bias=True))[1])
+    names = state_dict_shapes(abstract_model(settings(qkv_bias=True))[1])
     assert names["blocks.0.attn.qk.weight"] == (16, 8)
     assert names["blocks.1.attn.pos_proj.weight"] == (4, 3)
     assert names["blocks.1.attn.gating_param"] == (4,)
@@ -49,7 +49,9 @@ def test_there_and_back_gives_the_same_tensors(name, more):
 
 
 def test_each_layer_of_a_stack_is_its_own_block():
-    tensors = {name: np.full(shape, 0.0) for name, shape in shapes(abstract_model(settings())[1]).items()}
+    tensors = {
+        name: np.full(shape, 0.0) for name, shape in state_dict_shapes(abstract_model(settings())[1]).items()
+    }
     for block in range(3):
         tensors[f"blocks.{block}.mlp.fc1.weight"] += np.arange(32)[:, None] + 100 * block
     params = to_params(tensors, abstract_model(settings())[1])
@@ -72,7 +74,7 @@ def test_everything_that_does_not_fit_is_reported_at_once():
     tensors["head.bias"] = np.zeros(6, np.float32)
     tensors["norm.weight"] = np.zeros(8, np.int64)
     with pytest.raises(UserError) as error:
-        check(tensors, abstract_model(settings())[1], "some.pth")
+        check_state_dict(tensors, abstract_model(settings())[1], "some.pth")
     said = str(error.value)
     assert "in some.pth do not fit" in said
     assert "missing: blocks.1.attn.qk.weight, norm.bias;" in said

@@ -1,7 +1,9 @@
 """Weights from every kind of source, and starting a training from them."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import huggingface_hub
 import jax
@@ -9,14 +11,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT, assert_same, saved
+from forgery import save_torch
+from orbax.checkpoint import v1 as ocp
 
 import convit_jax
 from convit_jax.errors import UserError
 from convit_jax.training import loop
 from convit_jax.training.loop import train
 from convit_jax.weights import hub, pretrained
-from convit_jax.weights.formats import Preprocessing, save
-from convit_jax.weights.writer import write
+from convit_jax.weights.checkpoint_file import read_state_dict
+from convit_jax.weights.formats import Preprocessing, save_converted, write_safetensors
 
 GOLDEN = ROOT / "tests/golden/convit_golden.safetensors"
 
@@ -40,7 +44,7 @@ def test_a_converted_directory_gives_the_same_weights_and_preprocessing(golden, 
     how = Preprocessing(0.9, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     names = tuple("abcdefghij")
     changed = dataclasses.replace(golden, preprocessing=how, class_names=names)
-    save(changed, tmp_path / "w")
+    save_converted(changed, tmp_path / "w")
     loaded = pretrained.load(tmp_path / "w")
     assert (loaded.settings, loaded.preprocessing, loaded.class_names) == (golden.settings, how, names)
     assert list(loaded.tensors) == list(golden.tensors)
@@ -48,15 +52,50 @@ def test_a_converted_directory_gives_the_same_weights_and_preprocessing(golden, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["w"]
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_the_way_back_gives_identical_tensors(golden, tmp_path, suffix, dtype):
-    tensors = {name: np.asarray(tensor).astype(dtype) for name, tensor in golden.tensors.items()}
-    write(tmp_path / f"there{suffix}", tensors)
-    save(pretrained.load(tmp_path / f"there{suffix}"), tmp_path / "weights")
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
+def test_the_way_back_gives_identical_tensors(golden, tmp_path, dtype):
+    tensors = {name: tensor.astype(dtype) for name, tensor in golden.tensors.items()}
+    write_safetensors(tmp_path / "there.safetensors", tensors)
+    save_converted(pretrained.load(tmp_path / "there.safetensors"), tmp_path / "weights")
     back = pretrained.load(tmp_path / "weights").tensors
     assert {name: tensor.dtype for name, tensor in back.items()} == dict.fromkeys(tensors, np.dtype(dtype))
     assert_same(back, tensors)
+
+
+def test_safetensors_gets_the_numbers_of_every_kind_of_array(tmp_path):
+    base = np.arange(24, dtype=np.float32).reshape(4, 6)
+    tensors = {
+        "transposed": base.T,
+        "steps": base[::2, ::-3],
+        "scalar": np.float32(7),
+        "empty": np.zeros((0, 3)),
+    }
+    tensors |= {"big": np.arange(3, dtype=">i4"), "float8": np.ones(2, ml_dtypes.float8_e5m2)}
+    write_safetensors(tmp_path / "a.safetensors", tensors)
+    back = read_state_dict(tmp_path / "a.safetensors")
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor, strict=name != "big")
+    with pytest.raises(UserError, match="safetensors has no element type for z"):
+        write_safetensors(tmp_path / "a.safetensors", {"z": np.zeros(1, complex)})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert read_state_dict(tmp_path / "a.safetensors").keys() == tensors.keys()
+
+
+def test_a_directory_is_replaced_whole_or_not_at_all(golden, tmp_path, monkeypatch):
+    save_converted(golden, tmp_path / "w")
+    save_converted(pretrained.load(GOLDEN, num_classes=2), tmp_path / "w")
+    assert pretrained.load(tmp_path / "w").settings["num_classes"] == 2
+
+    def replace(source, target, replace=os.replace):
+        if source.name == "complete":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="No space left"):
+        save_converted(golden, tmp_path / "w")
+    assert pretrained.load(tmp_path / "w").settings["num_classes"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
 def test_a_new_head_and_larger_images(golden):
@@ -79,11 +118,11 @@ def test_a_new_head_and_larger_images(golden):
 
 def test_float32_does_without_the_kernel_that_does_not_take_it():
     loaded = pretrained.load(GOLDEN)
-    faster = pretrained.behaving(loaded, dtype="bfloat16", attention="cudnn")
+    faster = pretrained.with_behaviour(loaded, dtype="bfloat16", attention="cudnn")
     assert faster.settings["attention"] == "cudnn"
-    assert pretrained.behaving(faster, dtype="float32").settings["attention"] == "xla"
-    with pytest.raises(UserError, match="attention is cudnn and dtype float32"):
-        pretrained.behaving(loaded, attention="cudnn")
+    assert pretrained.with_behaviour(faster, dtype="float32").settings["attention"] == "xla"
+    with pytest.raises(UserError, match=r"attention.*cudnn.*float32"):
+        pretrained.with_behaviour(loaded, attention="cudnn")
 
 
 def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
@@ -96,15 +135,17 @@ def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
     with pytest.raises(UserError, match="no setting 'dtyp', did you mean 'dtype'"):
         convit_jax.load_pretrained(GOLDEN, dtyp="bfloat16")
     broken = {name: tensor for name, tensor in golden.tensors.items() if name != "blocks.2.norm1.bias"}
-    write(tmp_path / "broken.pth", broken)
-    with pytest.raises(UserError, match=r"broken.pth do not fit .*missing: blocks.2.norm1.bias\)"):
+    save_torch(tmp_path / "broken.pth", {**broken, "other": np.ones(1)})
+    with pytest.raises(
+        UserError, match=r"broken.pth do not fit .*missing: blocks.2.norm1.bias; unexpected: other"
+    ):
         pretrained.load(tmp_path / "broken.pth")
-    save(golden, tmp_path / "w")
+    save_converted(golden, tmp_path / "w")
     (tmp_path / "w/config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json is not as it should be \(JSONDecodeError"):
+    with pytest.raises(UserError, match=r"config.json is missing or damaged \(JSONDecodeError"):
         pretrained.load(tmp_path / "w")
     (tmp_path / "w/config.json").write_text('{"model": {}}')
-    with pytest.raises(UserError, match=r"config.json is not as it should be \(KeyError: 'preprocessing'"):
+    with pytest.raises(UserError, match=r"config.json is missing or damaged \(KeyError: 'preprocessing'"):
         pretrained.load(tmp_path / "w")
     with pytest.raises(UserError, match="num_classes is 0: it must be at least 1"):
         pretrained.load(GOLDEN, num_classes=0)
@@ -127,7 +168,7 @@ def test_published_names_lead_to_their_repositories():
 
 
 def test_a_repository_brings_its_preprocessing(golden, tmp_path, monkeypatch):
-    write(tmp_path / "model.safetensors", golden.tensors)
+    write_safetensors(tmp_path / "model.safetensors", golden.tensors)
     how = {"crop_pct": 0.9, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
     (tmp_path / "config.json").write_text(json.dumps({"num_classes": 10, "pretrained_cfg": how}))
     asked = []
@@ -162,44 +203,52 @@ def test_no_connection_is_said_in_a_sentence(source, sentence, tmp_path, monkeyp
 # ---- Runs -------------------------------------------------------------------------------
 
 
-def test_best_and_latest_of_a_run_and_its_average(digits_config, tmp_path):
-    digits_config.optim.ema_decay = 0.9
-    digits_config.checkpoint_every, digits_config.eval_every = 6, 1 / 3
-    train(digits_config, tmp_path)
-    log = tmp_path / "metrics.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    for line in lines:
-        if "val_top1" in line:
-            line["val_top1"] = 90.0 if line["step"] == 6 else 10.0
-            line["val_ema_top1"] = 10.0 if line["step"] == 6 else 90.0
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
-    assert steps[-1] == 12
-    assert 6 in steps
+def save_run(directory, golden, steps):
+    """A run directory with steps {step: (val_top1, val_ema_top1)}; all parameters are the step's number."""
+    lines = []
+    for step, (top1, ema_top1) in steps.items():
+        params = jax.tree.map(lambda leaf, step=step: np.full_like(leaf, step), golden.params())
+        state = {"params": params, "opt": np.zeros(2)} | (
+            {} if ema_top1 is None else {"ema": jax.tree.map(np.negative, params)}
+        )
+        ocp.save(directory / "checkpoints" / str(step), {"state": state, "metrics": np.zeros(1)})
+        lines.append({"step": step, "val_top1": top1, "val_ema_top1": ema_top1})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"crop_ratio": 1.0, "mean": [0.3] * 3, "std": [0.4] * 3}
+    model = {**golden.settings, "name": "convit_tiny", "num_classes": None}
+    (directory / "config.json").write_text(json.dumps({"model": model, "data": data}))
+    (directory / "run.json").write_text(json.dumps({"classes": 10, "class_names": list("0123456789")}))
 
-    def params(**which):
-        return pretrained.load(tmp_path, **which).params()
 
-    assert_same(params(), to_numpy(saved(tmp_path, 6)["state"]["params"]))
-    assert_same(params(which="latest"), to_numpy(saved(tmp_path, 12)["state"]["params"]))
-    assert_same(params(ema=True), to_numpy(saved(tmp_path, 12)["state"]["ema"]))
-    loaded = pretrained.load(tmp_path)
+def test_best_and_latest_of_a_run_and_its_average(golden, tmp_path):
+    save_run(tmp_path / "run", golden, {6: (90.0, 10.0), 12: (10.0, 90.0)})
+
+    def head_bias(**which):
+        return pretrained.load(tmp_path / "run", **which).tensors["head.bias"][0]
+
+    assert (head_bias(), head_bias(which="latest"), head_bias(which=6), head_bias(ema=True)) == (
+        6,
+        12,
+        6,
+        -12,
+    )
+    assert head_bias(ema=True, which="latest") == -12
+    loaded = pretrained.load(tmp_path / "run")
     assert loaded.class_names == tuple("0123456789")
-    assert loaded.preprocessing.crop_ratio == 1.0
-    assert loaded.preprocessing.mean == (0.305,) * 3
+    assert loaded.settings == golden.settings
+    assert loaded.preprocessing == Preprocessing(1.0, "bicubic", (0.3,) * 3, (0.4,) * 3)
     with pytest.raises(UserError, match="no checkpoint 'newest': choose best or latest"):
-        params(which="newest")
+        head_bias(which="newest")
+    with pytest.raises(UserError, match=r"checkpoints/7 cannot be read .*: try the other one"):
+        head_bias(which=7)
 
 
-def to_numpy(tree):
-    return jax.tree.map(np.asarray, tree)
-
-
-def test_a_run_without_what_was_asked_for_says_so(trained, tmp_path):
+def test_a_run_that_lacks_something(golden, tmp_path):
+    save_run(tmp_path / "run", golden, {6: (90.0, None)})
     with pytest.raises(UserError, match="kept no moving average"):
         pretrained.load(tmp_path / "run", ema=True)
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="has saved no checkpoint yet"):
+    with pytest.raises(UserError, match="has not saved a checkpoint yet"):
         pretrained.load(tmp_path / "empty")
 
 
@@ -230,11 +279,11 @@ def test_weights_of_another_architecture_stop_a_training_before_anything_is_writ
 
 
 def test_damaged_weights_stop_a_training_before_anything_is_written(golden, golden_config, tmp_path):
-    write(tmp_path / "damaged.pth", golden.tensors)
+    save_torch(tmp_path / "damaged.pth", golden.tensors)
     data = bytearray((tmp_path / "damaged.pth").read_bytes())
-    data[data.index(np.asarray(golden.tensors["head.weight"]).tobytes()) + 1000] ^= 1
+    data[data.index(golden.tensors["head.weight"].tobytes()) + 1000] ^= 1
     (tmp_path / "damaged.pth").write_bytes(data)
     golden_config.init_from = str(tmp_path / "damaged.pth")
-    with pytest.raises(UserError, match=r"cannot read .*damaged.pth: it is damaged .wrong checksum of bytes"):
+    with pytest.raises(UserError, match=r"cannot read .*damaged.pth: it is damaged .BadZipFile: Bad CRC-32"):
         train(golden_config, tmp_path / "run")
     assert not (tmp_path / "run/config.json").exists()

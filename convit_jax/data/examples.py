@@ -1,0 +1,173 @@
+"""Which image fills which row of a batch, and the uint8 batches that the host makes from them.
+
+Training is a sequence of slots: slot = step * batch_size + row. The image in a slot and its random crop are a
+pure function of (seed, slot). A run therefore continues exactly from any step, with any number of loader
+workers, and several processes can share the rows of a step.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from convit_jax.data.images import Picture, centre_crop, decode, random_resized_crop
+from convit_jax.data.sources import Source
+from convit_jax.errors import UserError
+
+TRIES = 10  # images tried in place of an unreadable one before the run fails
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The order of training images: the subset, reshuffled every epoch.
+
+    With repeats > 1 (repeated augmentation, DeiT's `RASampler`) each image fills `repeats` slots in a row. An
+    epoch keeps its length, so it shows only a part of the subset. It is cut to a multiple of 256 images.
+    """
+
+    indices: np.ndarray  # of the subset in the source, ascending
+    seed: int
+    repeats: int = 1
+
+    @functools.cached_property
+    def epoch_length(self) -> int:
+        """Slots in one epoch."""
+        count = len(self.indices)
+        return count if self.repeats == 1 or count < 256 else count // 256 * 256
+
+    def example(self, slot: int) -> int:
+        """Returns the index into the source for a slot."""
+        epoch, position = divmod(slot, self.epoch_length)
+        return int(self.indices[_order(len(self.indices), self.seed, epoch)[position // self.repeats]])
+
+
+@functools.lru_cache(maxsize=3)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(count) from raw Philox bits, which are the same in every version of NumPy."""
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainExample:
+    """Makes the training rows of given slots, as a pure function of (seed, slot).
+
+    An unreadable image is replaced by the next readable one of the subset, usually of the same class.
+    """
+
+    source: Source
+    slots: Slots
+    size: tuple[int, int]  # (height, width)
+    crop: str  # "resized": random resized crop; "pad": the centre, which the device shifts later
+
+    def __call__(self, slots: Sequence[int]) -> Batch:
+        """Returns one row for each slot.
+
+        Returns:
+          "image": uint8 [n, height, width, 3]. "label": int32 [n]. "unreadable": int64 [n], the index of the
+          image that had to be replaced, or -1.
+
+        Raises:
+          UserError: `TRIES` images in a row are unreadable.
+        """
+        batch = empty_batch(len(slots), self.size)
+        wanted = None
+        for row, slot in enumerate(slots):
+            index = self.slots.example(slot)
+            if index != wanted:  # the repeats of an image are neighbours: decode it once
+                wanted = index
+                image, shown = self._readable(wanted)
+            if self.crop == "resized":
+                rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
+                batch["image"][row] = random_resized_crop(image, self.size, rng)
+            else:
+                batch["image"][row] = centre_crop(image, self.size, 1.0)
+            batch["label"][row] = self.source.labels[shown]
+            batch["unreadable"][row] = -1 if shown == wanted else wanted
+        return batch
+
+    def _readable(self, wanted: int) -> tuple[Picture, int]:
+        """The image `wanted`, or the first readable one after it in the subset, and its index."""
+        subset = self.slots.indices
+        start = int(np.searchsorted(subset, wanted))
+        for attempt in range(TRIES):
+            index = int(subset[(start + attempt) % len(subset)])
+            try:
+                return decode(self.source[index], self.source.names[index]), index
+            except UserError as error:
+                reason = error
+        raise reason
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalExample:
+    """Makes the rows of an evaluation: slot i shows the centre of the i-th image of the subset."""
+
+    source: Source
+    indices: np.ndarray  # of the subset in the source
+    size: tuple[int, int]  # (height, width)
+    crop_ratio: float  # share of the resized image's short side that is shown
+    interpolation: str = "bicubic"  # a Pillow filter
+
+    def __call__(self, slots: Sequence[int]) -> Batch:
+        """Returns one row for each slot, as `TrainExample`, and "valid": bool [n].
+
+        Slots past the end and unreadable images give black rows that are not valid.
+        """
+        batch = empty_batch(len(slots), self.size)
+        batch["valid"] = np.zeros(len(slots), bool)
+        for row, slot in enumerate(slots):
+            if slot >= len(self.indices):
+                continue
+            index = int(self.indices[slot])
+            try:
+                image = decode(self.source[index], self.source.names[index])
+            except UserError:
+                batch["unreadable"][row] = index
+                continue
+            batch["image"][row] = centre_crop(image, self.size, self.crop_ratio, self.interpolation)
+            batch["label"][row] = self.source.labels[index]
+            batch["valid"][row] = True
+        return batch
+
+
+def empty_batch(rows: int, size: tuple[int, int]) -> Batch:
+    """Returns a batch of black images of size (height, width) with label 0."""
+    return {
+        "image": np.zeros((rows, *size, 3), np.uint8),
+        "label": np.zeros(rows, np.int32),
+        "unreadable": np.full(rows, -1, np.int64),
+    }
+
+
+class Unreadable:
+    """Reports each unreadable image of a source once with `say`, and stops the run after `limit` images.
+
+    `seen` holds their indices.
+    """
+
+    def __init__(self, source: Source, limit: int, say: Callable[[str], None]) -> None:
+        self.source, self.limit, self.say = source, limit, say
+        self.seen: set[int] = set()
+
+    def take(self, batch: Batch) -> Batch:
+        """Returns a batch without its entry "unreadable", after reporting the images in it.
+
+        Raises:
+          UserError: more than `limit` images are unreadable.
+        """
+        batch = dict(batch)
+        for index in sorted({*batch.pop("unreadable").tolist()} - {-1} - self.seen):
+            self.seen.add(index)
+            name = self.source.names[index]
+            try:
+                decode(self.source[index], name)
+                reason = f"the image {name} could be read only at the second attempt: check the disk."
+            except UserError as error:
+                reason = str(error)
+            if len(self.seen) > self.limit:
+                raise UserError(f"{reason} That is one more than data.max_unreadable={self.limit} allows.")
+            self.say(f"{reason} The run continues ({len(self.seen)} of at most {self.limit} such images).")
+        return batch

@@ -1,0 +1,289 @@
+"""Everything that the training loop needs, checked and built before the first step."""
+
+import contextlib
+import dataclasses
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from convit_jax.data.examples import Unreadable
+from convit_jax.models.variants import abstract_model, initial_params
+from convit_jax.progress import Progress
+from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, wait_for_owner
+from convit_jax.training.attention_log import make_attention_log
+from convit_jax.training.checkpoint import Checkpoints
+from convit_jax.training.distill import Teacher, load_teacher
+from convit_jax.training.distributed import (
+    Everywhere,
+    agree_on_checkpoint,
+    check_same,
+    comparable,
+    ends_all,
+    first_then_others,
+    from_first,
+    introduce,
+    is_first,
+    phase,
+    say,
+    several,
+    together,
+    warn,
+)
+from convit_jax.training.evaluation import our_batches
+from convit_jax.training.metrics import MetricsLog
+from convit_jax.training.optimizer import make_optimizer, run_schedule
+from convit_jax.training.plan import Plan, make_plan
+from convit_jax.training.sharding import gather, make_mesh, put_same, replicated, state_shardings
+from convit_jax.training.step import eval_metrics, make_eval_step, make_train_step, new_state, train_metrics
+from convit_jax.training.summary import describe_run, facts
+from convit_jax.weights.pretrained import fingerprint, load_into
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The compiled functions of a run and what they start from, with all arrays on the devices."""
+
+    graphdef: nnx.GraphDef
+    train: Callable[
+        [Any, Any, Any], tuple[Any, Any]
+    ]  # (state, sums, batch) -> (state, sums); donates the state
+    evaluate: Callable[[Any, Any, Any], Any]  # (parameters, sums, batch) -> sums
+    first: Callable[
+        [Any], dict[str, Any]
+    ]  # parameters, or None for new ones -> {"state", "metrics"} of step 0
+    shapes: Any  # of {"state", "metrics"}, the content of a checkpoint
+    shardings: Any
+    no_sums: dict[str, jax.Array]  # of an empty window
+    no_eval_sums: dict[str, jax.Array]  # before the first batch of an evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A run that is ready for its next step."""
+
+    config: ConfigDict
+    workdir: Path  # locked by process 0
+    mesh: Mesh
+    plan: Plan
+    facts: dict[str, Any]  # content of run.json
+    steps: Steps
+    state: dict[str, Any]  # {"step", "params", "opt_state"} and perhaps "ema", after first_step steps
+    sums: dict[str, jax.Array]  # of the open window of log_every steps
+    first_step: int
+    batches: Iterator[dict[str, np.ndarray]]  # this process's rows, from first_step on
+    unreadable: Unreadable  # training images
+    unreadable_test: Unreadable
+    attention_log: Callable[[Any], dict[str, Any]]  # parameters -> values for an evaluation's line of the log
+    checkpoints: Checkpoints
+    log: MetricsLog
+    progress: Progress
+
+    def test_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """Starts an evaluation; returns this process's rows of its batches."""
+        rows = our_batches(self.plan.test, self.config.eval_batch_size, 0, self.plan.eval_steps, self.config)
+        return map(self.unreadable_test.take, rows)
+
+
+@contextlib.contextmanager
+def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
+    """Builds the training of a config; leaving the context ends the writers, the loader and the lock.
+
+    All processes call this together, and each checks that the others have the same.
+
+    Args:
+      config: fields of configs/default.py.
+      workdir: run directory, made if it does not exist.
+
+    Raises:
+      UserError: a config, data, teacher, weights or run directory that cannot be used.
+    """
+    if not several():
+        use_compilation_cache(config.compilation_cache)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    introduce()
+    plan, teacher, teacher_params = _agree_on_plan(config, workdir, mesh)
+    steps = make_steps(config, plan, mesh, teacher, teacher_params)
+    del teacher_params  # their memory
+    device_kind = jax.devices()[0].device_kind
+    run_facts = facts(config, plan, steps.shapes["state"]["params"], mesh.shape, device_kind, teacher)
+
+    with contextlib.ExitStack() as stack:
+        start_from = _take_directory(config, workdir, plan, run_facts, stack)
+
+        # ---- The state: from the latest checkpoint, from init_from, or from the seed -------
+        phase("opening the checkpoints")
+        top1: dict[int, float] = {}  # of each evaluation: the log fills it, the checkpoints read it
+        checkpoints = Checkpoints(workdir / "checkpoints", top1)
+        stack.callback(checkpoints.close)
+        stack.enter_context(ends_all())  # closing would wait for the other processes
+        tree = _restore(checkpoints, steps, plan.total_steps) or steps.first(start_from)
+        del start_from
+        first_step = int(tree["state"]["step"])
+
+        # ---- Logs and batches --------------------------------------------------------------
+        log = MetricsLog(workdir if is_first() else None, first_step, top1)
+        stack.callback(log.close)
+        progress = Progress("step", plan.total_steps, enabled=is_first())
+        stack.callback(progress.close)
+        tell = progress.say if is_first() else warn
+        unreadable = Unreadable(plan.train.source, config.data.max_unreadable, tell)
+        rows = our_batches(plan.train, config.batch_size, first_step, plan.total_steps, config)
+        stack.callback(rows.close)
+        attention_log = make_attention_log(steps.graphdef, config, plan, mesh)
+        phase("the first step, which is compiled")
+        yield Training(
+            config=config,
+            workdir=workdir,
+            mesh=mesh,
+            plan=plan,
+            facts=run_facts,
+            steps=steps,
+            state=tree["state"],
+            sums=tree["metrics"],
+            first_step=first_step,
+            batches=map(unreadable.take, rows),
+            unreadable=unreadable,
+            unreadable_test=Unreadable(plan.test.source, config.data.max_unreadable, tell),
+            attention_log=attention_log,
+            checkpoints=checkpoints,
+            log=log,
+            progress=progress,
+        )
+
+
+def _agree_on_plan(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Plan, Teacher | None, Any]:
+    """The plan, the teacher and its parameters (None without one), the same on all processes."""
+    check_same({"workdir": str(workdir), **comparable(config)})
+    phase("reading the lists of images")
+    plan = first_then_others(lambda: make_plan(config, devices=mesh.size))
+    check_same(
+        {
+            "the number of training images": len(plan.train.slots.indices),
+            "the number of test images": len(plan.test.indices),
+            "the digest of the images' classes, labels and names": plan.image_lists,
+        },
+        "give all processes the same images",
+    )
+    if config.distill.teacher:
+        phase("reading the teacher")
+    which = agree_on_checkpoint(config.distill.teacher)
+    with together():
+        teacher, params = load_teacher(config, plan, which)
+    digest = {"the digest of the teacher's weights": teacher and teacher.facts["weights"]}
+    check_same(digest, "give all processes the same teacher")
+    return plan, teacher, params
+
+
+def make_steps(
+    config: ConfigDict, plan: Plan, mesh: Mesh, teacher: Teacher | None = None, teacher_params: Any = None
+) -> Steps:
+    """Returns the functions of a run; each is compiled when it is first called.
+
+    Args:
+      config: fields of configs/default.py.
+      plan: what it amounts to.
+      mesh: devices.
+      teacher: network to learn from, or None.
+      teacher_params: its parameters, numpy arrays.
+    """
+    graphdef, abstract_params = abstract_model(plan.model)
+    schedule = run_schedule(config, plan)
+    optimizer = make_optimizer(config.optim, schedule, abstract_params)
+    seed = jax.device_put(np.uint32(config.seed), replicated(mesh))
+    teacher_params = put_same(teacher_params, state_shardings(mesh, teacher_params))
+
+    def no_sums() -> dict[str, jax.Array]:
+        return train_metrics(distilled=teacher is not None)
+
+    def first(seed: jax.Array, params: Any = None) -> dict[str, Any]:
+        params = initial_params(plan.model, seed) if params is None else params
+        state = new_state(params, optimizer, ema=config.optim.ema_decay > 0)
+        return {"state": state, "metrics": no_sums()}
+
+    shapes = jax.eval_shape(first, seed)
+    shardings = state_shardings(mesh, shapes)
+    train = jax.jit(
+        make_train_step(
+            graphdef, optimizer, schedule, config, plan.model["num_classes"], gather(mesh), teacher
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings["state"], shardings["metrics"]),
+    )
+    empty, empty_eval = jax.jit(lambda: (no_sums(), eval_metrics()), out_shardings=replicated(mesh))()
+    return Steps(
+        graphdef=graphdef,
+        train=lambda state, sums, batch: train(state, sums, batch, seed, teacher_params),
+        evaluate=jax.jit(make_eval_step(graphdef, config, gather(mesh)), out_shardings=replicated(mesh)),
+        first=lambda params: jax.jit(first, out_shardings=shardings)(seed, params),
+        shapes=shapes,
+        shardings=shardings,
+        no_sums=empty,
+        no_eval_sums=empty_eval,
+    )
+
+
+def _take_directory(
+    config: ConfigDict, workdir: Path, plan: Plan, run_facts: dict[str, Any], stack: contextlib.ExitStack
+) -> Any:
+    """Locks the run directory for this run, and returns the parameters to start from, or None."""
+    phase(f"taking {workdir}")
+    owner = from_first(secrets.token_hex())
+    with together():
+        if is_first():
+            stack.callback(lock_directory(workdir, owner=owner).release)
+    with together():
+        if not is_first():
+            wait_for_owner(workdir, owner)
+    if several() and config.compilation_cache:  # one folder for all, see docs/clusters.md
+        use_compilation_cache(workdir / "compiled")
+    start_from = _agree_on_weights(config, plan, workdir)
+    with together():
+        if is_first():
+            claim_run(workdir, config, run_facts)
+    say(describe_run(config, run_facts, workdir))
+    return start_from
+
+
+def _agree_on_weights(config: ConfigDict, plan: Plan, workdir: Path) -> Any:
+    """The parameters in config.init_from for a run that starts, the same on all processes, or None."""
+    if not config.init_from or from_first(bool(checkpoint_steps(workdir))):
+        return None
+    phase("reading init_from")
+    which = agree_on_checkpoint(config.init_from)
+    with together():
+        params, changes = load_into(config.init_from, plan.model, config.seed, which)
+    digest = {"the digest of the weights of init_from": fingerprint(params)}
+    check_same(digest, "give all processes the same weights")
+    say("; ".join([f"Starting from {config.init_from}", *changes]))
+    return params
+
+
+def _restore(checkpoints: Checkpoints, steps: Steps, total_steps: int) -> dict[str, Any] | None:
+    """The tree of the latest checkpoint, or None if there is none."""
+    latest = from_first(checkpoints.latest)
+    phase("making the first weights" if latest is None else f"reading the checkpoint of step {latest}")
+    if latest is None:
+        return None
+    if latest > total_steps:
+        raise Everywhere(
+            f"the run in {checkpoints.directory.parent} is at step {latest:,}, beyond its end at "
+            f"{total_steps:,}: raise steps or leave it out, or give another --workdir."
+        )
+    tree = checkpoints.restore(latest, steps.shapes, steps.shardings)
+    say(f"Continuing at step {latest}")
+    return tree
+
+
+def use_compilation_cache(folder: str | Path) -> None:
+    """Keeps compiled programs in a folder, so that the next start of a run takes seconds; "" keeps none."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        compilation_cache.reset_cache()  # otherwise JAX stays with the folder of its first compilation

@@ -1,0 +1,315 @@
+"""Unpickles what PyTorch's checkpoints hold without importing or calling anything that they name.
+
+A pickle is a program for a small stack machine. `check_pickle` reads the program first and refuses what would
+crash or exhaust the unpickler; then the standard library's unpickler runs it with inert objects in place
+of every class and function. Tensors become `Tensor` objects, whose numbers are read later.
+"""
+
+import dataclasses
+import io
+import math
+import pickle
+import pickletools
+from collections.abc import Callable
+from typing import IO, Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with NumPy)
+import numpy as np
+
+from convit_jax.errors import UserError
+
+# fmt: off
+ELEMENTS = (  # PyTorch's name, which is NumPy's too; PyTorch's storage class; safetensors' code
+    ("float32", "FloatStorage", "F32"), ("float64", "DoubleStorage", "F64"),
+    ("float16", "HalfStorage", "F16"), ("bfloat16", "BFloat16Storage", "BF16"),
+    ("int8", "CharStorage", "I8"), ("int16", "ShortStorage", "I16"), ("int32", "IntStorage", "I32"),
+    ("int64", "LongStorage", "I64"), ("uint8", "ByteStorage", "U8"), ("bool", "BoolStorage", "BOOL"),
+    ("uint16", "", "U16"), ("uint32", "", "U32"), ("uint64", "", "U64"),
+    ("complex64", "ComplexFloatStorage", "C64"), ("complex128", "ComplexDoubleStorage", ""),
+    ("float8_e4m3fn", "", "F8_E4M3"), ("float8_e4m3fnuz", "", "F8_E4M3FNUZ"), ("float8_e5m2", "", "F8_E5M2"),
+    ("float8_e5m2fnuz", "", "F8_E5M2FNUZ"), ("float8_e8m0fnu", "", "F8_E8M0"),
+)
+# fmt: on
+DTYPES = {name: np.dtype(name) for name, _, _ in ELEMENTS}
+
+MAX_INSTRUCTIONS = 200_000  # a training checkpoint of ConViT-B with optimizer and EMA has about 30,000
+MAX_UNKNOWN = 1_000  # classes and functions
+
+# What pickle's protocols 2 to 5 use for checkpoints. Others name classes in other ways (INST, OBJ, EXT1),
+# rearrange the stack (DUP, POP) or hold numbers of any length (LONG, LONG4).
+# fmt: off
+INSTRUCTIONS = {
+    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1",
+    "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "BYTEARRAY8", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET", "BINPUT", "LONG_BINPUT",
+    "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID",
+}
+# fmt: on
+PUT = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
+IN_PLACE = (*PUT, "APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # keep the first operand
+PLAIN = -1  # on the checker's stack: may be a key. Any other number is the length of a tuple, else 0
+
+
+def check_pickle(stream: IO[bytes]) -> None:
+    """Reads one pickle up to its end and refuses what `pickle.Unpickler` must not run.
+
+    Hashing a tuple nested 10^6 times overflows the C stack, hashing one that repeats its parts takes
+    exponential time, and long integers can be made to collide. So keys and members of sets must be plain,
+    and to tell them the stack is simulated. A large memo index allocates gigabytes, and passing one long
+    tuple to many calls takes hours.
+
+    Raises:
+      UserError: the pickle does one of these, or has an instruction that no checkpoint needs.
+    """
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+    spent = 0
+    argument: Any
+    for count, (code, argument, _) in enumerate(pickletools.genops(stream)):
+        name, before = code.name, code.stack_before
+        if name not in INSTRUCTIONS:
+            raise UserError(f"its pickle has the instruction {name}, which PyTorch never writes.")
+        if name == "MARK":
+            marks.append(len(stack))
+            continue
+        items: list[int] = []
+        if pickletools.markobject in before:
+            start = marks.pop()
+            items = stack[start:]
+            del stack[start:]
+            before = before[: before.index(pickletools.markobject)]
+        base = len(stack) - (1 if name in PUT else len(before))
+        if base < (marks[-1] if marks else 0):
+            raise UserError("its pickle is damaged (it takes values that it has not made).")
+        operands = stack[base:]
+        del stack[base:]
+        keys = {"SETITEM": operands[1:2], "SETITEMS": items[::2], "ADDITEMS": items, "FROZENSET": items}
+        if any(key != PLAIN for key in keys.get(name, ())):
+            raise UserError("its pickle has a key or a member of a set that is not a plain value.")
+        if name in ("REDUCE", "NEWOBJ"):
+            spent += max(operands[1], 0)
+        if count + spent > MAX_INSTRUCTIONS:
+            raise UserError(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions.")
+        if name in PUT:
+            index = len(memo) if argument is None else argument
+            if index > count:
+                raise UserError(f"its pickle has the memo index {index:,}, which PyTorch never writes.")
+            memo[index] = operands[0]
+        if name in IN_PLACE:
+            stack.append(operands[0])
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"):
+            stack.append(len(items) + len(operands))
+        elif name == "LONG1":
+            stack.append(PLAIN if abs(argument) < 2**60 else 0)
+        elif code.stack_after:
+            stack.append(PLAIN)
+
+
+def shown(text: str) -> str:
+    """Text from the file as it may be printed: short and ASCII only."""
+    return ascii(text if len(text) <= 100 else f"{text[:97]}...")[1:-1]
+
+
+def kind_of(value: Any) -> str:
+    if isinstance(value, Opaque):
+        return shown(value.name)
+    return "dictionary" if isinstance(value, dict) else type(value).__name__
+
+
+def unpickle(stream: io.BytesIO) -> tuple[Any, dict[str, "Storage"]]:
+    """The object of the next pickle, and the storages that it refers to by their keys."""
+    start = stream.tell()
+    check_pickle(stream)
+    length = stream.tell() - start
+    stream.seek(start)
+    unpickler = _Unpickler(io.BytesIO(stream.read(length)))
+    return unpickler.load(), unpickler.storages
+
+
+class _Unpickler(pickle.Unpickler):
+    """Runs a checked pickle with inert objects in place of everything that it names.
+
+    `check_pickle` takes what a call returns for a plain value. So a call must never return what it was given,
+    but a Tensor, an Opaque, or a Dictionary, which cannot be hashed.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(stream)
+        self.storages: dict[str, Storage] = {}
+        self.unknown: dict[tuple[str, str], type[Opaque]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = (module, name)
+        if full_name in NAMES:
+            return NAMES[full_name]
+        if full_name not in self.unknown:
+            if len(self.unknown) == MAX_UNKNOWN:
+                raise UserError(f"its pickle names more than {MAX_UNKNOWN:,} unknown classes.")
+            self.unknown[full_name] = type("Opaque", (Opaque,), {"name": f"{module}.{name}"})
+        return self.unknown[full_name]
+
+    def persistent_load(self, pid: Any) -> "Storage":
+        if type(pid) is not tuple or pid[0] != "storage" or pid[5:] not in ((), (None,)):
+            raise UserError("its pickle refers to something that is not a storage.")
+        _, dtype, key, _, count = pid[:5]
+        if type(dtype) is not str or type(key) is not str or type(count) is not int or not 0 <= count < 2**56:
+            raise UserError(f"its pickle has a storage that is not supported ({kind_of(dtype)}).")
+        storage = Storage(key, DTYPES[dtype], count * DTYPES[dtype].itemsize)
+        if self.storages.setdefault(key, storage) != storage:
+            raise UserError(f"its pickle describes storage {shown(key)} in two ways.")
+        return storage
+
+
+class Sealed:
+    """Refuses BUILD, with which a pickle could set any attribute."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise UserError("its pickle changes something that PyTorch never changes.")
+
+
+class Function(Sealed):
+    """A function of ours that a pickle may call; of a bare function BUILD would set `__defaults__`."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+class Opaque:
+    """An object of a class that is not known here. It takes everything and keeps nothing."""
+
+    name = "unknown"
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def ignore(self, *_: Any) -> "Opaque":
+        return self
+
+    __call__ = __setstate__ = __setitem__ = append = extend = add = ignore
+
+
+class Dictionary(dict):
+    """An OrderedDict without attributes, as a state dict's `_metadata`."""
+
+    def __init__(self, *items: Any) -> None:
+        if items:  # Python 2 did this; nobody has checked such keys
+            raise UserError("its pickle makes a dictionary in a way that PyTorch never does.")
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage(Sealed):
+    """A stretch of numbers in the file that tensors are views of."""
+
+    key: str
+    dtype: np.dtype
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor(Sealed):
+    """A view of a storage; offset and strides count elements of `dtype`."""
+
+    storage: Storage
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    conjugated: bool
+    negated: bool
+
+    def __post_init__(self) -> None:
+        types = (type(self.storage), type(self.shape), type(self.strides))
+        if types != (Storage, tuple, tuple) or len(self.shape) != len(self.strides) or len(self.shape) > 32:
+            raise UserError("its pickle has a tensor with wrong properties.")
+        numbers = (self.offset, *self.shape, *self.strides)
+        if not all(type(number) is int and 0 <= number < 2**56 for number in numbers):
+            raise UserError("its pickle has a tensor with wrong properties.")
+        span = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        if self.nbytes and (self.offset + span + 1) * self.dtype.itemsize > self.storage.nbytes:
+            raise UserError(f"a tensor of shape {shown(str(self.shape))} reaches beyond its storage.")
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def array(self, data: np.ndarray) -> np.ndarray:
+        """The tensor as a view of its storage's bytes, uint8 [n], or a changed copy."""
+        if not self.nbytes:
+            return np.empty(self.shape, self.dtype)
+        size = self.dtype.itemsize
+        strides = [stride * size for stride in self.strides]
+        array: np.ndarray = np.ndarray(self.shape, self.dtype, data, self.offset * size, strides)
+        array = array.conj() if self.conjugated else array
+        return -array if self.negated else array
+
+
+def _tensor_v2(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, flags: Any = None
+) -> Tensor:
+    """torch._utils._rebuild_tensor_v2"""
+    return _tensor_v3(storage, offset, shape, strides, grad, hooks, storage.dtype.name, flags)
+
+
+def _tensor_v3(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    _grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    flags: Any = None,
+) -> Tensor:
+    """torch._utils._rebuild_tensor_v3: the storage holds bytes."""
+    if type(dtype) is not str:  # hashing anything else is not safe
+        raise UserError(f"its pickle has a tensor whose type is not supported ({kind_of(dtype)}).")
+    conjugated, negated = (isinstance(flags, dict) and bool(flags.get(flag)) for flag in ("conj", "neg"))
+    return Tensor(storage, DTYPES[dtype], offset, shape, strides, conjugated, negated)
+
+
+def _parameter(data: Any, _grad: Any, _hooks: Any, _state: Any = None) -> Any:
+    """torch._utils._rebuild_parameter: a parameter is its tensor."""
+    if not isinstance(data, (Tensor, Opaque)):
+        raise UserError("its pickle has a parameter that is no tensor.")
+    return data
+
+
+def _tensor_of_type(function: Any, kind: Any, arguments: Any, _state: Any) -> Any:
+    """torch._tensor._rebuild_from_type_v2: a tensor with attributes, or of a class that is not known here."""
+    if isinstance(kind, type) and issubclass(kind, Opaque):
+        return kind()
+    if not isinstance(function, Function) or function.function is _tensor_of_type:
+        raise UserError("its pickle has a tensor with wrong properties.")
+    return function(*arguments)
+
+
+NAMES: dict[tuple[str, str], Any] = {  # strings are inert, too
+    ("collections", "OrderedDict"): Dictionary,
+    ("torch._utils", "_rebuild_tensor_v2"): Function(_tensor_v2),
+    ("torch._utils", "_rebuild_tensor_v3"): Function(_tensor_v3),
+    ("torch._utils", "_rebuild_parameter"): Function(_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): Function(_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): Function(_tensor_of_type),
+    ("torch", "Tensor"): "tensor",
+    ("torch._tensor", "Tensor"): "tensor",
+    ("torch.nn.parameter", "Parameter"): "tensor",
+    ("torch.storage", "UntypedStorage"): "uint8",
+    **{("torch", name): name for name, _, _ in ELEMENTS},
+    **{
+        (module, storage): name
+        for module in ("torch", "torch.cuda")
+        for name, storage, _ in ELEMENTS
+        if storage
+    },
+}

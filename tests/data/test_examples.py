@@ -1,0 +1,163 @@
+"""The order of training images, the rows of training and evaluation batches, unreadable images."""
+
+import re
+
+import numpy as np
+import pytest
+
+from convit_jax.data.examples import TRIES, EvalExample, Slots, TrainExample, Unreadable
+from convit_jax.data.images import centre_crop, decode
+from convit_jax.data.sources import Digits, ImageFolder
+from convit_jax.errors import UserError
+
+
+@pytest.fixture
+def folder(image_folder):
+    """18 training images of 20 x 24 pixels in three classes."""
+    return ImageFolder(image_folder, "train")
+
+
+def epoch_of(slots, epoch):
+    first = epoch * slots.epoch_length
+    return [slots.example(slot) for slot in range(first, first + slots.epoch_length)]
+
+
+@pytest.mark.parametrize("indices", [[7], [0, 3, 5, 8, 11, 17, 18], list(range(257))], ids=len)
+def test_an_epoch_shows_every_image_of_the_subset_once(indices):
+    slots = Slots(np.array(indices), seed=3)
+    for epoch in (0, 1, 5):
+        assert sorted(epoch_of(slots, epoch)) == indices
+
+
+def test_the_order_is_a_random_function_of_seed_and_slot():
+    orders = {tuple(epoch_of(Slots(np.arange(60), seed), epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    slots = Slots(np.arange(8), seed=0)
+    first = np.bincount([slots.example(8 * epoch) for epoch in range(400)], minlength=8)
+    assert np.abs(first / 400 - 1 / 8).max() < 0.07  # four standard deviations
+    slots = Slots(np.arange(40), seed=5)
+    backwards = [slots.example(slot) for slot in reversed(range(150))]
+    assert [Slots(np.arange(40), seed=5).example(slot) for slot in range(150)] == backwards[::-1]
+    assert backwards[:-6:-1] == [31, 21, 12, 9, 27]  # in every version
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 1), (30, 30), (255, 255), (256, 256), (700, 512)])
+def test_repeated_augmentation_shows_a_third_of_the_images_three_times_in_a_row(count, length):
+    slots = Slots(np.arange(1000, 1000 + count), 0, repeats=3)
+    assert slots.epoch_length == length
+    assert Slots(np.arange(count), 0).epoch_length == count
+    shown = epoch_of(slots, 0)
+    distinct = shown[::3]
+    assert [image for image in distinct for _ in range(3)][:length] == shown
+    assert len(set(distinct)) == len(distinct) == -(-length // 3)
+    assert set(distinct) <= set(slots.indices.tolist())
+    assert count == 1 or epoch_of(slots, 1) != shown
+
+
+def test_a_training_batch_holds_the_images_and_labels_of_its_slots():
+    digits = Digits("test")
+    example = TrainExample(digits, Slots(np.arange(40, 50), 0), (8, 8), "pad")
+    batch = example(range(3, 18))  # over the border of an epoch
+    assert [batch[name].dtype for name in ("image", "label", "unreadable")] == [np.uint8, np.int32, np.int64]
+    shown = [example.slots.example(slot) for slot in range(3, 18)]
+    np.testing.assert_array_equal(batch["image"], digits.images[shown])
+    np.testing.assert_array_equal(batch["label"], digits.labels[shown])
+    assert (batch["unreadable"] == -1).all()
+
+
+def test_crop_pad_shows_the_same_geometry_as_the_evaluation(folder):
+    slots = Slots(np.arange(18), 0)
+    trained = TrainExample(folder, slots, (16, 16), "pad")(range(18))
+    shown = np.array([slots.example(slot) for slot in range(18)])
+    tested = EvalExample(folder, shown, (16, 16), 1.0)(range(18))
+    np.testing.assert_array_equal(trained["image"], tested["image"])
+    untouched = TrainExample(folder, Slots(np.array([4]), 0), (20, 24), "pad")([0])["image"][0]
+    np.testing.assert_array_equal(untouched, decode(folder[4], "image"))
+
+
+def test_a_random_crop_depends_only_on_seed_and_slot(folder):
+    def crops(seed, slots):
+        example = TrainExample(folder, Slots(np.array([3]), seed), (9, 8), "resized")
+        return {slot: example([slot])["image"].tobytes() for slot in slots}
+
+    forwards = crops(0, range(20))
+    assert crops(0, reversed(range(20))) == forwards
+    assert len(set(forwards.values())) > 15  # two of 20 may agree by chance
+    assert len(set(crops(1, range(20)).values()) & set(forwards.values())) < 5
+
+
+def test_repeats_are_read_once_and_cropped_differently(folder):
+    class Counting:
+        labels, names, reads = folder.labels, folder.names, 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return folder[index]
+
+    source, slots = Counting(), Slots(np.arange(18), 0, repeats=3)
+    batch = TrainExample(source, slots, (8, 8), "resized")(range(12))
+    assert source.reads == 4
+    assert len({image.tobytes() for image in batch["image"][:3]}) == 3
+    for slot in range(12):
+        alone = TrainExample(folder, slots, (8, 8), "resized")([slot])
+        np.testing.assert_array_equal(alone["image"][0], batch["image"][slot])
+
+
+def damage(root, *names):
+    for name in names:
+        (root / name).write_bytes(b"not an image")
+
+
+def test_an_unreadable_training_image_is_replaced_by_the_next_readable_one(image_folder, folder):
+    example = TrainExample(folder, Slots(np.arange(18), 0, repeats=2), (8, 8), "pad")
+    whole = example(range(36))
+    damage(image_folder, "train/ant/4.jpg", "train/ant/5.jpg")
+    damaged = example(range(36))
+    wanted = np.array([example.slots.example(slot) for slot in range(36)])
+    broken = np.isin(wanted, (4, 5))
+    assert 0 < broken.sum() < 36
+    np.testing.assert_array_equal(damaged["unreadable"], np.where(broken, wanted, -1))
+    for name in ("image", "label"):
+        np.testing.assert_array_equal(damaged[name][~broken], whole[name][~broken])
+    assert (damaged["image"][broken] == centre_crop(decode(folder[6], "image"), (8, 8), 1.0)).all()
+    assert (damaged["label"][broken] == 1).all()
+
+
+def test_training_fails_when_too_many_images_in_a_row_are_unreadable(image_folder, folder):
+    damage(image_folder, *(f"train/{folder.names[index]}" for index in range(TRIES)))
+    example = TrainExample(folder, Slots(np.arange(TRIES), 0), (8, 8), "pad")
+    with pytest.raises(UserError, match=r"cannot decode.*jpg.*replace or remove"):
+        example([0])
+
+
+def test_evaluation_shows_its_subset_and_marks_other_rows_as_not_valid(image_folder, folder):
+    damage(image_folder, "train/ant/4.jpg")
+    indices = np.array([1, 4, 9])
+    batch = EvalExample(folder, indices, (8, 8), 0.875)(range(5))
+    assert batch["valid"].dtype == bool
+    assert batch["valid"].tolist() == [True, False, True, False, False]
+    assert batch["unreadable"].tolist() == [-1, 4, -1, -1, -1]
+    for row in (0, 2):
+        expected = centre_crop(decode(folder[indices[row]], "image"), (8, 8), 0.875)
+        np.testing.assert_array_equal(batch["image"][row], expected)
+        assert batch["label"][row] == folder.labels[indices[row]]
+
+
+def test_unreadable_images_are_reported_once_and_stop_the_run_at_the_limit(image_folder, folder):
+    damage(image_folder, "train/ant/1.jpg", "train/bee/0.jpg", "train/cat/5.jpg")
+    said = []
+    unreadable = Unreadable(folder, 3, said.append)
+
+    def take(*indices):
+        return unreadable.take({"label": np.zeros(4), "unreadable": np.array(indices)})
+
+    for indices in ((-1, -1, -1, -1), (1, 1, -1, 1), (-1, 1, 6, 2)):
+        assert take(*indices).keys() == {"label"}
+    assert [re.match(r".*?image (\S+) .*\((\d) of at most 3", line).groups() for line in said] == [
+        ("ant/1.jpg", "1"),
+        ("ant/2.jpg", "2"),  # readable by now
+        ("bee/0.jpg", "3"),
+    ]
+    assert unreadable.seen == {1, 2, 6}
+    with pytest.raises(UserError, match=r"cat/5\.jpg .*one more than data\.max_unreadable=3 allows\.$"):
+        take(-1, -1, -1, 17)

@@ -1,0 +1,484 @@
+"""Checkpoints are read without PyTorch and without running anything; hostile and damaged ones are refused."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import ROOT
+from forgery import call, named, program, rebuilt, save_torch, storage, torch_zip, value
+
+from convit_jax.errors import UserError
+from convit_jax.weights import checkpoint_file
+from convit_jax.weights.checkpoint_file import MAGIC, read_state_dict
+from convit_jax.weights.torch_pickle import DTYPES
+
+GOLDEN = ROOT / "tests/golden"
+KINDS = ("kinds_zip.pth", "kinds_zip_protocol_5.pth", "kinds_stream.pth")
+FOUR = np.arange(4, dtype=np.float32)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A function: the state dict in a file of these bytes."""
+
+    def read_bytes(data, **kwargs):
+        (tmp_path / "weights.pth").write_bytes(data)
+        return read_state_dict(tmp_path / "weights.pth", **kwargs)
+
+    return read_bytes
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """A function: a file of these bytes is refused soon with one message; nothing is imported or written."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(data, match):
+        (tmp_path / "weights.pth").write_bytes(data)
+        modules, start = {*sys.modules}, time.process_time()
+        with pytest.raises(UserError, match=match) as caught:
+            read_state_dict("weights.pth")
+        message = str(caught.value)
+        assert time.process_time() - start < 5
+        assert message.startswith("cannot read weights.pth")
+        assert message.endswith(".")
+        assert message.isprintable()
+        assert len(message) < 500
+        assert not {*sys.modules} - modules
+        assert os.listdir(tmp_path) == ["weights.pth"]
+
+    return check
+
+
+def same(array, expected):
+    """Equal in numbers, shape and element type."""
+    assert array.dtype == expected.dtype
+    np.testing.assert_array_equal(array, expected, strict=True)
+
+
+def state_dict(tensor, name="a"):
+    """The instructions for {"model": {name: tensor}}."""
+    return b"}" + value("model") + b"}" + value(name) + tensor + b"ss"
+
+
+def beside(*instructions):
+    """A checkpoint of one good tensor, and something else next to it."""
+    good = rebuilt(0, (4,), (1,))
+    body = (
+        b"}("
+        + value("model")
+        + b"}"
+        + value("a")
+        + good
+        + b"s"
+        + value("more")
+        + b"".join(instructions)
+        + b"u"
+    )
+    return torch_zip(program(body), [FOUR.tobytes()])
+
+
+# ---- What PyTorch wrote (tests/golden/make_checkpoints.py) -----------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_element_type_in_every_format(name):
+    tensors = read_state_dict(GOLDEN / name)  # DataParallel's `module.` before every name is removed
+    names = [name for name in DTYPES if name != "float8_e8m0fnu"]  # it has no zero to count from
+    assert {*tensors} == {*names}
+    for name in names:
+        same(tensors[name], np.arange(6).reshape(2, 3).astype(DTYPES[name]))
+    assert tensors["bfloat16"].dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_views(name, monkeypatch):
+    monkeypatch.setattr(checkpoint_file, "PLACES", ("views",))
+    views, base = read_state_dict(GOLDEN / name), np.arange(24, dtype=np.float32).reshape(4, 6)
+    same(views["whole"], base)
+    same(views["transposed"], base.T)
+    same(views["row"], base[2])
+    same(views["steps"], base[1::2, ::3])
+    same(views["expanded"], np.array([[0, 0, 0], [1, 1, 1]], np.float32))
+    same(views["scalar"], np.array(7, np.float32))
+    same(views["empty"], np.zeros((0, 3), np.float32))
+    same(views["channels_last"], np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4))
+    assert np.shares_memory(views["whole"], views["steps"])
+
+
+def test_big_endian():
+    tensors = read_state_dict(GOLDEN / "big_endian.pth")
+    same(tensors["a"], np.arange(6, dtype=np.float32).reshape(2, 3))
+    same(tensors["b"], np.array([1, 2, 3], np.float32))
+
+
+def test_golden_files_are_equal():
+    expected = read_state_dict(GOLDEN / "convit_golden.safetensors")
+    training = GOLDEN / "convit_golden_training.pth"  # with optimizer, scheduler, Namespace and average
+    found = [read_state_dict(GOLDEN / "convit_golden.pth"), read_state_dict(training)]
+    for tensors in found:
+        assert {*tensors} == {*expected}
+        assert list(tensors)[:3] == ["cls_token", "pos_embed", "patch_embed.proj.weight"]  # PyTorch's order
+        for parameter, array in tensors.items():
+            same(array, expected[parameter])
+
+
+def test_nothing_is_imported():
+    code = (
+        "import sys; from convit_jax.weights.checkpoint_file import read_state_dict as read; "
+        "before = {*sys.modules}; "
+        "read('tests/golden/kinds_zip.pth'); print({*sys.modules} - before, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set() False\n"
+
+
+# ---- Where the state dict is -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [None, *checkpoint_file.PLACES, *checkpoint_file.EMA_PLACES])
+def test_places_of_the_state_dict(read, place):
+    tensors = b"}" + value("a") + rebuilt(0, (4,), (1,)) + b"s"
+    data = torch_zip(
+        program(tensors if place is None else b"}" + value(place) + tensors + b"s"), [FOUR.tobytes()]
+    )
+    ema = place in checkpoint_file.EMA_PLACES
+    same(read(data, ema=ema)["a"], FOUR)
+    with pytest.raises(UserError, match=f"no state dict .*; it holds '{place or 'a'}'"):
+        read(data, ema=not ema)
+
+
+def test_prefixes_of_several_wrappers(tmp_path):
+    save_torch(tmp_path / "a.pth", {"_orig_mod.module.a": FOUR, "_orig_mod.module.b": FOUR})
+    assert list(read_state_dict(tmp_path / "a.pth")) == ["a", "b"]
+    save_torch(tmp_path / "a.pth", {"module.a": FOUR, "b": FOUR})
+    assert list(read_state_dict(tmp_path / "a.pth")) == ["module.a", "b"]
+
+
+def test_only_what_is_needed_is_read(refused, read):
+    """A damaged storage of the optimizer does not matter, one of the model does."""
+    other = value("optimizer") + rebuilt(0, (4,), (1,), of=storage(4, key=1))
+    data = torch_zip(program(state_dict(rebuilt(0, (4,), (1,))) + other + b"s"), [FOUR.tobytes(), b"1" * 16])
+    same(read(data.replace(b"1" * 16, b"2" * 16))["a"], FOUR)
+    refused(data.replace(FOUR.tobytes(), b"2" * 16), "it is damaged .BadZipFile: Bad CRC-32 for file")
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        call("argparse.Namespace") + value({"lr": 0.1}) + b"b",
+        call("collections.Counter", {30: 1}),
+        call("torch.Size", (2, 3)),
+        call("pathlib.PosixPath", "runs", "one"),
+        call("numpy._core.multiarray.scalar", "f8", b"12345678"),
+        call("numpy.core.multiarray._reconstruct", 0, (0,), b"b") + value((1, (2,), "f4", b"1")) + b"b",
+        call("datetime.datetime", b"\7\xe8\5\1\f\0\0\0\0\0"),
+        named("omegaconf.DictConfig") + b")\x81" + value({"lr": 0.1}) + b"b",
+        named("os.system") + value(("touch ran",)) + b"R",
+        call("builtins.getattr", "os", "system") + value(("touch ran",)) + b"R",
+        b"c__main__\nModel\n)\x81" + value({"a": 1}) + b"b(" + value("k") + value(1) + b"u(K\1e",
+        value([True, None, -1, 70000, 2**40, 0.5, "grün", (1, (2,)), {3}, frozenset({4}), bytearray(b"x")]),
+        value({140234234234: 1, 0.5: 2, b"k": 3, True: 4, None: 5}),
+    ],
+)  # fmt: skip
+def test_things_next_to_the_weights_do_nothing(read, thing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    modules = {*sys.modules}
+    same(read(beside(thing))["a"], FOUR)
+    assert not {*sys.modules} - modules
+    assert os.listdir(tmp_path) == ["weights.pth"]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickled_attacks_do_nothing(read, protocol, tmp_path, monkeypatch):
+    class Attack:
+        def __reduce__(self):
+            return os.system, ("touch ran",)
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no state dict .* it holds 'model' \(posix.system\)"):
+        read(torch_zip(pickle.dumps({"model": Attack()}, protocol)))
+    assert os.listdir(tmp_path) == ["weights.pth"]
+
+
+def test_entries_that_are_no_tensors_are_named(refused):
+    good = rebuilt(0, (4,), (1,))
+    subclass = (
+        named("torch._tensor._rebuild_from_type_v2") + b"(" + named("torch._utils._rebuild_tensor_v2")
+        + named("torchao.Quantized") + b"(" + storage(4) + value(0) + value((4,)) + value((1,)) + b"\x89}t}tR"
+    )  # fmt: skip
+    for thing, kind in (
+        (call("torchao.Quantized", 1), "torchao.Quantized"),
+        (call("torch._utils._rebuild_sparse_tensor", 1), "torch._utils._rebuild_sparse_tensor"),
+        (subclass, "torchao.Quantized"),
+        (call("numpy._core.multiarray._reconstruct", 0), "numpy._core.multiarray._reconstruct"),
+        (value(7), "int"),
+    ):
+        body = b"}" + value("model") + b"}(" + value("a") + good + value("b") + thing + b"us"
+        refused(
+            torch_zip(program(body), [FOUR.tobytes()]), rf"entries that are no tensors \('b' \({kind}\)\)"
+        )
+    refused(
+        torch_zip(program(b"}" + b"K\1" + good + b"s"), [FOUR.tobytes()]), r"no tensors \('1' \(Tensor\)\)"
+    )
+
+
+# ---- Pickles that attack ---------------------------------------------------------------------
+
+DEEP = b")" + b"\x85" * 150_000
+DOUBLED = b")q\0" + b"h\0h\0\x86q\0" * 40
+LONG_TUPLE = b"(" + b"N" * 60_000 + b"tq\1"
+LIMITS = {
+    "a deep key": (b"}" + DEEP + b"Ns", "a key or a member of a set that is not"),
+    "a deep key of several": (b"}(" + DEEP + b"Nu", "a key or a member"),
+    "a deep member": (b"\x8f(" + DEEP + b"\x90", "a key or a member"),
+    "a deep frozen member": (b"(" + DEEP + b"\x91", "a key or a member"),
+    "a doubled key": (b"}" + DOUBLED + b"Ns", "a key or a member"),
+    "a deep key out of the memo": (DEEP + b"q\0}h\0Ns", "a key or a member"),
+    "a deep key that was built": (b"}" + DEEP + b"NbNs", "a key or a member"),
+    "a deep key through OrderedDict": (
+        named("collections.OrderedDict") + b"]]" + DEEP + b"aNaa\x85R", "makes a dictionary in a way"),
+    "a deep key through a parameter": (
+        b"}" + named("torch._utils._rebuild_parameter") + DEEP + b"\x89N\x87RNs", "parameter that is"),
+    "a deep element type": (
+        rebuilt(0, (4,), (1,), name="torch._utils._rebuild_tensor_v3")[:-2] + DEEP + b"tR", "not supported"),
+    "a deep storage": (
+        b"(" + value("storage") + named("torch.FloatStorage") + DEEP + b"NK\4tQ", "not supported"),
+    "long numbers as keys": (value({k * (2**61 - 1): 0 for k in range(1, 9)}), "a key or a member"),
+    "a key that cannot be one": (b"}]Ns", "TypeError: unhashable"),
+    "a long tuple for many calls": (
+        LONG_TUPLE + named("a.b") + b"q\2" + b"h\2h\1R" * 20, "more than 200,000 instructions"),
+    "instructions": (b"N" * 250_000, "more than 200,000 instructions"),
+    "names": (b"".join(b"ca\n%d\n" % n for n in range(1100)), "more than 1,000 unknown classes"),
+    "a memo index of 2**31": (b"Nr\0\0\0\x80", "memo index 2,147,483,648"),
+    "a function that changes": (
+        named("torch._utils._rebuild_tensor_v2") + b"N}" + value("__defaults__") + value((1,)) + b"s\x86b",
+        "changes something"),
+    "a tensor that changes": (rebuilt(0, (4,), (1,)) + value({"shape": (2,)}) + b"b", "changes something"),
+    "a dtype that changes": (named("torch.float32") + value((3, ">", None)) + b"b", "damaged"),
+    "a text of 4 GB": (b"X\xff\xff\xff\xffabc", "damaged"),
+    "bytes of 2**40": (b"\x8e\0\0\0\0\0\1\0\0", "damaged"),
+    "a bytearray of 2**40": (b"\x96\0\0\0\0\0\1\0\0", "damaged"),
+    "a number of 2 GB": (b"\x8b\xff\xff\xff\x7f", "damaged|LONG4"),
+    "an instance": (b"(ios\nsystem\n", "instruction INST, which"),
+    "an object": (b"(cos\nsystem\no", "instruction OBJ, which"),
+    "an extension": (b"\x82\1", "instruction EXT1, which"),
+    "a copy of the stack": (b"N2", "instruction DUP, which"),
+    "no instruction": (b"\xee", "damaged"),
+    "a protocol to come": (b"\x80\x06", "damaged"),
+    "nothing": (b"", "takes values that it has not made"),
+    "below a mark": (b"N(0", "instruction POP, which"),
+    "under a mark": (b"K\1(\x85", "takes values"),
+    "no mark": (b"Nt", "damaged"),
+    "a memo of nothing": (b"h\7", "damaged"),
+    "a name of no text": (b"K\1K\2\x93", "damaged"),
+    "unprintable": (named("a.\x1b[31m"), r"it holds one type"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_pickles_that_ask_for_too_much_or_make_no_sense(refused, case):
+    body, match = LIMITS[case]
+    refused(torch_zip(program(body)), match)
+
+
+TENSORS = {
+    "too long": (rebuilt(0, (5,), (1,)), r"shape \(5,\) reaches beyond its storage"),
+    "offset": (rebuilt(1, (4,), (1,)), "reaches beyond"),
+    "strides": (rebuilt(0, (4,), (2,)), "reaches beyond"),
+    "negative size": (rebuilt(0, (-1,), (1,)), "wrong properties"),
+    "negative stride": (rebuilt(3, (4,), (-1,)), "wrong properties"),
+    "a truth for a size": (rebuilt(0, (True,), (1,)), "wrong properties"),
+    "text in a size": (rebuilt(0, ("a", 2**33), (1, 1)), "wrong properties"),  # math.prod would make 8 GB
+    "a list for a shape": (rebuilt(0, [4], [1]), "wrong properties"),
+    "a size of 2**70": (rebuilt(0, (2**70,), (0,)), "wrong properties"),
+    "a stride missing": (rebuilt(0, (2, 2), (1,)), "wrong properties"),
+    "65 dimensions": (rebuilt(0, (1,) * 65, (1,) * 65), "wrong properties"),
+    "empty and endless": (rebuilt(0, (0, 2**55, 2**55), (0,) * 3), "damaged"),
+    "one number a billion times": (rebuilt(0, (2**30,), (0,)), "far more than the file's size"),
+    "arguments missing": (call("torch._utils._rebuild_tensor_v2", 0), "damaged"),
+    "no storage": (rebuilt(0, (4,), (1,), of=b"N"), "damaged"),
+    "storage too short": (rebuilt(0, (5,), (1,), of=storage(5)), "storage 0 has not 20 bytes"),
+    "storage of terabytes": (rebuilt(0, (4,), (1,), of=storage(2**40)), "has not 4,398,046,511,104 bytes"),
+    "storage of -1": (rebuilt(0, (4,), (1,), of=storage(-1)), "not supported"),
+    "storage elsewhere": (rebuilt(0, (4,), (1,), of=storage(4, "../x")), r"storage ../x has not 16 bytes"),
+    "storage of no type": (rebuilt(0, (4,), (1,), of=storage(4, kind="torch.QInt8Storage")), "not supported"),
+    "not a storage": (rebuilt(0, (4,), (1,), of=b"(" + value("module") + b"NNNNtQ"), "is not a storage"),
+    "no identity": (rebuilt(0, (4,), (1,), of=b"K\1Q"), "is not a storage"),
+    "of itself": (call("torch._tensor._rebuild_from_type_v2", 1, 2, (), {}), "wrong properties"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_cannot_be(refused, case):
+    tensor, match = TENSORS[case]
+    refused(torch_zip(program(state_dict(tensor)), [FOUR.tobytes()]), match)
+
+
+def test_lazily_conjugated_and_negated_tensors(read):
+    numbers = np.array([1 + 2j, 3 - 4j], np.complex64)
+    for flags, expected in (({}, numbers), ({"conj": True}, numbers.conj()), ({"neg": True}, -numbers)):
+        tensor = rebuilt(
+            0, (2,), (1,), of=storage(2, kind="torch.ComplexFloatStorage"), more=(False, {}, flags)
+        )
+        same(read(torch_zip(program(state_dict(tensor)), [numbers.tobytes()]))["a"], expected)
+
+
+def test_float8_that_has_no_storage_class(read):
+    numbers = np.arange(4).astype(ml_dtypes.float8_e4m3fn)
+    tensor = (
+        named("torch._utils._rebuild_tensor_v3") + b"(" + storage(4, kind="torch.storage.UntypedStorage")
+        + value(0) + value((2, 2)) + value((1, 2)) + b"\x89}" + named("torch.float8_e4m3fn") + b"tR"
+    )  # fmt: skip
+    same(read(torch_zip(program(state_dict(tensor)), [numbers.tobytes()]))["a"], numbers.reshape(2, 2).T)
+
+
+def test_memory_stays_near_the_size_of_the_file(tmp_path):
+    """A file of 64 MB is read within its size and one copy."""
+    save_torch(tmp_path / "large.pth", {"a": np.zeros((2**12, 2**12), np.float32)})
+    code = (
+        "import resource, sys; from convit_jax.weights.checkpoint_file import read_state_dict\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "read_state_dict(sys.argv[1]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "large.pth"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2 * 2**16 + 2**12  # KB
+
+
+# ---- Files that lie --------------------------------------------------------------------------
+
+GOOD = program(state_dict(rebuilt(0, (4,), (1,))))
+WHOLE = torch_zip(GOOD, [FOUR.tobytes()])
+
+
+def test_the_file_that_the_others_are_made_of(read):
+    same(read(WHOLE)["a"], FOUR)
+    at = WHOLE.index(b"archive/data/0", WHOLE.index(b"PK\1\2")) - 30  # the checksum in the directory
+    unchecked = WHOLE[:at] + bytes(4) + WHOLE[at + 4 :]
+    same(read(unchecked)["a"], FOUR)  # PyTorch can be told to write no checksums
+
+
+ZIPS = {
+    "compressed": (torch_zip(GOOD, [FOUR.tobytes()], method=8), "it is compressed"),
+    "a bomb": (torch_zip(GOOD, [bytes(10**7)], method=8), "it is compressed"),
+    "no pickle": (torch_zip(GOOD).replace(b"data.pkl", b"data.txt"), "a zip archive that torch.save did not"),
+    "a program": (torch_zip(GOOD, **{"constants.pkl": b""}), "TorchScript"),
+    "byte order": (torch_zip(GOOD, byteorder=b"middle"), "byte order middle"),
+    "no storage": (torch_zip(GOOD), "storage 0 has not 16 bytes"),
+    "damaged numbers": (WHOLE.replace(FOUR.tobytes(), bytes(16)), "Bad CRC-32 for file 'archive/data/0'"),
+    "damaged pickle": (WHOLE.replace(b"FloatStorage", b"floatStorage"), "Bad CRC-32 for file"),
+    "too long": (WHOLE.replace(b"\x10\0\0\0\x10\0\0\0", b"\xff\xff\xff\x7f" * 2), "larger than the file"),
+    "other name": (WHOLE.replace(b"data/0", b"data/1", 1), "differ|damaged"),
+    "no directory": (WHOLE[:-22], "damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ZIPS)
+def test_archives_that_lie(refused, case):
+    refused(*ZIPS[case])
+
+
+def test_streams_that_lie(refused, read):
+    head = b"".join(pickle.dumps(part, 2) for part in (MAGIC, 1001, {}))
+    keys, numbers = pickle.dumps(["0"], 2), (4).to_bytes(8, "little") + FOUR.tobytes()
+    same(read(head + GOOD + keys + numbers)["a"], FOUR)
+    refused(pickle.dumps("weights", 2), "a pickle that torch.save did not write")
+    refused(pickle.dumps(MAGIC, 2) + pickle.dumps(2000, 2), "a pickle that torch.save did not write")
+    for false in (["1"], [], [["0"]], {"0": 1}, 7):
+        refused(head + GOOD + pickle.dumps(false, 2) + numbers, "list of storages does not fit")
+    refused(head + GOOD + keys + numbers[:-1], "cut off in storage 0")
+    refused(head + GOOD + keys + (2**62).to_bytes(8, "little") + bytes(16), "cut off in storage 0")
+    endless = program(state_dict(rebuilt(0, (4,), (1,), of=storage(2**40))))
+    refused(head + endless + keys + numbers, "cut off in storage 0")
+    attack = pickle.dumps([0], 2)[:-1] + call("os.system", "touch ran") + b"."
+    for count in range(3):
+        refused(
+            b"".join(pickle.dumps(part, 2) for part in (MAGIC, 1001, {})[:count]) + attack, "damaged|did not"
+        )
+
+
+@pytest.mark.parametrize("name", ["kinds_zip.pth", "kinds_stream.pth", "convit_golden.safetensors"])
+def test_files_cut_off_anywhere(refused, name):
+    data = (GOLDEN / name).read_bytes()
+    for place in (1, 2, 7, 8, 9, 30, *range(100, len(data), len(data) // 12), len(data) - 20, len(data) - 1):
+        refused(data[:place], "cut off|damaged|neither")
+
+
+OTHERS = {
+    "nothing": (b"", "it is empty"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "LFS pointer.* lfs pull"),
+    "html": (b"\n<!DOCTYPE html><html><title>404</title></html>", "it is a web page"),
+    "json": (b'{"error": "Repository not found"}', "JSON text"),
+    "tar": (bytes(257) + b"ustar" + bytes(250), "tar format of PyTorch before 2017"),
+    "noise": (bytes(range(256)), "neither a PyTorch checkpoint"),
+    "text pickle": (b"cos\nsystem\n(S'touch ran'\ntR.", "neither a PyTorch checkpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_files_of_another_kind(refused, case):
+    refused(*OTHERS[case])
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(
+        UserError, match=r"cannot read .*none\.pth \(No such file or directory\): check the path"
+    ):
+        read_state_dict(tmp_path / "none.pth")
+
+
+# ---- safetensors -----------------------------------------------------------------------------
+
+
+def safetensors_file(header, data=bytes(8), length=None):
+    """A file whose header is a dict or the bytes themselves."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(begin=0, end=8, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+HEADERS = {
+    "overlap": safetensors_file({"a": entry(), "b": entry(4, 12)}, bytes(12)),
+    "a gap": safetensors_file({"a": entry(), "b": entry(12, 20)}, bytes(20)),
+    "terabytes": safetensors_file({"a": entry(0, 2**42, (2**40,))}),
+    "left over": safetensors_file({"a": entry()}, bytes(9)),
+    "negative": safetensors_file({"a": entry(-8, 0)}),
+    "wrong shape": safetensors_file({"a": entry(shape=(3,))}),
+    "unknown type": safetensors_file({"a": entry(dtype="F5")}),
+    "fractions": safetensors_file({"a": entry(0.0, 8.0)}),
+    "no offsets": safetensors_file({"a": {"dtype": "F32", "shape": [2]}}),
+    "65 dimensions": safetensors_file({"a": entry(0, 4, (1,) * 65)}, bytes(4)),
+    "empty and endless": safetensors_file({"a": entry(0, 0, (0, 2**61, 2**61))}, b""),
+    "a header of 2**63": safetensors_file({"a": entry()}, length=2**63),
+    "a header too short": safetensors_file({"a": entry()}, length=12),
+    "deep": safetensors_file(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "not UTF-8": safetensors_file(b'{"\xff":1}'),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_that_lie(refused, case):
+    refused(HEADERS[case], "damaged")
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F8_E5M2", "F16", "F64"])
+def test_element_types_of_safetensors(read, dtype):
+    numbers = np.arange(4).astype(checkpoint_file.SAFETENSORS[dtype]).reshape(2, 2)
+    header = {
+        "b": entry(0, numbers.nbytes, (2, 2), dtype),
+        "a": entry(numbers.nbytes, numbers.nbytes, (0, 3)),
+    }
+    tensors = read(safetensors_file(header, numbers.tobytes()))
+    assert list(tensors) == ["a", "b"]
+    same(tensors["b"], numbers)
+    assert tensors["a"].shape == (0, 3)
