@@ -19,6 +19,7 @@ test-prepare: .venv-prepare/ready
 lint: .venv/ready-to-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-prepare

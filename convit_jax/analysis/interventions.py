@@ -1,35 +1,37 @@
 """Changes to trained weights that show what a network relies on (ConViT, Tables 5 and 6).
 
-Each takes a nested dict of parameters and gives another with one leaf changed: the model stays what it is.
-Evaluate the result as any weights: nnx.merge(graphdef, params), or `python -m convit_jax.evaluate`.
+Each returns a nested dict of parameters with one leaf changed. Evaluate it like any other weights: with
+nnx.merge(graphdef, params) or `python -m convit_jax.evaluate`.
 """
+
+from typing import Any
 
 import numpy as np
 
 from convit_jax.errors import UserError
 
-# lambda whose sigmoid is exactly 1 or 0, also in float32: of a large number it is only nearly so.
+# lambda whose sigmoid is exactly 1 or 0 in float32; a large number only comes near.
 FORCED = {"position": np.inf, "content": -np.inf}
 
 
-def mask_position_embedding(params):
-    """The parameters with the position embedding 0, that of class and distillation token too (Table 5)."""
+def mask_position_embedding(params: dict[str, Any]) -> dict[str, Any]:
+    """Returns the parameters with the position embedding set to 0, also that of the tokens (Table 5)."""
     return {**params, "pos_embed": np.zeros_like(params["pos_embed"])}
 
 
-def force_gates(params, to, layers=None):
-    """The parameters with sigma(lambda) of the first GPSA layers exactly 1 or 0 (Table 6).
+def force_gates(params: dict[str, Any], to: str, layers: int | None = None) -> dict[str, Any]:
+    """Returns the parameters with sigma(lambda) of the first GPSA layers exactly 1 or 0 (Table 6).
 
     Args:
       params: nested dict; gating_param of all GPSA layers is one leaf [layers, H].
       to: "position" (sigma = 1) or "content" (sigma = 0).
-      layers: how many of the first GPSA layers; None: all.
+      layers: number of leading GPSA layers to change; None changes all.
 
     Raises:
-      UserError: the model has no GPSA layer, or not so many.
+      UserError: the model has no GPSA layer, or fewer than `layers`.
     """
     if "gpsa_blocks" not in params:
-        raise UserError("these weights have no GPSA layer and so no gates to force: take those of a ConViT.")
+        raise UserError("these weights have no GPSA layer, so there are no gates to force: use a ConViT.")
     blocks = params["gpsa_blocks"]
     gating = np.array(blocks["attn"]["gating_param"])
     count = len(gating) if layers is None else layers

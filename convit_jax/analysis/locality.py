@@ -1,10 +1,12 @@
-"""What the attention of a model looks at: centres and spans of its positional term, non-locality.
+"""Where attention looks: centres and spans of its positional term, and non-locality.
 
-Non-locality (ConViT, Eq. 8) is the distance from query to key, in patches, averaged with the attention:
+Non-locality (ConViT, Eq. 8) is the distance from query to key in patches, averaged with the attention:
+
     D_h = (1 / N) sum_ij A_hij |delta_ij|, mean over images.
-It is that of the attention among patches: where the class token takes part, the attention of the patches to
-each other, made to sum to 1 again (as if the token were not there), so that uniform attention means the same
-in every block. On a 14 x 14 grid that is 7.281.
+
+It is measured among patches. Where the class token takes part, the attention of the patches to each other is
+normalised to 1 again, as if the token were absent, so that uniform attention means the same in every block:
+7.281 on a 14 x 14 grid.
 """
 
 import jax
@@ -12,21 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention
+from convit_jax.models.vit import Block, VisionTransformer
 
-def centres_and_spans(model):
-    """Where the positional attention of a model with GPSA looks, and how widely, in patches.
 
-    Mean and standard deviation of the offset (dx, dy) under softmax(v_h . r) over all offsets that occur in
-    the grid. Where the Gaussian that v = (w1, w2, w3) describes fits into it, these are its maximum
-    (-w1, -w2) / (2 w3) and its width 1 / sqrt(-2 w3); unlike them they exist for w3 >= 0 too.
+def centres_and_spans(model: VisionTransformer) -> tuple[jax.Array, jax.Array]:
+    """Returns where the positional attention of a model with GPSA looks, and how widely, in patches.
+
+    These are mean and standard deviation of the offset (dx, dy) under softmax(v_h . r) over all offsets of
+    the grid. Where the Gaussian of v = (w1, w2, w3) fits into the grid, they are its maximum (-w1, -w2) / (2
+    w3) and its width 1 / sqrt(-2 w3). Unlike those they also exist for w3 >= 0.
 
     Returns:
-      (centres float32 [GPSA blocks, heads, 2], spans float32 [GPSA blocks, heads]); a span is the root of
-      the mean of the variances along x and along y.
+      (centres float32 [GPSA blocks, heads, 2], spans float32 [GPSA blocks, heads]). A span is the root of the
+      mean of the variances along x and y.
     """
-    weights = model.gpsa_blocks.attn.pos_proj.kernel[...].astype(jnp.float32)  # [L, 3, H]
+    attn = model.gpsa_blocks and model.gpsa_blocks.attn
+    assert isinstance(attn, GatedPositionalSelfAttention)
+    weights = attn.pos_proj.kernel[...].astype(jnp.float32)  # [L, 3, H]
 
-    def along(slope, size):
+    def along(slope: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         offset = jnp.arange(1 - size, size, dtype=jnp.float32)
         scores = slope[..., None] * offset + weights[:, 2, :, None] * offset**2
         share = jax.nn.softmax(scores, axis=-1)
@@ -39,40 +46,44 @@ def centres_and_spans(model):
     return jnp.stack([mean_x, mean_y], axis=-1), jnp.sqrt((variance_x + variance_y) / 2)
 
 
-def nonlocality(model, images, *, valid=None, as_logged=False):
-    """Eq. 8 of every block and head, float32 [blocks, heads].
+def nonlocality(
+    model: VisionTransformer, images: jax.Array, *, valid: jax.Array | None = None, as_logged: bool = False
+) -> jax.Array:
+    """Returns Eq. 8 for every block and head, float32 [blocks, heads].
 
     Args:
-      images: float32 [B, H, W, 3], normalised. valid: bool [B], which of them count; by default all.
-      as_logged: what the original writes into its log: every block's attention gets the raw patch embedding,
-        without position, norm, the blocks before it and class token, instead of its true input.
+      model: in evaluation mode.
+      images: float32 [B, H, W, 3], normalised.
+      valid: bool [B], which images count; None counts all.
+      as_logged: compute what the original writes to its log, where every block's attention gets the raw patch
+        embedding (no position, norm, earlier blocks or class token) instead of its true input.
     """
     patches = model.grid[0] * model.grid[1]
     distances = patch_distances(model.grid)
     weights = jnp.ones(len(images)) if valid is None else valid.astype(jnp.float32)
     weights = weights / jnp.sum(weights)
 
-    def distance(attn, x):
-        # Queries and keys come of one token each: without the class token, the softmax is over patches alone.
+    def distance(attn: SelfAttention | GatedPositionalSelfAttention, x: jax.Array) -> jax.Array:
+        # Queries and keys depend on one token each: without the class token, the softmax is over patches
+        # alone.
         maps = attn.attention_maps(x[:, -patches:])
-        # [B, H]; a sum and no matrix product, for full precision on every device
+        # [B, H]; a sum instead of a matrix product, for full precision on every device
         each = jnp.sum(maps * distances, axis=(2, 3)) / patches
         return jnp.sum(weights[:, None] * each, axis=0)
 
-    if as_logged:
-        raw = model.patch_embed(images.astype(model.dtype))
+    if not as_logged:
+        return jnp.concatenate(model.map_attention(images, distance))
+    raw = model.patch_embed(images.astype(model.dtype))
 
-        def of_stack(stack):
-            graphdef, params = nnx.split(stack.attn)
-            return jax.lax.map(lambda params: distance(nnx.merge(graphdef, params), raw), params)
+    def of_stack(stack: Block) -> jax.Array:
+        graphdef, params = nnx.split(stack.attn)
+        return jax.lax.map(lambda params: distance(nnx.merge(graphdef, params), raw), params)
 
-        found = [of_stack(stack) for stack in (model.gpsa_blocks, model.sa_blocks) if stack is not None]
-    else:
-        found = model.map_attention(images, distance)
-    return jnp.concatenate(found)
+    stacks = [stack for stack in (model.gpsa_blocks, model.sa_blocks) if stack is not None]
+    return jnp.concatenate([of_stack(stack) for stack in stacks])
 
 
-def patch_distances(grid):
-    """|delta_ij| between the patches of a grid (rows, columns), float32 [N, N]."""
+def patch_distances(grid: tuple[int, int]) -> np.ndarray:
+    """Returns |delta_ij| between the patches of a grid (rows, columns), float32 [N, N]."""
     y, x = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     return np.hypot(y[:, None] - y, x[:, None] - x).astype(np.float32)

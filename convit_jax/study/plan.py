@@ -30,7 +30,7 @@ from convit_jax.errors import UserError, nearest
 from convit_jax.models.variants import abstract_model, model_settings
 from convit_jax.training.distill import load_teacher
 from convit_jax.training.optimizer import frozen_mask
-from convit_jax.training.plan import Plan, check, make_plan, model_arguments
+from convit_jax.training.plan import Plan, check_run, make_plan, model_arguments
 from convit_jax.weights.pretrained import fetch
 
 METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss"}
@@ -223,7 +223,7 @@ def check_study(study: Study) -> None:
     for run in study.runs:
         config, flat = run.config, flatten(run.config)
         with _named_errors(run.name):
-            check(config, devices=1)
+            check_run(config, devices=1)
             model_settings(**model_arguments(config, config.data.num_classes or 1000))
             if config.init_from and is_new(config.init_from):
                 fetch(config.init_from)

@@ -1,46 +1,50 @@
-"""What attention looks at, measured before training and at every evaluation (analysis/locality.py says how).
+"""What attention looks at (analysis/locality.py), measured before training and at every evaluation.
 
-The images lie evenly over the test, which a folder sorts by class; they are the same ones every time,
-whatever the evaluation's batch, the devices and the processes; few, for this shall cost little next to the
-evaluation.
+It is measured on the same few images every time, spread evenly over the test split because a folder sorts it
+by class. They do not depend on the batch size, the devices or the processes.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from convit_jax.analysis import locality
 from convit_jax.data.augment import normalize
+from convit_jax.data.examples import EvalExample
+from convit_jax.training.plan import Plan
 from convit_jax.training.sharding import gather, put_batch, replicated
 
-SHARE, MOST = 100, 64  # one in so many of the test's images, at most so many
-DIGITS = 4  # after the point, in the log
+SHARE, MOST = 100, 64  # by default one test image in SHARE, at most MOST
+DIGITS = 4  # decimals in the log
 
 
-def make_attention_log(graphdef, config, plan, mesh):
-    """A function that measures parameters (on the devices of the mesh), for the line of an evaluation.
+def make_attention_log(
+    graphdef: nnx.GraphDef, config: ConfigDict, plan: Plan, mesh: Mesh
+) -> Callable[[Any], dict[str, Any]]:
+    """Returns a function that measures parameters (on the devices of the mesh), for the line of an
+    evaluation.
 
-    It gives, as lists over layers of lists over heads: "gates", "centre_x", "centre_y" and "span" of the
-    GPSA blocks; "nonlocality" of all blocks, and with locality.as_logged "nonlocality_as_logged". What
-    the model or config has not is left out. All processes call it together.
+    It returns lists over layers of lists over heads: "gates", "centre_x", "centre_y" and "span" of GPSA
+    blocks, "nonlocality" of all blocks and, with locality.as_logged, "nonlocality_as_logged". What the model
+    or the config does not have is left out. All processes call it together.
     """
     batch = None
     if count := image_count(config, len(plan.test.indices)):
-        batch = put_batch(spread(plan.test, count, mesh.size), mesh)
+        batch = put_batch(spread_images(plan.test, count, mesh.size), mesh)
     whole = gather(mesh)
 
-    def measure(params, batch):
-        model = nnx.merge(graphdef, whole(params))
-        found = {}
+    def measure(params: Any, batch: dict[str, jax.Array] | None) -> dict[str, jax.Array]:
+        model, found = nnx.merge(graphdef, whole(params)), {}
         if model.gpsa_blocks is not None:
-            centres, found["span"] = locality.centres_and_spans(model)
-            found |= {
-                "gates": model.gpsa_blocks.attn.gates(),
-                "centre_x": centres[..., 0],
-                "centre_y": centres[..., 1],
-            }
+            centres, spans = locality.centres_and_spans(model)
+            found["gates"], found["span"] = model.gpsa_blocks.attn.gates(), spans
+            found["centre_x"], found["centre_y"] = centres[..., 0], centres[..., 1]
         if batch is not None:
             images = normalize(batch["image"], tuple(config.data.mean), tuple(config.data.std))
             found["nonlocality"] = locality.nonlocality(model, images, valid=batch["valid"])
@@ -52,25 +56,25 @@ def make_attention_log(graphdef, config, plan, mesh):
 
     compiled = jax.jit(measure, out_shardings=replicated(mesh))
 
-    def measured(params):
+    def measured(params: Any) -> dict[str, Any]:
         found = jax.device_get(compiled(params, batch))
         return {name: (np.round(np.float64(value), DIGITS) + 0.0).tolist() for name, value in found.items()}
 
     return measured
 
 
-def image_count(config, test_images):
-    """How many images to look at: as config.locality.images asks for, or a share of the test."""
+def image_count(config: ConfigDict, test_images: int) -> int:
+    """Returns the number of images to measure: locality.images, or by default a share of the test images."""
     if config.locality.images is None:
         return min(-(-test_images // SHARE), MOST)
     return min(config.locality.images, test_images)
 
 
-def spread(example, count, devices):
-    """This process's rows of `count` images of an EvalExample: the first readable one of as many equal parts.
+def spread_images(example: EvalExample, count: int, devices: int) -> dict[str, np.ndarray]:
+    """Returns this process's rows of about `count` images: the first readable one of `count` equal parts.
 
-    Every process reads all of them, so that they agree which these are. A part without any gives none. Empty
-    rows, "valid" False, make up a multiple of `devices`.
+    Every process reads all of them, so that all choose the same ones. A part without a readable image is left
+    out. Rows with "valid" False fill the batch up to a multiple of `devices`.
     """
     edges = np.linspace(0, len(example.indices), count + 1).astype(int).tolist()
     parts = ((example([slot]) for slot in range(*part)) for part in itertools.pairwise(edges))

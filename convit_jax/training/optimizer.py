@@ -1,92 +1,80 @@
-"""AdamW as DeiT and ConViT use it: the schedule of the learning rate, what decays, what is frozen, EMA.
+"""AdamW as DeiT and ConViT use it: learning rate schedule, weight decay, frozen parameters, moving average.
 
-The schedule is timm's CosineLRScheduler: linear warm-up from warmup_lr, then half a cosine to
-min_lr over all epochs; only the peak is scaled with the batch. The original steps it once an epoch,
-after the epoch, so that epochs 0 and 1 both run at warmup_lr (`schedule_per="epoch"`); "step" is
-the same curve without steps and without that delay.
+The schedule is timm's CosineLRScheduler: linear warm-up from warmup_lr, then half a cosine to min_lr over all
+epochs. Only the peak is scaled with the batch size. The original updates the rate once an epoch, after the
+epoch, so that epochs 0 and 1 both run at warmup_lr (schedule_per="epoch"). schedule_per="step" is the same
+curve without steps and without that delay.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from convit_jax.errors import UserError
+from convit_jax.training.plan import Plan
 
-NO_DECAY = ("bias", "scale", "gating_param")  # the 1-D parameters of a block, before stacking
+NO_DECAY = ("bias", "scale", "gating_param")  # parameters that are 1-D in the original
+
+Schedule = Callable[[jax.Array], jax.Array]  # step, int [] -> learning rate, float32 []
 
 
-def peak_learning_rate(optim, batch_size):
-    """lr of the recipe, given for 512 images, at this global batch size."""
+def peak_learning_rate(optim: ConfigDict, batch_size: int) -> float:
+    """Returns the rate after the warm-up: optim.lr is given for 512 images."""
     return optim.lr * batch_size / 512
 
 
-def cosine_schedule(t, xp, *, epochs, peak, min_lr, warmup_lr, warmup_epochs):
-    """Learning rate at time t in epochs (array of module xp, numpy or jax.numpy)."""
-    warmup = warmup_lr + t * (peak - warmup_lr) / max(warmup_epochs, 1e-9)
-    cosine = min_lr + 0.5 * (peak - min_lr) * (1 + xp.cos(math.pi * t / epochs))
-    return xp.where(t < warmup_epochs, warmup, xp.where(t < epochs, cosine, min_lr))
+def run_schedule(config: ConfigDict, plan: Plan) -> Schedule:
+    """Returns the learning rate of a run as a function of the step."""
+    optim, epochs, batch_size = config.optim, plan.epochs, config.batch_size
+    epoch_length = plan.train.slots.epoch_length
 
+    def rate(t: Any, xp: Any) -> Any:
+        """Of a time in epochs, with numpy or jax.numpy."""
+        peak, low = peak_learning_rate(optim, batch_size), optim.min_lr
+        warmup = optim.warmup_lr + t * (peak - optim.warmup_lr) / max(optim.warmup_epochs, 1e-9)
+        cosine = low + 0.5 * (peak - low) * (1 + xp.cos(math.pi * t / epochs))
+        return xp.where(t < optim.warmup_epochs, warmup, xp.where(t < epochs, cosine, low))
 
-def run_schedule(config, plan):
-    """The schedule of a run, of its config and its training.plan.Plan."""
-    return make_schedule(
-        config.optim,
-        epochs=plan.epochs,
-        batch_size=config.batch_size,
-        epoch_length=plan.train.slots.epoch_length,
-    )
+    def per_step(step: jax.Array) -> jax.Array:
+        return rate(step * (batch_size / epoch_length), jnp).astype(jnp.float32)
 
-
-def make_schedule(optim, *, epochs, batch_size, epoch_length):
-    """Step (int array) -> learning rate (float32).
-
-    Args:
-      optim: the config's section. epochs: of the whole run, may be fractional.
-      batch_size: global. epoch_length: images an epoch.
-    """
-    curve = dict(
-        epochs=epochs,
-        peak=peak_learning_rate(optim, batch_size),
-        min_lr=optim.min_lr,
-        warmup_lr=optim.warmup_lr,
-        warmup_epochs=optim.warmup_epochs,
-    )
-    if optim.schedule_per == "step":
-        return lambda step: cosine_schedule(step * (batch_size / epoch_length), jnp, **curve).astype(
-            jnp.float32
-        )
     numbers = np.arange(math.ceil(epochs))
-    rates = cosine_schedule(np.maximum(numbers - 1, 0), np, **curve).astype(np.float32)
+    rates = rate(np.maximum(numbers - 1, 0), np).astype(np.float32)
     first_steps = (-(-numbers * epoch_length // batch_size)).astype(np.int32)
 
-    def schedule(step):
+    def per_epoch(step: jax.Array) -> jax.Array:
         epoch = jnp.searchsorted(jnp.asarray(first_steps), step, side="right") - 1
         return jnp.asarray(rates)[epoch]
 
-    return schedule
+    return per_step if optim.schedule_per == "step" else per_epoch
 
 
-def dotted(path):
-    """'gpsa_blocks.attn.qk.kernel' from a key path of a nested dict."""
-    return ".".join(key.key for key in path)
+def dotted(path: tuple[Any, ...]) -> str:
+    """Returns "gpsa_blocks.attn.qk.kernel" for a key path of a nested dict."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def frozen_mask(params, patterns):
-    """Tree of bool: which parameters have one of the patterns in their dotted name.
+def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
+    """Returns a tree of bool: which parameters have one of the patterns in their dotted name.
 
-    An empty pattern, as --config.optim.frozen= gives it, names none.
+    Empty patterns, as --config.optim.frozen= gives them, are ignored.
 
     Raises:
-      UserError: a pattern that names no parameter, or patterns that leave none to train.
+      UserError: a pattern that matches no parameter, or patterns that match all.
     """
     patterns = [pattern for pattern in patterns if pattern]
     names = [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in patterns:
         if not any(pattern in name for name in names):
-            raise UserError(f"optim.frozen has {pattern!r}, which names no parameter of {', '.join(names)}.")
+            raise UserError(
+                f"optim.frozen has {pattern!r}, which matches no parameter. They are: {', '.join(names)}."
+            )
     if all(any(pattern in name for pattern in patterns) for name in names):
         raise UserError(f"optim.frozen is {patterns}, which leaves no parameter to train: freeze fewer.")
     return jax.tree_util.tree_map_with_path(
@@ -94,10 +82,10 @@ def frozen_mask(params, patterns):
     )
 
 
-def make_optimizer(optim, schedule, params):
-    """The optax transformation of a config's `optim` section, for parameters of this structure.
+def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.GradientTransformation:
+    """Returns the optimizer of a run, for parameters of this structure.
 
-    Decay spares biases, norms and gates but not pos_proj.kernel, pos_embed and cls_token, as the
+    Weight decay spares biases, norms and gates, and includes pos_proj.kernel, pos_embed and cls_token, as the
     original's distributed runs do. Frozen parameters get neither gradient nor decay.
     """
     frozen = frozen_mask(params, optim.frozen)
@@ -113,8 +101,3 @@ def make_optimizer(optim, schedule, params):
         optax.add_decayed_weights(optim.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(schedule),
     )
-
-
-def ema_update(ema, params, decay):
-    """decay * ema + (1 - decay) * params, leaf by leaf."""
-    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)

@@ -10,9 +10,9 @@ import jax
 
 from convit_jax.training.distributed import Everywhere
 from convit_jax.training.evaluation import AHEAD
-from convit_jax.training.peaks import peak_flops
 from convit_jax.training.setup import Training
 from convit_jax.training.step import FINE
+from convit_jax.training.summary import peak_flops
 
 Sums = dict[str, jax.Array]  # of the steps of a window, see step.train_metrics
 

@@ -43,7 +43,7 @@ from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.plan import Plan, make_plan
 from convit_jax.training.sharding import gather, make_mesh, put_same, replicated, state_shardings
 from convit_jax.training.step import eval_metrics, make_eval_step, make_train_step, new_state, train_metrics
-from convit_jax.training.summary import describe, facts
+from convit_jax.training.summary import describe_run, facts
 from convit_jax.weights.pretrained import fingerprint, load_into
 
 
@@ -248,7 +248,7 @@ def _take_directory(
     with together():
         if is_first():
             claim_run(workdir, config, run_facts)
-    say(describe(config, run_facts, workdir))
+    say(describe_run(config, run_facts, workdir))
     return start_from
 
 

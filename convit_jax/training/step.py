@@ -1,83 +1,155 @@
 """One training step and one evaluation step, as pure functions of plain pytrees.
 
-The state is {"step", "params", "opt_state"} and, with EMA, "ema". Metrics are sums that stay on
-the device from step to step. All randomness comes from (seed, step) and the row in the batch.
+Metrics are sums that stay on the device from step to step. All randomness is a function of (seed, step)
+and the row in the batch.
 """
+
+from collections.abc import Callable
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from convit_jax.data.augment import augment, normalize
 from convit_jax.data.mixup import mix_batch
-from convit_jax.training.optimizer import ema_update
+from convit_jax.training.distill import Teacher
+from convit_jax.training.losses import soft_cross_entropy
+from convit_jax.training.optimizer import Schedule
 
 FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was finite
-TRAIN_STREAM = 0x7261696E  # keeps the keys of training apart from those of the weights, which count from 0
+TRAIN_STREAM = 0x7261696E  # separates the keys of training from those of the weights, which count from 0
+
+Arrays = dict[str, jax.Array]  # a batch or metrics, by name
+Whole = Callable[[Any], Any]
 
 
-def step_keys(seed, step):
-    """The keys of a step's augmentation, of its mixing, and of stochastic depth and dropout.
+class State(TypedDict):
+    """What a run continues from.
 
-    seed: int, or uint32 []; below 2^32.
+    step: int32 []. params: nested dict of float32 arrays. opt_state: of the optimizer. ema: moving average of
+    params, with optim.ema_decay only.
     """
-    seed_key = jax.random.fold_in(jax.random.key(seed), TRAIN_STREAM)
-    return jax.random.split(jax.random.fold_in(seed_key, step), 3)
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: NotRequired[Any]
 
 
-def train_metrics(*, distilled=False):
-    """The sums of an empty window; bad_step is the first step with a loss or gradient that is not finite.
-
-    distilled: of a run with a teacher, with the part of the loss that comes from it.
-    """
-    zero = jnp.int32(0)
-    lr = jnp.float32(0)  # of the last step
-    sums = {"loss": jnp.float32(0), "correct": zero, "images": zero, "lr": lr, "bad_step": jnp.int32(FINE)}
-    return {**sums, "distill_loss": jnp.float32(0)} if distilled else sums
-
-
-def eval_metrics():
-    """The sums before the first batch of an evaluation."""
-    zero = jnp.int32(0)
-    return {"loss": jnp.float32(0), "top1": zero, "top5": zero, "images": zero}
-
-
-def new_state(params, optimizer, *, ema):
-    """State of step 0 around a nested dict of parameters."""
-    state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
+def new_state(params: Any, optimizer: optax.GradientTransformation, *, ema: bool) -> State:
+    """Returns the state of step 0 for a nested dict of parameters."""
+    state: State = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
     if ema:
         state["ema"] = jax.tree.map(jnp.copy, params)
     return state
 
 
-def soft_cross_entropy(logits, targets):
-    """-sum_c targets log softmax(logits), float32 [B], for float32 [B, C] twice."""
-    return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+def step_keys(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
+    """Returns a step's keys [3]: of augmentation, of mixup and cutmix, of stochastic depth and dropout.
+
+    Args:
+      seed: below 2^32; an int or uint32 [].
+      step: int32 [].
+    """
+    seed_key = jax.random.fold_in(jax.random.key(seed), TRAIN_STREAM)
+    return jax.random.split(jax.random.fold_in(seed_key, step), 3)
 
 
-def augmented(batch, keys, config, num_classes):
-    """What a step with these keys trains on: images float32 [B, H, W, 3], soft labels [B, num_classes]."""
+def train_metrics(*, distilled: bool = False) -> Arrays:
+    """Returns the metrics of an empty window of steps.
+
+    Sums over images: "loss", "correct", "images" and, if distilled, "distill_loss" (the teacher's part). "lr"
+    is that of the last step; "bad_step" the first step with a loss or gradient that is not finite, or FINE.
+    """
+    zero, none = jnp.float32(0), jnp.int32(0)
+    sums = {"loss": zero, "correct": none, "images": none, "lr": zero, "bad_step": jnp.int32(FINE)}
+    return {**sums, "distill_loss": zero} if distilled else sums
+
+
+def eval_metrics() -> Arrays:
+    """Returns the sums before the first batch of an evaluation: "loss", "top1", "top5" and "images"."""
+    none = jnp.int32(0)
+    return {"loss": jnp.float32(0), "top1": none, "top5": none, "images": none}
+
+
+def augmented(
+    batch: Arrays, keys: jax.Array, config: ConfigDict, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns images float32 [B, H, W, 3] and soft labels float32 [B, num_classes] to train on.
+
+    batch: as of make_train_step. keys: of step_keys.
+    """
     aug, mean, std = config.augment, tuple(config.data.mean), tuple(config.data.std)
     images = augment(batch["image"], keys[0], aug, mean=mean, std=std)
     return mix_batch(images, batch["label"], keys[1], aug, num_classes)
 
 
 def make_train_step(
-    graphdef, optimizer, schedule, config, num_classes, whole=lambda tree: tree, teacher=None
-):
-    """(state, metrics, batch, seed, teacher's params) -> (state, metrics), to be jitted (state donated).
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    config: ConfigDict,
+    num_classes: int,
+    whole: Whole = lambda tree: tree,
+    teacher: Teacher | None = None,
+) -> Callable[..., tuple[State, Arrays]]:
+    """Returns step(state, metrics, batch, seed, teacher_params=None) -> (state, metrics), to be compiled.
 
     batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. seed: uint32 [], an argument so that runs that
-    differ in nothing else share the compiled program. whole: puts parameters that are cut over
-    devices together for the forward and backward pass (their gradients are cut again). teacher: a
-    distill.Teacher, whose parameters the step is then given.
-    """
-    optim = config.optim
-    parts = config.accumulate
+    differ in it alone share a compiled program.
 
-    def loss_fn(params, images, targets, key, teacher_params):
-        """Mean loss, and sums over the images."""
+    Args:
+      graphdef: of the model, in evaluation mode.
+      optimizer: its learning rate included.
+      schedule: for the metrics.
+      config: of the run.
+      num_classes: of the model.
+      whole: gathers parameters that are sharded over devices (sharding.gather).
+      teacher: of a distillation; the step then needs its parameters.
+    """
+    loss_fn = _make_loss(graphdef, whole, teacher)
+    grad_fn = _accumulated(jax.value_and_grad(loss_fn, has_aux=True), config.accumulate)
+
+    def step(
+        state: State, metrics: Arrays, batch: Arrays, seed: jax.Array, teacher_params: Any = None
+    ) -> tuple[State, Arrays]:
+        number, params = state["step"], state["params"]
+        keys = step_keys(seed, number)
+        with jax.named_scope("augmentation"):  # scopes name the parts in profiles
+            images, targets = augmented(batch, keys, config, num_classes)
+        (loss, sums), grads = grad_fn(params, images, targets, keys[2], teacher_params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+            params = optax.apply_updates(params, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        bad_step, rows = metrics["bad_step"], images.shape[0]
+        metrics = {
+            **{name: metrics[name] + value for name, value in sums.items()},
+            "loss": metrics["loss"] + loss * rows,
+            "images": metrics["images"] + rows,
+            "lr": schedule(number),
+            "bad_step": jnp.where(finite, bad_step, jnp.minimum(bad_step, number)),
+        }
+        new: State = {"step": number + 1, "params": params, "opt_state": opt_state}
+        if "ema" in state:
+            decay = config.optim.ema_decay
+            new["ema"] = jax.tree.map(lambda ema, p: decay * ema + (1.0 - decay) * p, state["ema"], params)
+        return new, metrics
+
+    return step
+
+
+def _make_loss(
+    graphdef: nnx.GraphDef, whole: Whole, teacher: Teacher | None
+) -> Callable[..., tuple[jax.Array, Arrays]]:
+    """A function that returns the mean loss and sums over the images."""
+
+    def loss_fn(
+        params: Any, images: jax.Array, targets: jax.Array, key: jax.Array, teacher_params: Any
+    ) -> tuple[jax.Array, Arrays]:
         model, sums = nnx.merge(graphdef, whole(params)), {}
         if teacher is None:
             logits = model(images, key=key)
@@ -88,61 +160,43 @@ def make_train_step(
         sums["correct"] = jnp.sum(jnp.argmax(logits, -1) == jnp.argmax(targets, -1))
         return loss, sums
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    return loss_fn
 
-    def accumulated(params, images, targets, key, teacher_params):
-        """Mean over `parts` micro-batches; each takes rows from every device's share of the batch."""
-        if parts == 1:
-            return grad_fn(params, images, targets, key, teacher_params)
 
-        def split(x):
-            return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+def _accumulated(grad_fn: Callable[..., Any], parts: int) -> Callable[..., Any]:
+    """grad_fn as a mean over micro-batches; each takes rows from every device's share of the batch."""
+    if parts == 1:
+        return grad_fn
 
-        def add(total, part):
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+    def accumulated(
+        params: Any, images: jax.Array, targets: jax.Array, key: jax.Array, teacher_params: Any
+    ) -> Any:
+        def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad_fn(params, *part, teacher_params)), None
 
         inputs = (split(images), split(targets), jax.random.split(key, parts))
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], inputs), teacher_params),
-        )
+        first = jax.tree.map(lambda x: x[0], inputs)
+        shapes = jax.eval_shape(grad_fn, params, *first, teacher_params)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         ((loss, sums), grads), _ = jax.lax.scan(add, zeros, inputs)
         return (loss / parts, sums), jax.tree.map(lambda grad: grad / parts, grads)
 
-    def step(state, metrics, batch, seed, teacher_params=None):
-        keys = step_keys(seed, state["step"])
-        with jax.named_scope("augmentation"):  # scopes name parts in profiles
-            images, targets = augmented(batch, keys, config, num_classes)
-        (loss, sums), grads = accumulated(state["params"], images, targets, keys[2], teacher_params)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-            params = optax.apply_updates(state["params"], updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-        rows = images.shape[0]
-        metrics = {
-            **{name: metrics[name] + value for name, value in sums.items()},
-            "loss": metrics["loss"] + loss * rows,
-            "images": metrics["images"] + rows,
-            "lr": schedule(state["step"]),
-            "bad_step": jnp.where(
-                finite, metrics["bad_step"], jnp.minimum(metrics["bad_step"], state["step"])
-            ),
-        }
-        new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
-        if "ema" in state:
-            new["ema"] = ema_update(state["ema"], params, optim.ema_decay)
-        return new, metrics
-
-    return step
+    return accumulated
 
 
-def make_eval_step(graphdef, config, whole=lambda tree: tree):
-    """(params, metrics, batch) -> metrics; rows whose "valid" is False do not count.
+def make_eval_step(
+    graphdef: nnx.GraphDef, config: ConfigDict, whole: Whole = lambda tree: tree
+) -> Callable[[Any, Arrays, Arrays], Arrays]:
+    """Returns step(params, metrics, batch) -> metrics, not compiled yet; arguments as of make_train_step.
 
-    Loss is the cross-entropy with the plain label; top-5 is top-C where there are C < 5 classes.
+    The loss is the cross-entropy with the label. Rows whose batch["valid"] (bool [B]) is False do not count.
+    With C < 5 classes top-5 is top-C.
     """
 
-    def step(params, metrics, batch):
+    def step(params: Any, metrics: Arrays, batch: Arrays) -> Arrays:
         images = normalize(batch["image"], tuple(config.data.mean), tuple(config.data.std))
         logits = nnx.merge(graphdef, whole(params))(images)
         label, valid = batch["label"], batch["valid"]

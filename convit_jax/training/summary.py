@@ -1,27 +1,61 @@
-"""What a run amounts to: the text before the first step, and the facts in run.json."""
+"""What a run amounts to: the facts in run.json and the text before the first step."""
 
 import math
+import re
 import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from convit_jax.config import flatten
 from convit_jax.models.variants import count_macs, count_params
+from convit_jax.training.distill import Teacher
 from convit_jax.training.optimizer import peak_learning_rate, run_schedule
+from convit_jax.training.plan import Plan
+
+# FLOP/s in dense bfloat16, from the data sheets. The first words found in JAX's name of a device count.
+PEAKS = {
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
 
 
-def facts(config, plan, params, mesh_shape, device_kind, teacher):
-    """What a run amounts to, for people and for run.json.
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Returns the peak FLOP/s of a device such as "NVIDIA H100 80GB HBM3", or None if it is unknown."""
+    if dtype != "bfloat16":
+        return None
+    return next((flops for words, flops in PEAKS.items() if re.search(rf"\b{words}\b", device_kind)), None)
 
-    params: nested dict of arrays, or of their shapes. mesh_shape: {"data": n, "fsdp": m}. device_kind:
-    their name, as JAX gives it. teacher: a distill.Teacher, or None.
-    """
+
+def facts(
+    config: ConfigDict,
+    plan: Plan,
+    params: Any,
+    mesh_shape: Mapping[str, int],
+    device_kind: str,
+    teacher: Teacher | None,
+) -> dict[str, Any]:
+    """Returns the contents of run.json; params may be shapes, mesh_shape is {"data": n, "fsdp": m}."""
     macs = count_macs(plan.model)
     labels = plan.train.source.labels[plan.train.slots.indices]
     per_class = np.bincount(labels)[np.unique(labels)]
-    images = plan.total_steps * config.batch_size
+    schedule = run_schedule(config, plan)
     return {
         "model": config.model.name,
         "image_size": list(plan.model["image_size"]),
@@ -39,9 +73,9 @@ def facts(config, plan, params, mesh_shape, device_kind, teacher):
         "image_lists": plan.image_lists,
         "steps": plan.total_steps,
         "batch_size": config.batch_size,
-        "images": images,
+        "images": plan.total_steps * config.batch_size,
         "epochs": plan.epoch(plan.total_steps),
-        "peak_learning_rate": largest_rate(config, plan),
+        "peak_learning_rate": float(jnp.max(jax.vmap(schedule)(jnp.arange(plan.total_steps)))),
         "devices": math.prod(mesh_shape.values()),
         "mesh": dict(mesh_shape),
         "device_kind": device_kind,
@@ -50,57 +84,50 @@ def facts(config, plan, params, mesh_shape, device_kind, teacher):
     }
 
 
-def describe(config, run, workdir):
-    """The text printed before the first step: the effective config, what runs, on what, for how long."""
+def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> str:
+    """Returns the text before the first step: model, data, length, devices, config. run: of `facts`."""
     height, width = run["image_size"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in run["mesh"].items())
     fewest, most = run["train_images_per_class"]
     each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     rows = [
         ("Model", f"{run['model']}, {run['parameters']:,} parameters, {height} x {width} px, {run['dtype']}"),
-        ("Cost", f"{run['macs'] / 1e9:.4g} GMACs = {run['flops'] / 1e9:.4g} GFLOPs forward, an image"),
+        ("Cost", f"{run['macs'] / 1e9:.4g} GMACs = {run['flops'] / 1e9:.4g} GFLOPs per image, forward"),
         (
             "Data",
-            f"{run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images, "
-            f"{each} in each of {run['classes']} classes, {run['test_images']:,} for the test",
+            f"{run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images "
+            f"({each} per class), {run['classes']} classes, {run['test_images']:,} test images",
         ),
         ("Training", f"{run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs"),
-        ("Rate", f"{run['peak_learning_rate']:.4g} at its peak{_of_rate(config, run)}"),
+        ("Rate", _rate(config, run["peak_learning_rate"])),
         ("Devices", f"{run['devices']} x {run['device_kind']} ({mesh}), jax {run['jax']}"),
-        ("Run", f"{workdir}"),
     ]
     if teacher := run["teacher"]:
         words = "; ".join([f"{teacher['source']}, {teacher['network']}", *teacher["changes"]])
-        rows.insert(-1, ("Teacher", words))
-    sections = [("", {k: v for k, v in config.items() if not isinstance(v, ConfigDict)})]
-    sections += [(f"{k}.", dict(v)) for k, v in config.items() if isinstance(v, ConfigDict)]
-    settings = "\n".join(
-        textwrap.fill(
-            "  ".join(f"{prefix}{name}={_short(value)}" for name, value in sorted(fields.items())),
-            width=110,
-            initial_indent="  ",
-            subsequent_indent="  ",
-            break_on_hyphens=False,
-        )
-        for prefix, fields in sections
-    )
-    return "\n".join(f"{name:9}{text}" for name, text in rows) + f"\nConfig\n{settings}"
+        rows.append(("Teacher", words))
+    rows.append(("Run", str(workdir)))
+    return "\n".join(f"{name:9}{text}" for name, text in rows) + f"\nConfig\n{_settings(config)}"
 
 
-def largest_rate(config, plan):
-    """The largest learning rate of the steps of a run: about the configured peak, or less in a short run."""
-    schedule = run_schedule(config, plan)
-    return float(jnp.max(jax.vmap(schedule)(jnp.arange(plan.total_steps))))
+def _rate(config: ConfigDict, largest: float) -> str:
+    """The largest learning rate of a run's steps; a short run may end before the warm-up does."""
+    peak = peak_learning_rate(config.optim, config.batch_size)
+    words = f"{config.optim.lr:g} x batch / 512 = {peak:.4g}"
+    if largest < 0.9 * peak:  # at the end of the warm-up the cosine is a little below the peak
+        words += f" after {config.optim.warmup_epochs:g} epochs of warm-up, which this run does not reach"
+    return f"{largest:.4g} at its peak ({words})"
 
 
-def _of_rate(config, run):
-    """The end of the line about the rate: what the config asks for, and whether the run gets near it."""
-    asked = peak_learning_rate(config.optim, config.batch_size)
-    words = f", of {asked:.4g} = {config.optim.lr:g} x batch / 512"
-    if run["peak_learning_rate"] > 0.9 * asked:  # at the end of the warm-up the cosine is a little below it
-        return words
-    return f"{words} that the warm-up of {config.optim.warmup_epochs:g} epochs leads to in a longer run"
+def _settings(config: ConfigDict) -> str:
+    """All fields as NAME=VALUE, a paragraph per section."""
 
+    def text(value: Any) -> str:
+        value = tuple(value) if isinstance(value, list) else value
+        return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
 
-def _short(value):
-    return str(value).replace(" ", "") if not isinstance(value, float) else f"{value:g}"
+    paragraphs: dict[str, list[str]] = {}
+    for name, value in sorted(flatten(config).items(), key=lambda item: ("." in item[0], item[0])):
+        section = name.rpartition(".")[0]
+        paragraphs.setdefault(section, []).append(f"{name}={text(value)}")
+    wrap = textwrap.TextWrapper(110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(wrap.fill("  ".join(fields)) for fields in paragraphs.values())

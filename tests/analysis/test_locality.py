@@ -67,13 +67,15 @@ def test_as_logged_every_block_sees_the_raw_patch_embedding(golden):
     for block, of_heads in zip(model.blocks, found, strict=True):
         maps = np.asarray(block.attn.attention_maps(raw)).mean(0)
         np.testing.assert_allclose(of_heads, np.einsum("hnm,nm->h", maps, distances) / 36, rtol=1e-5)
-    assert np.abs(found - locality.nonlocality(model, images)).max() > 0.05
 
 
 def test_images_that_do_not_count_change_nothing(golden):
     model, images, _ = golden
-    some = locality.nonlocality(model, images, valid=jnp.array([True, False, True]))
-    np.testing.assert_allclose(some, locality.nonlocality(model, images[::2]), rtol=1e-6)
+    some, other = (
+        locality.nonlocality(model, each, valid=jnp.array([True, False, True]))
+        for each in (images, images.at[1].multiply(9))
+    )
+    np.testing.assert_array_equal(some, other)
     assert np.abs(some - locality.nonlocality(model, images)).max() > 1e-4
 
 

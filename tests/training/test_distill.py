@@ -1,6 +1,5 @@
-"""A student with a teacher: DeiT's losses, what the teacher sees, what must not change, what is refused."""
+"""A student with a teacher: DeiT's losses, what the teacher sees, whole runs, refused teachers."""
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -10,17 +9,18 @@ import numpy as np
 import pytest
 from conftest import assert_same, saved
 from flax import nnx
-from forgery import save_torch
 
 from convit_jax import load_pretrained
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params, model_settings
 from convit_jax.rundir import read_metrics
-from convit_jax.training.distill import distillation_loss, load_teacher
+from convit_jax.training.distill import load_teacher
 from convit_jax.training.loop import train
+from convit_jax.training.losses import distillation_loss
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
 from convit_jax.training.step import augmented, make_train_step, new_state, step_keys, train_metrics
+from convit_jax.training.summary import describe_run
 from convit_jax.weights import names, pretrained
 from convit_jax.weights.formats import Preprocessing, Pretrained, save_converted
 
@@ -29,30 +29,26 @@ LIKE_DIGITS = Preprocessing(crop_ratio=1.0, mean=(0.305,) * 3, std=(0.376,) * 3)
 
 
 def make_teacher(path, *, preprocessing=LIKE_DIGITS, class_names=DIGITS, seed=7, **changed):
-    """A small ConViT or DeiT in a converted directory, which finds each class as likely."""
-    tensors, settings = teacher_weights(seed, **changed)
+    """A small ConViT in a converted directory, whose answers depend on the image."""
+    sizes = dict(image_size=8, patch_size=2, embed_dim=12, num_heads=4, depth=2, local_up_to_layer=1)
+    settings = model_settings("convit_tiny", **{"num_classes": 10, **sizes, **changed})
+    rng = np.random.default_rng(seed)
+
+    def weights(path, leaf):
+        if path[-1].key in ("kernel", "pos_embed"):
+            return rng.normal(0, 0.5, leaf.shape).astype(np.float32)
+        return np.full(leaf.shape, path[-1].key in ("scale", "gating_param"), np.float32)
+
+    params = jax.tree_util.tree_map_with_path(weights, abstract_model(settings)[1])
+    tensors = names.to_state_dict(params)
     save_converted(Pretrained(tensors, settings, preprocessing, class_names, str(path)), path)
     return str(path)
-
-
-@functools.cache
-def teacher_weights(seed, **changed):
-    """(tensors, settings) of it."""
-    sizes = dict(image_size=8, patch_size=2, embed_dim=12, num_heads=4, depth=2, local_up_to_layer=1)
-    settings = model_settings(changed.pop("name", "convit_tiny"), **{"num_classes": 10, **sizes, **changed})
-    params = jax.tree.map(lambda leaf: 5 * np.asarray(leaf), initial_params(settings, seed))
-    shape = (64, *settings["image_size"], settings["in_chans"])
-    images = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    graphdef, _ = abstract_model(settings)
-    usual = np.mean(jax.jit(lambda params: nnx.merge(graphdef, params)(images))(params), axis=0)
-    for head in {"head", "head_dist"} & {*params}:
-        params[head]["bias"] = params[head]["bias"] - usual
-    return names.to_state_dict(params), settings
 
 
 @pytest.fixture
 def student(digits_config, tmp_path):
     """A config with a teacher, and all randomness on the student's side."""
+    digits_config.locality.images = 0
     digits_config.steps, digits_config.log_every, digits_config.checkpoint_every = 6, 2, 3
     digits_config.augment.mixup, digits_config.augment.cutmix = 0.8, 1.0
     digits_config.model.drop_path_rate = 0.2
@@ -62,8 +58,17 @@ def student(digits_config, tmp_path):
 
 @pytest.fixture
 def run(student, train_once, tmp_path):
-    """tmp_path/run, the directory of the student's training, of which every test has its own copy."""
+    """The directory of the student's training, a copy for each test."""
     return Path(shutil.copytree(train_once("student", student), tmp_path / "run"))
+
+
+@pytest.fixture
+def half(student, train_once, tmp_path):
+    """The same, stopped after three of the six steps."""
+    student.steps = 3
+    workdir = train_once("half", student)
+    student.steps = 6
+    return Path(shutil.copytree(workdir, tmp_path / "half"))
 
 
 def one_step(config, *, taught=True):
@@ -124,22 +129,18 @@ def test_a_teacher_that_agrees_teaches_nothing_more():
     assert sure < 1e-7 < distillation_loss(logits, -logits, kind="hard", temperature=1.0)
 
 
-def test_with_alpha_0_the_student_learns_what_it_learns_alone(student):
-    student.distill.alpha = 0.0
-    taught, metrics, _ = one_step(student)
+def test_with_alpha_0_the_student_learns_what_it_learns_alone_also_in_micro_batches(student):
+    student.distill.alpha, student.model.drop_path_rate = 0.0, 0.0
     alone, expected, _ = one_step(student, taught=False)
-    assert_same(taught["opt_state"], alone["opt_state"], rtol=1e-4, atol=1e-7)
-    assert set(metrics) - set(expected) == {"distill_loss"}
-
-
-def test_micro_batches_give_the_step_of_the_whole_batch(student):
-    student.model.drop_path_rate, student.distill.kind = 0.0, "soft"
-    whole, metrics, _ = one_step(student)
-    student.accumulate = 4
-    parts, metrics_of_parts, _ = one_step(student)
-    assert_same(whole["opt_state"], parts["opt_state"], rtol=1e-4, atol=1e-6)
+    for parts in (1, 4):
+        student.accumulate = parts
+        taught, metrics, _ = one_step(student)
+        assert_same(taught["opt_state"], alone["opt_state"], rtol=1e-4, atol=1e-6)
+        assert set(metrics) - set(expected) == {"distill_loss"}
+        if parts == 1:
+            whole = metrics
     for name in ("loss", "distill_loss", "correct"):
-        np.testing.assert_allclose(metrics[name], metrics_of_parts[name], rtol=1e-5)
+        np.testing.assert_allclose(whole[name], metrics[name], rtol=1e-5)
 
 
 # ---- What the teacher sees and says -----------------------------------------------------
@@ -166,100 +167,65 @@ def test_the_teacher_has_its_own_normalisation_image_size_and_order_of_classes(s
     ]
 
 
-def test_a_teacher_of_more_classes_is_asked_for_those_of_the_data(student):
-    student.data.num_classes = 3
-    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
-    _, logits = taught_logits(student, images)
-    all_ten = load_pretrained(student.distill.teacher)(images)
-    np.testing.assert_allclose(logits, all_ten[:, :3], rtol=1e-5)
-
-
-def test_it_computes_in_the_students_dtype_and_without_its_own_drop_path(student, tmp_path):
-    student.model.dtype = "bfloat16"
+def test_a_teacher_of_more_classes_computes_in_the_students_dtype_and_without_its_drop_path(
+    student, tmp_path
+):
+    student.data.num_classes, student.model.dtype = 3, "bfloat16"
     student.distill.teacher = make_teacher(tmp_path / "dropping", drop_path_rate=0.9, drop_rate=0.5)
     images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
     _, logits = taught_logits(student, images)
     expected = load_pretrained(student.distill.teacher, dtype="bfloat16")(images)
     assert logits.dtype == np.float32
-    np.testing.assert_array_equal(logits, expected)
-
-
-def test_a_teacher_from_a_file_a_distilled_deit(student, tmp_path):
-    directory = make_teacher(
-        tmp_path / "deit", name="deit_tiny", distilled=True, local_up_to_layer=0, embed_dim=192, num_heads=3
-    )
-    save_torch(tmp_path / "deit.pth", pretrained.load(directory).tensors)
-    student.data.mean, student.data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # a file's
-    student.distill.teacher = str(tmp_path / "deit.pth")
-    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
-    _, logits = taught_logits(student, images)
-    np.testing.assert_allclose(logits, load_pretrained(directory)(images), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(logits, expected[:, :3])
 
 
 # ---- Runs -------------------------------------------------------------------------------
 
 
-def test_a_run_logs_the_teachers_part_keeps_its_name_and_leaves_it_as_it_was(student, tmp_path, capsys):
-    before = (tmp_path / "teacher/weights.safetensors").read_bytes()
-    train(student, tmp_path / "run")
-    printed = capsys.readouterr().out
-    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+def test_a_run_logs_the_teachers_part_and_names_it(student, run):
+    lines = read_metrics(run / "metrics.jsonl")
     assert all(0 < line["train_distill_loss"] != line["train_loss"] for line in lines if "lr" in line)
-    facts = json.loads((tmp_path / "run/run.json").read_text())["teacher"]
-    assert facts["source"] == student.distill.teacher
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["teacher"]["source"].endswith("/teacher")
     tensors = pretrained.load(student.distill.teacher).tensors
     del tensors["pos_embed"]
-    assert facts["weights"] == pretrained.fingerprint(tensors)
-    assert f"Teacher  {facts['source']}, ConViT: " in printed
-    assert set(saved(tmp_path / "run")["state"]) == {"step", "params", "opt_state"}
-    assert (tmp_path / "teacher/weights.safetensors").read_bytes() == before
+    assert facts["teacher"]["weights"] == pretrained.fingerprint(tensors)
+    assert f"Teacher  {facts['teacher']['source']}, ConViT: " in describe_run(student, facts, run)
+    assert set(saved(run)["state"]) == {"step", "params", "opt_state"}
 
 
-def test_a_run_may_be_the_teacher_and_the_student_comes_closer_to_it(student, tmp_path):
-    student.distill.teacher, student.steps = None, 20
-    train(student, tmp_path / "first")
-    student.distill.teacher, student.distill.alpha, student.seed = str(tmp_path / "first"), 1.0, 1
-    student.distill.kind, student.model.distilled = "soft", True
+def test_a_run_may_be_the_teacher_and_the_student_comes_closer_to_it(trained, student, tmp_path):
+    student.distill.teacher, student.distill.alpha, student.distill.kind = str(trained), 1.0, "soft"
+    student.model.distilled, student.steps, student.seed = True, 20, 1
     train(student, tmp_path / "second")
-    parts = [
-        line["train_distill_loss"]
-        for line in read_metrics(tmp_path / "second/metrics.jsonl")
-        if "train_distill_loss" in line
-    ]
+    lines = [line for line in read_metrics(tmp_path / "second/metrics.jsonl") if "lr" in line]
+    parts = [line["train_distill_loss"] for line in lines]
     assert parts[-1] < 0.5 * parts[0]
-    whole = [line["train_loss"] for line in read_metrics(tmp_path / "second/metrics.jsonl") if "lr" in line]
-    np.testing.assert_allclose(whole, parts, rtol=1e-6)
+    np.testing.assert_allclose([line["train_loss"] for line in lines], parts, rtol=1e-6)
 
 
-def test_a_run_that_was_stopped_continues_bit_for_bit(student, tmp_path):
-    student.accumulate = 2
-    train(student, tmp_path / "whole")
-    student.steps = 3
-    train(student, tmp_path / "resumed")
-    student.steps = 6
-    train(student, tmp_path / "resumed")
-    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "resumed"))
-
-
-def test_the_same_training_on_one_device_and_on_eight(student, run, tmp_path):
+def test_a_run_continues_on_eight_devices(student, run, half):
     student.mesh.data, student.mesh.fsdp = 2, 4
-    train(student, tmp_path / "eight")
-    assert_same(saved(run), saved(tmp_path / "eight"), atol=2e-5, rtol=1e-4)
+    train(student, half)
+    assert_same(saved(run), saved(half), atol=2e-5, rtol=1e-4)
 
 
 # ---- What is refused ----------------------------------------------------------------------
 
 
-def test_another_teacher_is_refused_on_continuing_and_a_moved_one_is_not(student, run, tmp_path):
+def test_a_run_continues_bit_for_bit_with_a_teacher_that_moved_and_refuses_another(
+    student, run, half, tmp_path
+):
     (tmp_path / "teacher").rename(tmp_path / "moved")
     student.distill.teacher = str(tmp_path / "moved")
-    train(student, tmp_path / "run")
+    train(student, half)
+    assert_same(saved(run), saved(half))
     make_teacher(tmp_path / "moved", seed=8)
-    with pytest.raises(UserError, match=r"had the teacher '.*moved', and is now given '.*moved' with other"):
-        train(student, tmp_path / "run")
+    with pytest.raises(UserError, match=r"had the teacher '.*moved'; '.*moved' has other weights"):
+        train(student, half)
     student.distill.teacher = None
-    with pytest.raises(UserError, match=r"had the teacher '.*moved', and is now given None with other"):
-        train(student, tmp_path / "run")
+    with pytest.raises(UserError, match=r"had the teacher '.*moved'; None has other weights"):
+        train(student, half)
 
 
 def test_teachers_that_cannot_teach_are_refused_before_anything_is_written(student, tmp_path):
@@ -274,11 +240,7 @@ def test_teachers_that_cannot_teach_are_refused_before_anything_is_written(stude
         num_classes=3,
         class_names=("a", "b", "c"),
     )
-    refused(
-        "refused tells 12 classes apart and does not say which, but the data has 10: give a teacher",
-        num_classes=12,
-        class_names=None,
-    )
+    refused("has 12 classes without names, but the data has 10", num_classes=12, class_names=None)
     refused("distill.teacher: .*refused takes images of 1 channels and the student of 3", in_chans=1)
     refused(
         "distill.teacher: image_size 8 x 8 is not a multiple of the patches of 3", patch_size=3, image_size=9
@@ -286,17 +248,10 @@ def test_teachers_that_cannot_teach_are_refused_before_anything_is_written(stude
     student.distill.teacher = "convit_tinny"
     with pytest.raises(UserError, match=r"distill.teacher: there is no file or directory convit_tinny"):
         train(student, tmp_path / "run")
+    weights = Path(make_teacher(tmp_path / "cut")) / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    student.distill.teacher = str(weights.parent)
+    with pytest.raises(UserError, match=r"^distill.teacher: cannot read .*weights.safetensors"):
+        train(student, tmp_path / "run")
     student.model.num_classes = 12
-    refused("model.num_classes is 12, but a teacher tells only the 10 classes of the data apart")
-
-
-def test_a_damaged_teacher_is_refused_under_its_own_name(student, tmp_path):
-    tensors = pretrained.load(student.distill.teacher).tensors
-    path = tmp_path / "damaged.pth"
-    save_torch(path, tensors)
-    data = bytearray(path.read_bytes())
-    data[data.index(np.asarray(tensors["head.weight"]).tobytes()) + 10] ^= 1
-    path.write_bytes(data)
-    student.distill.teacher = str(path)
-    with pytest.raises(UserError, match=f"^distill.teacher: cannot read {path}: it is damaged"):
-        load_teacher(student, make_plan(student, devices=1))
+    refused("model.num_classes is 12, but a teacher knows only the 10 classes of the data")

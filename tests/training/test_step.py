@@ -1,11 +1,13 @@
-"""The training step: accumulation, losses, and the first step that is not finite."""
+"""The training step: accumulation, metrics, randomness, the first step that is not finite; evaluation."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import assert_same
 
 from convit_jax.models.variants import abstract_model, initial_params
+from convit_jax.training.losses import soft_cross_entropy
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
 from convit_jax.training.step import (
@@ -14,9 +16,10 @@ from convit_jax.training.step import (
     make_eval_step,
     make_train_step,
     new_state,
-    soft_cross_entropy,
     train_metrics,
 )
+
+BUILT = {}  # compiled steps of this module, by config
 
 
 def schedule(step):
@@ -25,36 +28,36 @@ def schedule(step):
 
 @pytest.fixture
 def stepper(digits_config):
-    """Build (step, state, batch) of a config."""
+    """Build (step, state, batch) of the config with some fields changed."""
 
-    def build(config=digits_config, rows=16):
-        plan = make_plan(config, devices=1)
-        graphdef, params = abstract_model(plan.model)
-        optimizer = make_optimizer(config.optim, schedule, params)
-        state = new_state(initial_params(plan.model, 0), optimizer, ema=config.optim.ema_decay > 0)
-        batch = plan.train(range(rows))
-        return jax.jit(make_train_step(graphdef, optimizer, schedule, config, 10)), state, batch
+    def build(**changes):
+        digits_config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+        key = digits_config.to_json()
+        if key not in BUILT:
+            plan = make_plan(digits_config, devices=1)
+            graphdef, params = abstract_model(plan.model)
+            optimizer = make_optimizer(digits_config.optim, schedule, params)
+            ema = digits_config.optim.ema_decay > 0
+            state = new_state(initial_params(plan.model, 0), optimizer, ema=ema)
+            step = make_train_step(graphdef, optimizer, schedule, digits_config, 10)
+            BUILT[key] = jax.jit(step), state, plan.train(range(16))
+        return BUILT[key]
 
     return build
 
 
-def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(stepper, digits_config):
-    digits_config.augment.mixup = 0.8
-    digits_config.augment.cutmix = 1.0
-    step, state, batch = stepper()
+def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(stepper):
+    step, state, batch = stepper(augment__mixup=0.8, augment__cutmix=1.0)
     whole, metrics = step(state, train_metrics(), batch, 0)
-    digits_config.accumulate = 4
-    step, state, batch = stepper()
+    step, state, batch = stepper(accumulate=4)
     parts, metrics_of_parts = step(state, train_metrics(), batch, 0)
-    for a, b in zip(jax.tree.leaves(whole["opt_state"]), jax.tree.leaves(parts["opt_state"]), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
+    assert_same(whole["opt_state"], parts["opt_state"], atol=1e-6, rtol=1e-4)
     assert metrics["correct"] == metrics_of_parts["correct"]
     np.testing.assert_allclose(metrics["loss"], metrics_of_parts["loss"], rtol=1e-6)
 
 
-def test_metrics_are_sums_over_steps(stepper, digits_config):
-    digits_config.optim.ema_decay = 0.5
-    step, state, batch = stepper()
+def test_metrics_are_sums_over_steps_and_the_average_follows_its_decay(stepper):
+    step, state, batch = stepper(optim__ema_decay=0.5, model__drop_path_rate=0.5)
     once, metrics = step(state, train_metrics(), batch, 0)
     twice, total = step(once, metrics, batch, 0)
     _, second = step(once, train_metrics(), batch, 0)
@@ -66,9 +69,8 @@ def test_metrics_are_sums_over_steps(stepper, digits_config):
     np.testing.assert_allclose(twice["ema"]["head"]["kernel"], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_each_step_and_seed_draw_anew_and_the_same_draw_the_same(stepper, digits_config):
-    digits_config.model.drop_path_rate = 0.5
-    step, state, batch = stepper()
+def test_randomness_depends_on_the_step_and_the_seed_only(stepper):
+    step, state, batch = stepper(optim__ema_decay=0.5, model__drop_path_rate=0.5)
     losses = [
         float(step({**state, "step": jnp.int32(number)}, train_metrics(), batch, seed)[1]["loss"])
         for number, seed in ((3, 5), (3, 5), (4, 5), (3, np.uint32(2**32 - 1)))
@@ -78,7 +80,7 @@ def test_each_step_and_seed_draw_anew_and_the_same_draw_the_same(stepper, digits
 
 
 def test_the_first_step_that_is_not_finite_is_remembered(stepper):
-    step, state, batch = stepper()
+    step, state, batch = stepper(optim__ema_decay=0.5, model__drop_path_rate=0.5)
     broken = {**state, "params": jax.tree.map(lambda p: p * jnp.nan, state["params"])}
     _, metrics = step({**broken, "step": jnp.int32(7)}, train_metrics(), batch, 0)
     assert metrics["bad_step"] == 7
@@ -100,10 +102,10 @@ def test_evaluation_counts_valid_rows_only(digits_config):
     step = jax.jit(make_eval_step(graphdef, digits_config))
     params = initial_params(plan.model, 0)
     batch = plan.test(range(20))
-    some = {**batch, "valid": np.arange(20) < 13}
-    few = {name: array[:13] for name, array in batch.items()}
-    ours, expected = step(params, eval_metrics(), some), step(params, eval_metrics(), few)
-    assert ours["images"] == 13
+    parts = [{**batch, "valid": np.arange(20) < 13}, {**batch, "valid": np.arange(20) >= 13}]
+    first, rest, whole = (step(params, eval_metrics(), each) for each in (*parts, batch))
+    assert (first["images"], rest["images"], whole["images"]) == (13, 7, 20)
     for name in ("top1", "top5"):
-        assert ours[name] == expected[name]
-    np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-6)
+        assert first[name] + rest[name] == whole[name]
+    np.testing.assert_allclose(first["loss"] + rest["loss"], whole["loss"], rtol=1e-6)
+    assert step(params, first, parts[1])["top5"] == whole["top5"] > 0
