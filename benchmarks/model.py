@@ -188,9 +188,7 @@ def parse_options():
     if options.other and not options.programs:
         given[2:2] = ["other-convit", "other-plain"]
     if unknown := [program for program in given if not is_known(program)]:
-        parser.error(
-            f"unknown program {unknown[0]!r}: give a base of {', '.join((*OURS, *TIMM))} and its forms"
-        )
+        parser.error(f"unknown program {unknown[0]!r}: give a base of {', '.join((*OURS, *TIMM))} and its forms")
     if any(program.startswith("other-") for program in given) and not options.other:
         parser.error("other-convit and other-plain need --other=CHECKOUT")
     options.programs = [program for program in dict.fromkeys(given) if options.peer or "timm" not in program]

@@ -21,9 +21,7 @@ ROWS = ("a", "b", "c", "d", "e", "f", "g")
 
 def get_config(row="a"):
     if row not in ROWS:
-        raise UserError(
-            f"there is no ablation {row!r}: choose one of {', '.join(ROWS)}, as in ablations.py:b."
-        )
+        raise UserError(f"there is no ablation {row!r}: choose one of {', '.join(ROWS)}, as in ablations.py:b.")
     if row == "e":
         return deit_s_plus.get_config()
     config = convit_s_plus.get_config()

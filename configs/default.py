@@ -27,9 +27,7 @@ FIELDS = {
     # The arguments of convit_jax.create_model; None: the model's own value.
     "model.name": Field("convit_small", "one of convit_jax.list_models()"),
     "model.image_size": Field(224, "pixels, or (height, width)", kind=object),
-    "model.num_classes": Field(
-        None, "size of the head; None: the number of classes of the data", "[1, inf)", kind=int
-    ),
+    "model.num_classes": Field(None, "size of the head; None: the number of classes of the data", "[1, inf)", kind=int),
     "model.patch_size": Field(None, "pixels; 16", "[1, inf)", kind=int),
     "model.embed_dim": Field(None, "width; depends on the name", "[1, inf)", kind=int),
     "model.depth": Field(None, "number of blocks; 12", "[1, inf)", kind=int),
@@ -43,9 +41,7 @@ FIELDS = {
     "model.distilled": Field(None, "add DeiT's distillation token; False", kind=bool),
     "model.conv_init": Field(None, "convolutional init of GPSA; True", kind=bool),
     "model.locality_strength": Field(None, "alpha of the convolutional init; 1", "(-inf, inf)", kind=float),
-    "model.gate_init": Field(
-        None, "gating parameter lambda of every head at the start; 1", "(-inf, inf)", kind=float
-    ),
+    "model.gate_init": Field(None, "gating parameter lambda of every head at the start; 1", "(-inf, inf)", kind=float),
     "model.attention": Field(
         "xla", "cudnn: fused kernel for bfloat16 on NVIDIA GPUs", ("xla", "cudnn"), may_change=True
     ),
@@ -56,12 +52,8 @@ FIELDS = {
         "[0, 1)",
         kind=float,
     ),
-    "model.drop_path_rate": Field(
-        0.1, "stochastic depth of the last block, rising linearly from 0", "[0, 1)"
-    ),
-    "model.dtype": Field(
-        "bfloat16", "dtype of the computation; parameters are float32", ("float32", "bfloat16")
-    ),
+    "model.drop_path_rate": Field(0.1, "stochastic depth of the last block, rising linearly from 0", "[0, 1)"),
+    "model.dtype": Field("bfloat16", "dtype of the computation; parameters are float32", ("float32", "bfloat16")),
     "model.remat": Field(False, "recompute blocks in the backward pass to save memory", may_change=True),
     "model.scan_unroll": Field(1, "number of blocks that the scan unrolls", "[1, inf)", may_change=True),
     # AdamW and its schedule.
@@ -80,17 +72,11 @@ FIELDS = {
     "optim.ema_decay": Field(0.0, "decay of a moving average of the weights; 0: none", "[0, 1)"),
     "optim.frozen": Field((), 'parameters that are not trained: parts of their names, as ("gating_param",)'),
     # Augmentation of training images.
-    "augment.crop": Field(
-        "resized", "random resized crop; pad: shift by up to `padding` pixels", ("resized", "pad")
-    ),
+    "augment.crop": Field("resized", "random resized crop; pad: shift by up to `padding` pixels", ("resized", "pad")),
     "augment.padding": Field(4, "pixels, with crop = pad", "[0, inf)"),
     "augment.hflip": Field(True, "mirror half of the images"),
-    "augment.policy": Field(
-        "randaugment", "three_augment is DeiT III's", ("randaugment", "three_augment", "none")
-    ),
-    "augment.num_ops": Field(
-        2, "operations of RandAugment per image, each applied with probability 0.5", "[0, 15]"
-    ),
+    "augment.policy": Field("randaugment", "three_augment is DeiT III's", ("randaugment", "three_augment", "none")),
+    "augment.num_ops": Field(2, "operations of RandAugment per image, each applied with probability 0.5", "[0, 15]"),
     "augment.magnitude": Field(9.0, "magnitude of RandAugment's operations", "[0, 10]"),
     "augment.magnitude_std": Field(0.5, "standard deviation of the magnitude", "[0, 10]"),
     "augment.color_jitter": Field(
@@ -104,9 +90,7 @@ FIELDS = {
     "augment.label_smoothing": Field(0.1, "share of the label spread over all classes", "[0, 1)"),
     # The images.
     "data.name": Field("imagenet2012", "a TFDS dataset; folder: DIR/{train,val}/CLASS/*.jpg; or digits"),
-    "data.dir": Field(
-        None, "TFDS directory (None: $TFDS_DATA_DIR) or image folder", kind=str, may_change=True
-    ),
+    "data.dir": Field(None, "TFDS directory (None: $TFDS_DATA_DIR) or image folder", kind=str, may_change=True),
     "data.sampling_ratio": Field(1.0, "fraction of each class to train on", "(0, 1]"),
     "data.subset_rule": Field(
         "first", "first names of each class, as the original, or a random, nested subset", ("first", "random")
@@ -114,12 +98,8 @@ FIELDS = {
     "data.num_classes": Field(None, "keep only the first classes", "[1, inf)", kind=int),
     "data.keep_total_images": Field(False, "multiply epochs by all images / images kept (Table 2)"),
     "data.repeats": Field(3, "repeated augmentation: consecutive copies of each image", "[1, inf)"),
-    "data.crop_ratio": Field(
-        0.875, "evaluation: side of the centre crop / short side of the resized image", "(0, 1]"
-    ),
-    "data.mean": Field(
-        (0.485, 0.456, 0.406), "mean of red, green and blue, for pixels in 0..1", "(-inf, inf)"
-    ),
+    "data.crop_ratio": Field(0.875, "evaluation: side of the centre crop / short side of the resized image", "(0, 1]"),
+    "data.mean": Field((0.485, 0.456, 0.406), "mean of red, green and blue, for pixels in 0..1", "(-inf, inf)"),
     "data.std": Field((0.229, 0.224, 0.225), "standard deviation, likewise", "(0, inf)"),
     "data.max_unreadable": Field(
         10,
@@ -134,9 +114,7 @@ FIELDS = {
         may_change=True,
     ),
     # Learning from a teacher (Table 4).
-    "distill.teacher": Field(
-        None, "a source of load_pretrained; None: no teacher", kind=str, may_change=True
-    ),
+    "distill.teacher": Field(None, "a source of load_pretrained; None: no teacher", kind=str, may_change=True),
     "distill.kind": Field("hard", "learn the teacher's class, or its probabilities", ("hard", "soft")),
     "distill.alpha": Field(0.5, "weight of the teacher in the loss", "[0, 1]"),
     "distill.temperature": Field(1.0, "of both softmaxes, with kind = soft", "(0, inf)"),
@@ -153,18 +131,14 @@ FIELDS = {
     ),
     # Devices.
     "mesh.data": Field(-1, "devices that share a batch; -1: all", "[-1, inf)", may_change=True),
-    "mesh.fsdp": Field(
-        1, "devices that also share parameters and optimizer state", "[1, inf)", may_change=True
-    ),
+    "mesh.fsdp": Field(1, "devices that also share parameters and optimizer state", "[1, inf)", may_change=True),
     "eval_batch_size": Field(
         1024, "over all devices; every image counts once at any size", "[1, inf)", may_change=True
     ),
     "eval_every": Field(
         1.0, "epochs; of the whole training set with data.keep_total_images", "(0, inf)", may_change=True
     ),
-    "checkpoint_every": Field(
-        1000, "steps; evaluation and the end save as well", "[1, inf)", may_change=True
-    ),
+    "checkpoint_every": Field(1000, "steps; evaluation and the end save as well", "[1, inf)", may_change=True),
     "log_every": Field(50, "steps", "[1, inf)"),
     "compilation_cache": Field(
         "~/.cache/convit_jax/compiled",

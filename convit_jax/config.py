@@ -57,9 +57,7 @@ class Field:
             if value not in self.allowed:
                 hint = nearest(str(value), self.allowed)
                 raise UserError(f"{name} is {value!r}{hint} Choose from: {', '.join(self.allowed)}.")
-        elif not all(
-            _inside(each, self.allowed) for each in (value if isinstance(value, tuple) else [value])
-        ):
+        elif not all(_inside(each, self.allowed) for each in (value if isinstance(value, tuple) else [value])):
             raise UserError(f"{name} is {value}: it must be in {self.allowed}.")
 
 
@@ -128,9 +126,7 @@ def load_config_file(source: str) -> ConfigDict:
     except ModuleNotFoundError as error:
         if error.name != "configs":
             raise
-        raise UserError(
-            f"{path} imports from configs/: run the command in a clone of the repository."
-        ) from error
+        raise UserError(f"{path} imports from configs/: run the command in a clone of the repository.") from error
     config = module.get_config(*[row] if row else [])
     _check_names(flatten(config), f"the config file {path} sets")
     if missing := [name for name in declared_fields() if name not in flatten(config)]:

@@ -35,9 +35,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "free some space" if error.errno in NO_SPACE else "check the path and its permissions"
-        raise UserError(
-            f"cannot write {path} ({error.strerror}): {remedy} and run the same command again."
-        ) from error
+        raise UserError(f"cannot write {path} ({error.strerror}): {remedy} and run the same command again.") from error
 
 
 @contextlib.contextmanager
@@ -198,9 +196,7 @@ def check_same_facts(facts: Mapping[str, Any], saved: Mapping[str, Any], workdir
     remedy = "restore the data to continue that run, or use another --workdir."
     for name in ("train_images", "test_images", "classes"):
         if name in saved and saved[name] != facts[name]:
-            raise UserError(
-                f"the run in {workdir} had {name} {saved[name]:,}, now there are {facts[name]:,}: {remedy}"
-            )
+            raise UserError(f"the run in {workdir} had {name} {saved[name]:,}, now there are {facts[name]:,}: {remedy}")
     if "image_lists" in saved and saved["image_lists"] != facts["image_lists"]:
         raise UserError(f"the run in {workdir} had images with other names, labels or classes: {remedy}")
     then, now = (run.get("teacher") or {"source": None, "weights": None} for run in (saved, facts))

@@ -141,10 +141,7 @@ def locality(data, config, layers, seeds, overrides):
         "question": "Locality strength of the convolutional init, and number of GPSA layers (Fig. 8).",
         "rows": "locality strength",
         "columns": "number of GPSA layers",
-        "runs": [
-            run(row, n, config, seeds, overrides, {"model.local_up_to_layer": n}, own)
-            for row, n, own in cells
-        ],
+        "runs": [run(row, n, config, seeds, overrides, {"model.local_up_to_layer": n}, own) for row, n, own in cells],
     }
 
 

@@ -18,6 +18,4 @@ FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)  # about 2, 7, 14, 43, 143 images of a cla
 
 def get_plan(name=""):
     sizes = {"width_divisor": 8, "layers": (1, 3, 5)}
-    return chosen(
-        name, small_plans("digits", CONFIG, OVERRIDES, SEEDS, FRACTIONS, **sizes, teacher="runs/digits")
-    )
+    return chosen(name, small_plans("digits", CONFIG, OVERRIDES, SEEDS, FRACTIONS, **sizes, teacher="runs/digits"))

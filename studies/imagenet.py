@@ -68,10 +68,7 @@ def distillation():
         "title": "Distillation on ImageNet",
         "question": "What a student learns from a teacher too (the paper's Table 4, with a RegNetY-16GF).",
         "rows": "student",
-        "runs": [
-            run(row, None, config_of(row), SEEDS, taught, paper={"top1": top1})
-            for row, top1 in TABLE_4.items()
-        ],
+        "runs": [run(row, None, config_of(row), SEEDS, taught, paper={"top1": top1}) for row, top1 in TABLE_4.items()],
     }
 
 
@@ -86,9 +83,7 @@ def get_plan(name=""):
     plans = {
         "models": models(),
         "sample_efficiency": sample_efficiency("ImageNet", rows, FRACTIONS, SEEDS, {}, paper=TABLE_2),
-        "ablations": ablations(
-            "ImageNet", letters, {"all": 1.0, "10%": 0.1}, SEEDS, {}, paper={"top1": TABLE_3}
-        ),
+        "ablations": ablations("ImageNet", letters, {"all": 1.0, "10%": 0.1}, SEEDS, {}, paper={"top1": TABLE_3}),
         "locality": fig_8("100 classes of ImageNet", FIRST_100),
         "locality_early": fig_8("100 classes of ImageNet, 20 of 300 epochs", FIRST_100 | EARLY),
         "distillation": distillation(),

@@ -32,9 +32,7 @@ def test_a_training_checkpoint_becomes_a_directory_and_goes_back(tmp_path):
 def test_a_new_head_larger_images_and_heads_that_a_file_cannot_tell(tmp_path):
     settings = model_settings("deit_tiny", num_classes=3, image_size=16, depth=1)  # the table says 3 heads
     shapes = state_dict_shapes(abstract_model(settings)[1])
-    write_safetensors(
-        tmp_path / "it.safetensors", {name: np.zeros(shape, "f4") for name, shape in shapes.items()}
-    )
+    write_safetensors(tmp_path / "it.safetensors", {name: np.zeros(shape, "f4") for name, shape in shapes.items()})
     arguments = [
         tmp_path / "it.safetensors",
         tmp_path / "new.safetensors",
@@ -77,8 +75,6 @@ def test_only_converted_weights_are_replaced(tmp_path):
 
 
 def test_importing_the_package_stays_light():
-    script = (
-        "import sys, convit_jax; print([m for m in ('orbax', 'huggingface_hub', 'PIL') if m in sys.modules])"
-    )
+    script = "import sys, convit_jax; print([m for m in ('orbax', 'huggingface_hub', 'PIL') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "[]\n", done.stderr

@@ -78,14 +78,10 @@ def test_images_in_folders(image_folder, tmp_path):
     save_converted(loaded, tmp_path / "w")
     (image_folder / "val/bee/0.jpg").write_bytes(b"not an image")
     data = [f"--config.data.{field}" for field in ("name=folder", f"dir={image_folder}", "workers=0")]
-    done = run_python(
-        "-m", "convit_jax.evaluate", f"--checkpoint={tmp_path}/w", "--config=configs/convit_ti.py", *data
-    )
+    done = run_python("-m", "convit_jax.evaluate", f"--checkpoint={tmp_path}/w", "--config=configs/convit_ti.py", *data)
     assert done.returncode == 0, done.stderr
     assert "bee/0.jpg" in done.stdout  # left out, and said
-    assert re.fullmatch(
-        r"top-1 \d+\.000  top-5 100\.000  loss \d\.\d{3}  images 5", done.stdout.splitlines()[-1]
-    )
+    assert re.fullmatch(r"top-1 \d+\.000  top-5 100\.000  loss \d\.\d{3}  images 5", done.stdout.splitlines()[-1])
 
 
 def test_a_split_of_which_no_image_can_be_read_is_refused():

@@ -49,9 +49,7 @@ def test_lock_keeps_others_out_and_a_kill_frees_it(tmp_path):
         "lock = lock_directory(pathlib.Path(sys.argv[1]), owner='me'); "
         "print('locked', flush=True); time.sleep(60)"
     )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(DirectoryLocked, match="another process is training in"):
         lock_directory(tmp_path)

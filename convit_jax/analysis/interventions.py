@@ -37,8 +37,7 @@ def force_gates(params: dict[str, Any], to: str, layers: int | None = None) -> d
     count = len(gating) if layers is None else layers
     if not 1 <= count <= len(gating):
         raise UserError(
-            f"gpsa_layers is {layers}, but the weights have {len(gating)} GPSA layers: give 1 to "
-            f"{len(gating)}."
+            f"gpsa_layers is {layers}, but the weights have {len(gating)} GPSA layers: give 1 to {len(gating)}."
         )
     gating[:count] = FORCED[to]
     return {**params, "gpsa_blocks": {**blocks, "attn": {**blocks["attn"], "gating_param": gating}}}

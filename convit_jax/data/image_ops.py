@@ -86,9 +86,7 @@ def warp(images: jax.Array, matrices: jax.Array, fill: Sequence[int]) -> jax.Arr
         columns = [jnp.clip(left.astype(jnp.int32) + n, 0, width - 1) for n in (-1, 0, 1, 2)]
         lines = [jnp.clip(top.astype(jnp.int32) + n, 0, height - 1) * width for n in (-1, 0, 1, 2)]
         flat = words.reshape(-1)
-        taps = [
-            [flat.at[line + column].get(mode="promise_in_bounds") for column in columns] for line in lines
-        ]
+        taps = [[flat.at[line + column].get(mode="promise_in_bounds") for column in columns] for line in lines]
         word = jnp.zeros((), jnp.uint32)
         for shift in (0, 8, 16):
             rows = [_cubic([(tap >> shift & 255).astype(jnp.float32) for tap in row], dx) for row in taps]

@@ -74,9 +74,7 @@ def random_resized_crop_box(width: int, height: int, rng: np.random.Generator) -
     return left, top, left + w, top + h
 
 
-def centre_crop(
-    image: Picture, size: tuple[int, int], crop_ratio: float, interpolation: str = "bicubic"
-) -> np.ndarray:
+def centre_crop(image: Picture, size: tuple[int, int], crop_ratio: float, interpolation: str = "bicubic") -> np.ndarray:
     """Resizes the short side to size / crop_ratio and cuts the centre, as timm's `transforms_imagenet_eval`.
 
     Sizes are rounded as torchvision's `Resize` and `CenterCrop` round them. Resampling only the box that
@@ -102,9 +100,7 @@ def centre_crop(
     return resized[top : top + h, left : left + w]
 
 
-def crop_resize(
-    image: Picture, size: tuple[int, int], box: Box, interpolation: str = "bicubic"
-) -> np.ndarray:
+def crop_resize(image: Picture, size: tuple[int, int], box: Box, interpolation: str = "bicubic") -> np.ndarray:
     """Returns a box of an image, resized to (height, width) with antialiasing: uint8 [height, width, 3]."""
     width, height = width_height(image)
     whole = tuple(box) == (0, 0, width, height)

@@ -171,7 +171,6 @@ def _read(path: Path, fingerprint: str) -> Index:
         raise ValueError(f"{path} is not the index of {fingerprint}")
     # As plain arrays: every access to a np.memmap is slower.
     arrays = {
-        name: np.asarray(np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-        for name in facts["arrays"]
+        name: np.asarray(np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in facts["arrays"]
     }
     return Index(arrays, path, fingerprint)

@@ -121,9 +121,7 @@ class ImageFolder(Indexed):
         try:
             return path.read_bytes()
         except OSError as error:
-            raise UserError(
-                f"cannot read the image {path} ({error.strerror}): restore or remove it."
-            ) from error
+            raise UserError(f"cannot read the image {path} ({error.strerror}): restore or remove it.") from error
 
     def _list(self, complete: bool) -> Index:
         """Builds the index; if `complete`, every class must have an image."""

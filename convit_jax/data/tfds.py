@@ -63,9 +63,7 @@ class TfdsImages(Indexed):
         elif file_format == "array_record":
             self.records = ArrayRecords(builder, info, self.paths)
         else:
-            raise UserError(
-                f"{self.directory} is in the format {file_format}: prepare it as array_record or tfrecord."
-            )
+            raise UserError(f"{self.directory} is in the format {file_format}: prepare it as array_record or tfrecord.")
 
         def describe(features: Any) -> Description:
             label = features[label_key].int64_list.value[0]
@@ -152,9 +150,7 @@ class ArrayRecords:
         except (OSError, ValueError, IndexError, RuntimeError) as error:
             shard = self.paths[int(np.searchsorted(self.ends, record, side="right"))]
             reason = str(error).split(";")[0].strip()
-            raise UserError(
-                f"the shard {shard} is damaged or truncated ({reason}): copy it again."
-            ) from error
+            raise UserError(f"the shard {shard} is damaged or truncated ({reason}): copy it again.") from error
 
 
 def _parse_example(record: bytes) -> Any:

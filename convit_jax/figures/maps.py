@@ -106,14 +106,10 @@ def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query)
 
     axes = bottom.subplots()
     cells = {
-        (n, head): (maps[head], captions[head])
-        for n, (_, maps, captions) in enumerate(rows)
-        for head in range(heads)
+        (n, head): (maps[head], captions[head]) for n, (_, maps, captions) in enumerate(rows) for head in range(heads)
     }
     _draw_maps(axes, cells, _common_norm(grid), query, image)
-    axes.set_xticks(
-        [n * step[1] + step[1] / 2 for n in range(heads)], [f"head {n + 1}" for n in range(heads)]
-    )
+    axes.set_xticks([n * step[1] + step[1] / 2 for n in range(heads)], [f"head {n + 1}" for n in range(heads)])
     axes.set_yticks([n * step[0] + step[0] / 2 for n in range(len(rows))], [name for name, _, _ in rows])
     axes.tick_params(length=0, labelsize=7.5, labeltop=True, labelbottom=False)
     return figure
@@ -181,14 +177,10 @@ def _as_filter(maps: np.ndarray) -> Cells:
     """Places the maps of k x k heads column by column, as the filter is laid out, and others below."""
     k = math.isqrt(len(maps))
     places = [(n % k, n // k) if n < k * k else (n // k, n % k) for n in range(len(maps))]
-    return {
-        place: (values, f"head {n}") for n, (place, values) in enumerate(zip(places, maps, strict=True), 1)
-    }
+    return {place: (values, f"head {n}") for n, (place, values) in enumerate(zip(places, maps, strict=True), 1)}
 
 
-def _draw_maps(
-    axes: "Axes", cells: Cells, norm: "Normalize", query: Query, image: np.ndarray | None = None
-) -> None:
+def _draw_maps(axes: "Axes", cells: Cells, norm: "Normalize", query: Query, image: np.ndarray | None = None) -> None:
     """Draws maps into axes whose unit is a pixel, all in one picture because many are slow."""
     from matplotlib.patches import Rectangle
 
@@ -222,9 +214,7 @@ def _frame(axes: "Axes", left: float, top: float, patch: float, query: Query) ->
     if query is not None:
         outline = [withStroke(linewidth=1.8, foreground="white")]
         corner = left + query[1] * patch, top + query[0] * patch
-        axes.add_patch(
-            Rectangle(corner, patch, patch, fill=False, ec=COLORS[0], lw=0.9, path_effects=outline)
-        )
+        axes.add_patch(Rectangle(corner, patch, patch, fill=False, ec=COLORS[0], lw=0.9, path_effects=outline))
 
 
 def _patch(grid: Sequence[int]) -> int:

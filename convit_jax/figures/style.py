@@ -21,9 +21,7 @@ def tidy_axes(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save_figure(
-    figure: "Figure", directory: Path, name: str, kinds: Sequence[str] = ("png", "pdf")
-) -> list[Path]:
+def save_figure(figure: "Figure", directory: Path, name: str, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
     """Writes a figure in one or more formats.
 
     Args:

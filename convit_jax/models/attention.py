@@ -199,9 +199,7 @@ class SelfAttention(nnx.Module):
         q, k, _ = XlaBackend.split_heads(self.qkv, x, 3, self.num_heads)
         return content_probabilities(q, k)
 
-    def __call__(
-        self, x: jax.Array, *, queries: int | None = None, key: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, *, queries: int | None = None, key: jax.Array | None = None) -> jax.Array:
         """Returns [B, N, D] of tokens x [B, N, D].
 
         Args:

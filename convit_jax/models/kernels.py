@@ -155,9 +155,7 @@ class CudnnBackend:
         """
         batch, tokens, dim = x.shape
         parts = (linear(x, slice(i * dim, (i + 1) * dim)) for i in range(count))
-        return tuple(
-            checkpoint_name(part, "qkv").reshape(batch, tokens, num_heads, dim // num_heads) for part in parts
-        )
+        return tuple(checkpoint_name(part, "qkv").reshape(batch, tokens, num_heads, dim // num_heads) for part in parts)
 
     @staticmethod
     def join_heads(x: jax.Array) -> jax.Array:
@@ -205,9 +203,7 @@ def _shared_maps_backward(kept: Any, d_out: jax.Array) -> tuple[jax.Array, jax.A
     return d_maps, jnp.einsum("hbdn,hnm->hbdm", d_out, maps.astype(v.dtype))
 
 
-_shared_maps_times_values.defvjp(
-    lambda maps, v: (_shared_maps_times_values(maps, v), (maps, v)), _shared_maps_backward
-)
+_shared_maps_times_values.defvjp(lambda maps, v: (_shared_maps_times_values(maps, v), (maps, v)), _shared_maps_backward)
 
 
 def gated_sum(gates: jax.Array, content: jax.Array, position: jax.Array) -> jax.Array:

@@ -60,9 +60,7 @@ add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)
 class Linear(nnx.Linear):
     """Dense layer [..., D] -> [..., E] with the original's init: N(0, 0.02), zero bias."""
 
-    def __init__(
-        self, dim_in: int, dim_out: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, dim_in: int, dim_out: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(dim_in, dim_out, use_bias=use_bias, dtype=dtype, kernel_init=TRUNC_NORMAL, rngs=rngs)
 
     def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
@@ -111,9 +109,7 @@ def drop_path(x: jax.Array, rate: jax.Array | float | None, key: jax.Array | Non
 class Mlp(nnx.Module):
     """fc2(gelu(fc1(x))): [B, N, D] -> [B, N, D]."""
 
-    def __init__(
-        self, dim: int, hidden_dim: int, *, drop: float = 0.0, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, dim: int, hidden_dim: int, *, drop: float = 0.0, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.drop = drop
         self.fc1 = Linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
         self.fc2 = Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
@@ -132,9 +128,7 @@ class PatchEmbed(nnx.Module):
     matrix product, since the gradient of the convolution is slow on a CPU.
     """
 
-    def __init__(
-        self, patch_size: int, in_chans: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         bound = (patch_size * patch_size * in_chans) ** -0.5  # PyTorch's default for convolutions
 
         def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

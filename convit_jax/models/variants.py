@@ -91,9 +91,7 @@ def model_settings(
 ) -> Settings:
     """Returns all settings of a model, checked. Arguments and errors as for `create_model`."""
     if name not in SIZES:
-        raise UserError(
-            f"there is no model {name!r}{nearest(name, SIZES)} The models are: {', '.join(SIZES)}."
-        )
+        raise UserError(f"there is no model {name!r}{nearest(name, SIZES)} The models are: {', '.join(SIZES)}.")
     for override in overrides:
         if override not in OVERRIDES:
             raise UserError(
@@ -115,13 +113,9 @@ def _check_sizes(s: Settings) -> None:
             raise UserError(f"{name} is {s[name]}: it must be at least 1.")
     height, width = s["image_size"]
     if height < 1 or width < 1 or height % s["patch_size"] or width % s["patch_size"]:
-        raise UserError(
-            f"image_size {height} x {width} is not a multiple of patch_size {s['patch_size']}: change one."
-        )
+        raise UserError(f"image_size {height} x {width} is not a multiple of patch_size {s['patch_size']}: change one.")
     if s["embed_dim"] % s["num_heads"]:
-        raise UserError(
-            f"embed_dim {s['embed_dim']} is not a multiple of num_heads {s['num_heads']}: change one."
-        )
+        raise UserError(f"embed_dim {s['embed_dim']} is not a multiple of num_heads {s['num_heads']}: change one.")
     if not 0 <= s["local_up_to_layer"] < s["depth"]:
         raise UserError(
             f"local_up_to_layer is {s['local_up_to_layer']} of {s['depth']} blocks, but the class token "
@@ -139,9 +133,7 @@ def _check_arithmetic(s: Settings) -> None:
         raise UserError(f"attention is {s['attention']!r}: choose xla or cudnn.")
     if s["attention"] == "cudnn":
         if s["dtype"] != "bfloat16":
-            raise UserError(
-                f"attention is cudnn, which takes bfloat16, but dtype is {s['dtype']}: change one."
-            )
+            raise UserError(f"attention is cudnn, which takes bfloat16, but dtype is {s['dtype']}: change one.")
         size = s["embed_dim"] // s["num_heads"]
         if size % 8 or size > 128:
             raise UserError(

@@ -100,9 +100,7 @@ class Block(nnx.Module):
         """
         attn_key, path1_key, mlp_key, path2_key = split_key(key, 4)
         first: dict[str, Any] = {} if queries is None else {"queries": queries}
-        x = x[:, :queries] + drop_path(
-            self.attn(self.norm1(x), key=attn_key, **first), drop_path_rate, path1_key
-        )
+        x = x[:, :queries] + drop_path(self.attn(self.norm1(x), key=attn_key, **first), drop_path_rate, path1_key)
         x = checkpoint_name(x, "middle")
         return x + drop_path(self.mlp(self.norm2(x), key=mlp_key), drop_path_rate, path2_key)
 

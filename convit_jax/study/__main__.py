@@ -90,11 +90,7 @@ def run_study(study: Study, output: Path, signals: list[int]) -> int:
         if now.state == "done":
             rate = (time.monotonic() - started) / (done - states.count("done"))
             text = f"top-1 {now.last['top1']:.2f} in {tqdm.format_interval(time.monotonic() - began)}"
-            text += (
-                f", about {tqdm.format_interval(rate * (len(states) - done))} left"
-                if done < len(states)
-                else ""
-            )
+            text += f", about {tqdm.format_interval(rate * (len(states) - done))} left" if done < len(states) else ""
         elif now.failure:
             text = f"failed: {now.failure} (its output: {run_directory(output, run)}/output.log)"
         else:
@@ -133,9 +129,7 @@ def write_results(study: Study, output: Path) -> dict[str, Outcome]:
     return outcomes
 
 
-def _conclude(
-    study: Study, output: Path, outcomes: Mapping[str, Outcome], shared: int, signals: list[int]
-) -> int:
+def _conclude(study: Study, output: Path, outcomes: Mapping[str, Outcome], shared: int, signals: list[int]) -> int:
     """Prints the table and what is left; returns the exit status."""
     print((output / "table.md").read_text().rstrip())
     print(f"\n  table   {output}/table.md, table.csv")

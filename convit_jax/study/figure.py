@@ -36,9 +36,7 @@ def _plot_lines(study: Study, cells: Cells) -> "Figure":
     paper: Cells = {cell: [found[metric]] for cell, found in study.paper.items() if metric in found}
     figure = Figure(figsize=(9.6 if gaps else 6.2, 3.9), layout="constrained")
     panels = figure.subplots(1, 1 + gaps, squeeze=False, width_ratios=(3, 2)[: 1 + gaps])[0]
-    for row, color, marker in zip(
-        study.row_names(), itertools.cycle(COLORS), itertools.cycle("os^DvPX"), strict=False
-    ):
+    for row, color, marker in zip(study.row_names(), itertools.cycle(COLORS), itertools.cycle("os^DvPX"), strict=False):
         label = study.row_label(row, in_figure=True)
         if sum(cell[0] == row for cell in cells) == 1:  # a level to compare with, as "no GPSA"
             _plot_level(panels[0], next(cells[cell] for cell in cells if cell[0] == row), color, label)

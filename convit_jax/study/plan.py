@@ -173,9 +173,7 @@ def _check_values(study: Study) -> None:
     names: set[str] = set()
     for run in study.runs:
         if run.name in names:
-            raise UserError(
-                f"the plan {study.source} has two runs {run.name}: list each row and column once."
-            )
+            raise UserError(f"the plan {study.source} has two runs {run.name}: list each row and column once.")
         names.add(run.name)
         if study.columns and study.scale != "linear" and not (is_number(run.column) and run.column > 0):
             raise UserError(
@@ -227,9 +225,7 @@ def check_study(study: Study) -> None:
             model_settings(**model_arguments(config, config.data.num_classes or 1000))
             if config.init_from and is_new(config.init_from):
                 fetch(config.init_from)
-            data = str(
-                [(name, flat[name]) for name in flat if name.startswith("data.") or "num_classes" in name]
-            )
+            data = str([(name, flat[name]) for name in flat if name.startswith("data.") or "num_classes" in name])
             if data not in plans:
                 plans[data] = make_plan(config, devices=1)
             model = model_settings(**model_arguments(config, plans[data].model["num_classes"]))

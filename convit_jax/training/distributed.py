@@ -211,9 +211,7 @@ def _sentence(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command continues from the last checkpoint."
-    if isinstance(error, jax.errors.JaxRuntimeError) or (
-        isinstance(error, ValueError) and "Gloo" in str(error)
-    ):
+    if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error)):
         reason = str(error).partition("\n")[0]
         return out_of_memory(error) or (
             f"an operation across processes failed ({reason}). If another process has ended, its output says "
@@ -272,9 +270,7 @@ def check_same(facts: Mapping[str, Any], remedy: str = "start all processes with
     with together():
         for name in sorted({*theirs, *mine}):
             if theirs.get(name) != mine.get(name):
-                raise UserError(
-                    f"{name} is {mine.get(name)!r} here and {theirs.get(name)!r} on process 0: {remedy}."
-                )
+                raise UserError(f"{name} is {mine.get(name)!r} here and {theirs.get(name)!r} on process 0: {remedy}.")
 
 
 def comparable(config: ConfigDict) -> dict[str, Any]:

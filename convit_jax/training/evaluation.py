@@ -106,9 +106,7 @@ def our_batches(
 # ---- Pretrained weights, on images that they may not have been trained on -------------------
 
 
-def match_images(
-    config: ConfigDict, loaded: Pretrained, params: dict[str, Any]
-) -> tuple[EvalExample, np.ndarray]:
+def match_images(config: ConfigDict, loaded: Pretrained, params: dict[str, Any]) -> tuple[EvalExample, np.ndarray]:
     """Opens the test images of a config for weights, the same on all processes.
 
     Args:

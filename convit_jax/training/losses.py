@@ -9,9 +9,7 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
-def distillation_loss(
-    logits: jax.Array, teacher_logits: jax.Array, *, kind: str, temperature: float
-) -> jax.Array:
+def distillation_loss(logits: jax.Array, teacher_logits: jax.Array, *, kind: str, temperature: float) -> jax.Array:
     """Returns how far a student is from its teacher, float32 [] (Touvron et al. 2021, section 4).
 
     hard: cross-entropy with the class that the teacher predicts.

@@ -72,9 +72,7 @@ def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
     names = [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in patterns:
         if not any(pattern in name for name in names):
-            raise UserError(
-                f"optim.frozen has {pattern!r}, which matches no parameter. They are: {', '.join(names)}."
-            )
+            raise UserError(f"optim.frozen has {pattern!r}, which matches no parameter. They are: {', '.join(names)}.")
     if all(any(pattern in name for pattern in patterns) for name in names):
         raise UserError(f"optim.frozen is {patterns}, which leaves no parameter to train: freeze fewer.")
     return jax.tree_util.tree_map_with_path(
@@ -89,9 +87,7 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.
     original's distributed runs do. Frozen parameters get neither gradient nor decay.
     """
     frozen = frozen_mask(params, optim.frozen)
-    decayed = jax.tree_util.tree_map_with_path(
-        lambda path, frozen: path[-1].key not in NO_DECAY and not frozen, frozen
-    )
+    decayed = jax.tree_util.tree_map_with_path(lambda path, frozen: path[-1].key not in NO_DECAY and not frozen, frozen)
     parts = [optax.masked(optax.set_to_zero(), frozen)] if optim.frozen else []
     if optim.clip_norm > 0:
         parts.append(optax.clip_by_global_norm(optim.clip_norm))

@@ -62,9 +62,7 @@ def make_plan(config: ConfigDict, *, devices: int) -> Plan:
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
     indices = training_subset(config, source)
     available = len(source.class_names)
-    test_indices = select(
-        held_out.labels, held_out.names, classes=available, num_classes=config.data.num_classes
-    )
+    test_indices = select(held_out.labels, held_out.names, classes=available, num_classes=config.data.num_classes)
     classes = config.data.num_classes or available
     model = model_settings(**model_arguments(config, classes))
     if model["num_classes"] < classes:

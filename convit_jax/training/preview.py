@@ -86,7 +86,5 @@ def list_operations(config: ConfigDict, rows: int) -> list[str]:
 
 def format_shares(target: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> str:
     """Returns the shares that an image and its partner have of a soft target [C], one per line."""
-    above_smoothing = [
-        label for label in dict.fromkeys(labels.tolist()) if target[label] > target.min() + 0.005
-    ]
+    above_smoothing = [label for label in dict.fromkeys(labels.tolist()) if target[label] > target.min() + 0.005]
     return "\n".join(f"{100 * target[label]:.0f}% {class_names[label]}" for label in above_smoothing)

@@ -52,13 +52,9 @@ class Steps:
     """The compiled functions of a run and what they start from, with all arrays on the devices."""
 
     graphdef: nnx.GraphDef
-    train: Callable[
-        [Any, Any, Any], tuple[Any, Any]
-    ]  # (state, sums, batch) -> (state, sums); donates the state
+    train: Callable[[Any, Any, Any], tuple[Any, Any]]  # (state, sums, batch) -> (state, sums); donates the state
     evaluate: Callable[[Any, Any, Any], Any]  # (parameters, sums, batch) -> sums
-    first: Callable[
-        [Any], dict[str, Any]
-    ]  # parameters, or None for new ones -> {"state", "metrics"} of step 0
+    first: Callable[[Any], dict[str, Any]]  # parameters, or None for new ones -> {"state", "metrics"} of step 0
     shapes: Any  # of {"state", "metrics"}, the content of a checkpoint
     shardings: Any
     no_sums: dict[str, jax.Array]  # of an empty window
@@ -211,9 +207,7 @@ def make_steps(
     shapes = jax.eval_shape(first, seed)
     shardings = state_shardings(mesh, shapes)
     train = jax.jit(
-        make_train_step(
-            graphdef, optimizer, schedule, config, plan.model["num_classes"], gather(mesh), teacher
-        ),
+        make_train_step(graphdef, optimizer, schedule, config, plan.model["num_classes"], gather(mesh), teacher),
         donate_argnums=0,
         out_shardings=(shardings["state"], shardings["metrics"]),
     )

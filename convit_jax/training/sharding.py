@@ -28,9 +28,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if fsdp < 1 or (data < 1 and data != -1):
-        raise UserError(
-            f"mesh.data is {data} and mesh.fsdp is {fsdp}: give numbers of devices (mesh.data=-1 for all)."
-        )
+        raise UserError(f"mesh.data is {data} and mesh.fsdp is {fsdp}: give numbers of devices (mesh.data=-1 for all).")
     if data == -1:
         if len(devices) % fsdp:
             raise UserError(f"mesh.fsdp is {fsdp}, which does not divide the {len(devices)} devices.")

@@ -75,9 +75,7 @@ def eval_metrics() -> Arrays:
     return {"loss": jnp.float32(0), "top1": none, "top5": none, "images": none}
 
 
-def augmented(
-    batch: Arrays, keys: jax.Array, config: ConfigDict, num_classes: int
-) -> tuple[jax.Array, jax.Array]:
+def augmented(batch: Arrays, keys: jax.Array, config: ConfigDict, num_classes: int) -> tuple[jax.Array, jax.Array]:
     """Returns images float32 [B, H, W, 3] and soft labels float32 [B, num_classes] to train on.
 
     batch: as of make_train_step. keys: of step_keys.
@@ -171,9 +169,7 @@ def _accumulated(grad_fn: Callable[..., Any], parts: int) -> Callable[..., Any]:
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
-    def accumulated(
-        params: Any, images: jax.Array, targets: jax.Array, key: jax.Array, teacher_params: Any
-    ) -> Any:
+    def accumulated(params: Any, images: jax.Array, targets: jax.Array, key: jax.Array, teacher_params: Any) -> Any:
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad_fn(params, *part, teacher_params)), None
 

@@ -76,9 +76,7 @@ def infer(
         num_heads = _heads_shown(tensors, source, num_heads)
     else:
         num_heads = _heads_of_width(embed_dim, family, source, num_heads)
-    name = next(
-        (name for name, size in _sizes(family).items() if size == (embed_dim, num_heads)), f"{family}_tiny"
-    )
+    name = next((name for name, size in _sizes(family).items() if size == (embed_dim, num_heads)), f"{family}_tiny")
     return model_settings(
         name,
         num_classes=num_classes,
@@ -189,9 +187,7 @@ def _grid(
                 return (rows, columns), extra
     if sizes[0] is not None:
         size_text = f"images of {sizes[0][0]} x {sizes[0][1]} pixels in patches of {patch_size} do not have"
-        raise UserError(
-            f"the position embedding in {source} is for {positions} positions, which {size_text}."
-        )
+        raise UserError(f"the position embedding in {source} is for {positions} positions, which {size_text}.")
     raise UserError(
         f"the position embedding in {source} is for {positions} positions, which make no square: give the "
         "size of the training images with image_size=HEIGHTxWIDTH; a second conversion can then resize it."

@@ -92,9 +92,7 @@ def _open(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
         raise UserError("it is a web page or JSON text, perhaps an error message: download it again.")
     if head[257:262] == b"ustar" or re.match(rb"(sys_info|pickle|storages|tensors)\0", head):
         raise UserError("it has the tar format of PyTorch before 2017: save it with a newer PyTorch.")
-    raise UserError(
-        "it is neither a PyTorch checkpoint (.pth, .pt) nor a safetensors file: give one of these."
-    )
+    raise UserError("it is neither a PyTorch checkpoint (.pth, .pt) nor a safetensors file: give one of these.")
 
 
 # ---- The state dict in a checkpoint ---------------------------------------------------------
@@ -106,9 +104,7 @@ def _find_state_dict(tree: Any, ema: bool) -> dict[str, Any]:
     inside = [tree.get(place) for place in places] if isinstance(tree, dict) else []
     for found in inside if ema else [*inside, tree]:
         if isinstance(found, dict) and any(_is_tensor(value) for value in found.values()):
-            others = {
-                name: value for name, value in found.items() if type(name) is not str or not _is_tensor(value)
-            }
+            others = {name: value for name, value in found.items() if type(name) is not str or not _is_tensor(value)}
             if others:
                 raise UserError(
                     f"its state dict has entries that are no tensors ({_described(others)}): "

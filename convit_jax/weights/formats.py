@@ -152,9 +152,7 @@ def from_converted(path: Path) -> Pretrained:
         settings = model_settings("convit_tiny", **config["model"])  # the config has every setting
         preprocessing = _preprocessing(config["preprocessing"])
         class_names = tuple(config["class_names"]) if config["class_names"] else None
-    return Pretrained(
-        read_state_dict(path / "weights.safetensors"), settings, preprocessing, class_names, str(path)
-    )
+    return Pretrained(read_state_dict(path / "weights.safetensors"), settings, preprocessing, class_names, str(path))
 
 
 def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
@@ -215,9 +213,7 @@ def save_converted(loaded: Pretrained, directory: Path) -> None:
 
 def _preprocessing(given: Mapping[str, Any]) -> Preprocessing:
     """A Preprocessing of what JSON gives."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
-    }
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return Preprocessing(**fields)
 
 

@@ -22,9 +22,7 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
     return matrix
 
 
-def resize_pos_embed(
-    pos_embed: np.ndarray, old_grid: tuple[int, int], new_grid: tuple[int, int]
-) -> np.ndarray:
+def resize_pos_embed(pos_embed: np.ndarray, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> np.ndarray:
     """Resizes a position embedding.
 
     Args:

@@ -142,9 +142,7 @@ def fetch(source: str) -> Path:
     except UserError as error:
         if repo != source:  # a published name cannot be meant as a path
             raise
-        raise UserError(
-            f"there is no file or directory {source}, and as a name on the Hub: {error}"
-        ) from error
+        raise UserError(f"there is no file or directory {source}, and as a name on the Hub: {error}") from error
 
 
 def with_behaviour(loaded: Pretrained, **behaviour: Any) -> Pretrained:
@@ -191,9 +189,7 @@ def load_into(
     )
     differing = [name for name in ARCHITECTURE if loaded.settings[name] != settings[name]]
     if differing:
-        theirs, ours = (
-            ", ".join(f"{name}={s[name]}" for name in differing) for s in (loaded.settings, settings)
-        )
+        theirs, ours = (", ".join(f"{name}={s[name]}" for name in differing) for s in (loaded.settings, settings))
         raise UserError(
             f"init_from {source} has {theirs}, but config.model asks for {ours}: "
             "set model.name, or these fields, to those of the weights."
@@ -267,9 +263,7 @@ def _resized(loaded: Pretrained, size: tuple[int, int]) -> Pretrained:
         return loaded
     patch = settings["patch_size"]
     if any(side < patch or side % patch for side in size):
-        raise UserError(
-            f"image_size {size[0]} x {size[1]} is not a multiple of the patches of {patch}: change it."
-        )
+        raise UserError(f"image_size {size[0]} x {size[1]} is not a multiple of the patches of {patch}: change it.")
     (rows, columns), (new_rows, new_columns) = (
         (height // patch, width // patch) for height, width in (settings["image_size"], size)
     )

@@ -254,9 +254,7 @@ class Tensor(Sealed):
         return -array if self.negated else array
 
 
-def _tensor_v2(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, flags: Any = None
-) -> Tensor:
+def _tensor_v2(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, flags: Any = None) -> Tensor:
     """torch._utils._rebuild_tensor_v2"""
     return _tensor_v3(storage, offset, shape, strides, grad, hooks, storage.dtype.name, flags)
 
@@ -306,10 +304,5 @@ NAMES: dict[tuple[str, str], Any] = {  # strings are inert, too
     ("torch.nn.parameter", "Parameter"): "tensor",
     ("torch.storage", "UntypedStorage"): "uint8",
     **{("torch", name): name for name, _, _ in ELEMENTS},
-    **{
-        (module, storage): name
-        for module in ("torch", "torch.cuda")
-        for name, storage, _ in ELEMENTS
-        if storage
-    },
+    **{(module, storage): name for module in ("torch", "torch.cuda") for name, storage, _ in ELEMENTS if storage},
 }

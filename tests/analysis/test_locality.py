@@ -22,15 +22,11 @@ def untrained(heads, image_size):
     return model
 
 
-@pytest.mark.parametrize(
-    ("heads", "positional", "gated"), [(4, 0.986, 2.68), (9, 1.262, 2.88), (16, 1.562, 3.10)]
-)
+@pytest.mark.parametrize(("heads", "positional", "gated"), [(4, 0.986, 2.68), (9, 1.262, 2.88), (16, 1.562, 3.10)])
 def test_a_new_model_on_14_x_14_patches_has_the_values_of_the_formula(heads, positional, gated):
     model = untrained(heads, 28)
     graphdef, params = nnx.split(model)
-    measure = jax.jit(
-        lambda params: locality.nonlocality(nnx.merge(graphdef, params), jnp.zeros((1, 28, 28, 3)))
-    )
+    measure = jax.jit(lambda params: locality.nonlocality(nnx.merge(graphdef, params), jnp.zeros((1, 28, 28, 3))))
     np.testing.assert_allclose(measure(params).mean(1), [gated, 7.281], atol=0.005)
     model.gpsa_blocks.attn.gating_param = nnx.Param(jnp.full((1, heads), 100.0))
     np.testing.assert_allclose(measure(nnx.split(model)[1]).mean(1), [positional, 7.281], atol=0.0005)

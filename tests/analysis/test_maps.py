@@ -54,9 +54,7 @@ def test_two_tokens_of_a_distilled_deit():
 
 
 def test_heads_start_as_the_pixels_of_a_filter():
-    settings = model_settings(
-        "convit_tiny", **{**SMALL, "embed_dim": 20, "num_heads": 10}, local_up_to_layer=2
-    )
+    settings = model_settings("convit_tiny", **{**SMALL, "embed_dim": 20, "num_heads": 10}, local_up_to_layer=2)
     content, positions = init_maps(settings, 0, (1, 2), (1.0, 4.0), IMAGE)
     assert content.shape == (10, 3, 4)
     assert len(positions) == 2

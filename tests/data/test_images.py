@@ -124,9 +124,7 @@ def test_images_too_narrow_for_any_crop_fall_back_to_the_central_one(width, heig
         (427, 333, (384, 384), 1.0, (492, 384)),
     ],
 )
-def test_the_centre_crop_equals_resizing_the_short_side_and_cropping(
-    width, height, size, crop_ratio, resized
-):
+def test_the_centre_crop_equals_resizing_the_short_side_and_cropping(width, height, size, crop_ratio, resized):
     image = Image.fromarray(load_sample_image("china.jpg")).crop((0, 0, width, height))
     left = round((resized[0] - size[1]) / 2)  # torchvision's CenterCrop
     top = round((resized[1] - size[0]) / 2)

@@ -76,9 +76,7 @@ def test_an_index_is_built_once_then_mapped_and_pickles_as_its_path(data):
     assert not index.arrays["labels"].flags.owndata
     assert os.listdir(data) == [index.path.name]
     assert index.path.stat().st_mode & 0o777 == 0o755
-    large = cached_index(
-        data, "large", "f", lambda: make_index([0] * 5000, [f"{n:09d}" for n in range(5000)])
-    )
+    large = cached_index(data, "large", "f", lambda: make_index([0] * 5000, [f"{n:09d}" for n in range(5000)]))
     assert len(pickle.dumps(large)) < 500
     for kept in (index, build()):
         assert rows(pickle.loads(pickle.dumps(kept))) == IN_ORDER

@@ -70,9 +70,7 @@ example = EvalExample(Digits("test"), np.arange(360), (8, 8), 1.0)
 next(batches(example, batch_size=4, start=0, stop=90, workers=1))
 os.kill(os.getpid(), 9)
 """
-    done = run_python(
-        "-c", code, timeout=60
-    )  # returns when the workers, which inherit stdout, have ended too
+    done = run_python("-c", code, timeout=60)  # returns when the workers, which inherit stdout, have ended too
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

@@ -80,9 +80,7 @@ def test_cutmix_cuts_one_rectangle_whose_area_is_in_the_labels(alpha):
     assert ks_2samp(((1 - lam) * HEIGHT * WIDTH).round(), pixels).pvalue > 0.01
 
 
-@pytest.mark.parametrize(
-    ("lam", "half_height", "half_width"), [(0.0, 4, 6), (0.5, 3, 4), (0.99, 0, 0), (1.0, 0, 0)]
-)
+@pytest.mark.parametrize(("lam", "half_height", "half_width"), [(0.0, 4, 6), (0.5, 3, 4), (0.99, 0, 0), (1.0, 0, 0)])
 def test_a_cutmix_box_has_any_centre_and_is_cut_at_the_borders(lam, half_height, half_width):
     keys = jax.random.split(jax.random.key(1), KEYS)
     boxes = jax.jit(jax.vmap(lambda key: jnp.stack(cutmix_box(key, lam, HEIGHT, WIDTH))))(keys)

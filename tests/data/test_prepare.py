@@ -27,9 +27,7 @@ def tars(tmp_path, monkeypatch):
     folder = tmp_path / "tars"
     folder.mkdir()
     write_ilsvrc(folder, {"n01440764_18.JPEG": b"image"}, validation(1, 2, 3))
-    monkeypatch.setattr(
-        prepare, "TARS", {name: (folder / name).stat().st_size for name in (TRAIN, VALIDATION)}
-    )
+    monkeypatch.setattr(prepare, "TARS", {name: (folder / name).stat().st_size for name in (TRAIN, VALIDATION)})
     return folder
 
 

@@ -154,9 +154,7 @@ def test_a_folder_needs_data_dir():
         open_source(SimpleNamespace(name="folder", dir=None), "train")
 
 
-@pytest.mark.parametrize(
-    ("typed", "meant"), [("digit", "digits"), ("Folder", "folder"), ("imagenet", "imagenet2012")]
-)
+@pytest.mark.parametrize(("typed", "meant"), [("digit", "digits"), ("Folder", "folder"), ("imagenet", "imagenet2012")])
 def test_a_mistyped_data_name_is_answered_with_the_nearest(typed, meant, tmp_path):
     with pytest.raises(UserError, match=rf"data\.name is '{typed}', did you mean '{meant}'\? there is no"):
         open_source(SimpleNamespace(name=typed, dir=str(tmp_path)), "train")

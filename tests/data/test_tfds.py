@@ -156,9 +156,7 @@ def html(path):
 @pytest.mark.parametrize("damage", [cut, empty, html, os.unlink])
 def test_a_damaged_or_missing_shard_is_named(damage, root):
     damage(shard(root))
-    with pytest.raises(
-        UserError, match=rf"the shard \S+{IMAGENET}/\S+-00001-of-00002.*copy it again"
-    ) as caught:
+    with pytest.raises(UserError, match=rf"the shard \S+{IMAGENET}/\S+-00001-of-00002.*copy it again") as caught:
         TfdsImages("imagenet2012", root, "train")
     assert "\n" not in str(caught.value)
 

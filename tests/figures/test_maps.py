@@ -23,9 +23,7 @@ def layer(seed, tokens=0, gated=True):
     parts = {name: attention(seed + n) for n, name in enumerate(("query", "content", "position"))}
     if not gated:
         parts |= {"content": None, "position": None}
-    of_tokens = (
-        np.stack([attention(seed + 5 + n) for n in range(tokens)]) if tokens else np.zeros((0, HEADS, *GRID))
-    )
+    of_tokens = np.stack([attention(seed + 5 + n) for n in range(tokens)]) if tokens else np.zeros((0, HEADS, *GRID))
     gates = np.array([0.125, 0.25, 1, 0]) if gated else None
     shares = np.full((HEADS, tokens), 0.25)
     return LayerMaps(

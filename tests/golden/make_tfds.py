@@ -58,9 +58,7 @@ def imagenet_tars(folder):
         names += [f"{wnid}_{number}.JPEG" for number in rng.choice(12000, 4 - len(names), replace=False)]
         train.update({name: crop(*REPAIRED.get(name, ("RGB", "JPEG"))) for name in names})
     modes = ["RGB", "L", "RGB", "CMYK", "RGB", "RGB", "RGB", "RGB"]
-    write_ilsvrc(
-        folder, train, {f"ILSVRC2012_val_{i:08d}.JPEG": crop(mode) for i, mode in enumerate(modes, 1)}
-    )
+    write_ilsvrc(folder, train, {f"ILSVRC2012_val_{i:08d}.JPEG": crop(mode) for i, mode in enumerate(modes, 1)})
 
 
 def imagenette_folder(folder):

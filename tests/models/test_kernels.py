@@ -87,9 +87,7 @@ def test_gradients_in_bfloat16_over_many_tokens(xla_for_cudnn):
         del gradients["gpsa_blocks"]["attn"]["pos_proj"]["bias"]  # softmax cancels it
         found.append(gradients)
     for gradients in found[1:]:
-        for (path, exact), rounded in zip(
-            jax.tree.leaves_with_path(found[0]), jax.tree.leaves(gradients), strict=True
-        ):
+        for (path, exact), rounded in zip(jax.tree.leaves_with_path(found[0]), jax.tree.leaves(gradients), strict=True):
             error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
             assert error < 0.04, (jax.tree_util.keystr(path), float(error))
             if rounded.size > 100:  # sums over all tokens are not rounded to bfloat16

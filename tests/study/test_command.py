@@ -98,7 +98,5 @@ def test_a_study_survives_a_failure_and_a_signal_and_skips_what_is_done(plan, tm
 def test_a_mistake_is_one_sentence_before_anything_runs(plan, tmp_path):
     teacher = f"--config.distill.teacher={tmp_path}/none.pth"
     sentence = says("-m", "convit_jax.study", plan, f"--output={tmp_path}/out", teacher)
-    assert sentence.startswith(
-        f"study: run first-seed0: distill.teacher: there is no file or directory {tmp_path}"
-    )
+    assert sentence.startswith(f"study: run first-seed0: distill.teacher: there is no file or directory {tmp_path}")
     assert not (tmp_path / "out").exists()

@@ -72,9 +72,7 @@ def test_directories_of_other_runs_are_refused_and_left_alone(make_study, output
     assert [path.name for path in run.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize(
-    "name", ["study.json", *(f"runs/a-seed0/{n}.json" for n in ("config", "run", "outcome"))]
-)
+@pytest.mark.parametrize("name", ["study.json", *(f"runs/a-seed0/{n}.json" for n in ("config", "run", "outcome"))])
 @pytest.mark.parametrize("damage", [b"", b'{"seconds": 3', b"\xff\xff"])
 def test_a_damaged_file_is_named_and_may_be_removed(name, damage, make_study, output):
     study = make_study()

@@ -120,9 +120,7 @@ def test_the_paper_has_lines_and_a_gap_too(panels):
 
 
 def test_a_row_of_one_number_is_a_level_and_names_make_dots(panels):
-    (axes,) = panels(
-        "digits.py:locality", lambda run: (40.0 if run.row == "no GPSA" else 60.0) + run.seed - 2
-    )
+    (axes,) = panels("digits.py:locality", lambda run: (40.0 if run.row == "no GPSA" else 60.0) + run.seed - 2)
     assert has_line(axes, [0, 1], [40, 40])  # in fractions of the axis
     assert has_line(axes, [1, 3, 5], [60, 60, 60])
     (band,) = axes.patches
@@ -131,9 +129,7 @@ def test_a_row_of_one_number_is_a_level_and_names_make_dots(panels):
     every, tenth = panels("imagenet.py:ablations", lambda run: 50.0 if run.column == "all" else 20.0)
     assert every.get_xlim() == tenth.get_xlim()
     assert every.get_xlabel() == "top-1 (%)"
-    assert [each.get_title() for each in (every, tenth)] == [
-        f"images of each class: {n}" for n in ("all", "10%")
-    ]
+    assert [each.get_title() for each in (every, tenth)] == [f"images of each class: {n}" for n in ("all", "10%")]
     assert has_line(every, [82.2], [0])  # the paper's of row a
     assert has_line(every, [50.0], [0])
     assert has_line(tenth, [44.8], [6])

@@ -167,9 +167,7 @@ def test_the_teacher_has_its_own_normalisation_image_size_and_order_of_classes(s
     ]
 
 
-def test_a_teacher_of_more_classes_computes_in_the_students_dtype_and_without_its_drop_path(
-    student, tmp_path
-):
+def test_a_teacher_of_more_classes_computes_in_the_students_dtype_and_without_its_drop_path(student, tmp_path):
     student.data.num_classes, student.model.dtype = 3, "bfloat16"
     student.distill.teacher = make_teacher(tmp_path / "dropping", drop_path_rate=0.9, drop_rate=0.5)
     images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
@@ -213,9 +211,7 @@ def test_a_run_continues_on_eight_devices(student, run, half):
 # ---- What is refused ----------------------------------------------------------------------
 
 
-def test_a_run_continues_bit_for_bit_with_a_teacher_that_moved_and_refuses_another(
-    student, run, half, tmp_path
-):
+def test_a_run_continues_bit_for_bit_with_a_teacher_that_moved_and_refuses_another(student, run, half, tmp_path):
     (tmp_path / "teacher").rename(tmp_path / "moved")
     student.distill.teacher = str(tmp_path / "moved")
     train(student, half)
@@ -242,9 +238,7 @@ def test_teachers_that_cannot_teach_are_refused_before_anything_is_written(stude
     )
     refused("has 12 classes without names, but the data has 10", num_classes=12, class_names=None)
     refused("distill.teacher: .*refused takes images of 1 channels and the student of 3", in_chans=1)
-    refused(
-        "distill.teacher: image_size 8 x 8 is not a multiple of the patches of 3", patch_size=3, image_size=9
-    )
+    refused("distill.teacher: image_size 8 x 8 is not a multiple of the patches of 3", patch_size=3, image_size=9)
     student.distill.teacher = "convit_tinny"
     with pytest.raises(UserError, match=r"distill.teacher: there is no file or directory convit_tinny"):
         train(student, tmp_path / "run")

@@ -45,14 +45,11 @@ def test_rates_of_every_epoch_are_the_originals(batch_size):
 
 def test_the_continuous_schedule_passes_through_the_same_curve():
     per_epoch, per_step = (
-        make_schedule(epochs=300, batch_size=1000, epoch_length=100_000, schedule_per=per)
-        for per in ("epoch", "step")
+        make_schedule(epochs=300, batch_size=1000, epoch_length=100_000, schedule_per=per) for per in ("epoch", "step")
     )
     assert per_step(jnp.int32(0)) == np.float32(1e-6)
     for epoch in (1, 3, 4, 6, 100, 299):  # the original is one epoch late
-        np.testing.assert_allclose(
-            per_step(jnp.int32(100 * (epoch - 1))), per_epoch(jnp.int32(100 * epoch)), rtol=1e-5
-        )
+        np.testing.assert_allclose(per_step(jnp.int32(100 * (epoch - 1))), per_epoch(jnp.int32(100 * epoch)), rtol=1e-5)
     rates = jax.vmap(per_step)(jnp.arange(0, 30_000, 10))
     assert np.argmax(rates) == 50  # rises for 5 epochs of 100 steps, then falls
     assert (np.diff(rates)[:50] > 0).all()
@@ -128,9 +125,7 @@ def test_what_decays_in_a_real_model():
     decayed = {dotted(path) for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if leaf.any()}
     kernels = ("attn.qk", "attn.v", "attn.proj", "attn.pos_proj", "mlp.fc1", "mlp.fc2")
     plain = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    expected = {f"gpsa_blocks.{name}.kernel" for name in kernels} | {
-        f"sa_blocks.{name}.kernel" for name in plain
-    }
+    expected = {f"gpsa_blocks.{name}.kernel" for name in kernels} | {f"sa_blocks.{name}.kernel" for name in plain}
     assert decayed == expected | {"pos_embed", "cls_token", "patch_embed.proj.kernel", "head.kernel"}
 
 

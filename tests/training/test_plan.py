@@ -62,9 +62,7 @@ def test_fewer_classes_make_a_smaller_head_and_a_smaller_test(digits_config):
         ("model.patch_size", 3, 1, "image_size 8 x 8 is not a multiple of patch_size 3"),
     ],
 )
-def test_a_config_that_cannot_work_is_refused_before_anything_starts(
-    digits_config, field, value, devices, message
-):
+def test_a_config_that_cannot_work_is_refused_before_anything_starts(digits_config, field, value, devices, message):
     digits_config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         make_plan(digits_config, devices=devices)

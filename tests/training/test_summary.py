@@ -33,8 +33,7 @@ def test_the_peak_of_the_rate_is_that_of_the_runs_own_steps(digits_config):
     digits_config.epochs = 2  # both at warmup_lr: the original's schedule is an epoch late
     line, rate = rate_line(digits_config)
     assert line == (
-        "1e-06 at its peak (0.008 x batch / 512 = 0.00125 after 5 epochs of warm-up, which this run "
-        "does not reach)"
+        "1e-06 at its peak (0.008 x batch / 512 = 0.00125 after 5 epochs of warm-up, which this run does not reach)"
     )
     assert rate == pytest.approx(1e-6)
 

@@ -152,9 +152,7 @@ def main():
                 counts["no memory"] += "not enough memory" in str(error)
             except BaseException as error:
                 Path(f"fuzz_{arguments.seed}_{number}").write_bytes(data)
-                sys.exit(
-                    f"file {number} of seed {arguments.seed} (kept) ends in {type(error).__name__}: {error}"
-                )
+                sys.exit(f"file {number} of seed {arguments.seed} (kept) ends in {type(error).__name__}: {error}")
             finally:
                 signal.alarm(0)
             slowest = max(slowest, time.process_time() - start)

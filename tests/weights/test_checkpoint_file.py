@@ -70,17 +70,7 @@ def state_dict(tensor, name="a"):
 def beside(*instructions):
     """A checkpoint of one good tensor, and something else next to it."""
     good = rebuilt(0, (4,), (1,))
-    body = (
-        b"}("
-        + value("model")
-        + b"}"
-        + value("a")
-        + good
-        + b"s"
-        + value("more")
-        + b"".join(instructions)
-        + b"u"
-    )
+    body = b"}(" + value("model") + b"}" + value("a") + good + b"s" + value("more") + b"".join(instructions) + b"u"
     return torch_zip(program(body), [FOUR.tobytes()])
 
 
@@ -145,9 +135,7 @@ def test_nothing_is_imported():
 @pytest.mark.parametrize("place", [None, *checkpoint_file.PLACES, *checkpoint_file.EMA_PLACES])
 def test_places_of_the_state_dict(read, place):
     tensors = b"}" + value("a") + rebuilt(0, (4,), (1,)) + b"s"
-    data = torch_zip(
-        program(tensors if place is None else b"}" + value(place) + tensors + b"s"), [FOUR.tobytes()]
-    )
+    data = torch_zip(program(tensors if place is None else b"}" + value(place) + tensors + b"s"), [FOUR.tobytes()])
     ema = place in checkpoint_file.EMA_PLACES
     same(read(data, ema=ema)["a"], FOUR)
     with pytest.raises(UserError, match=f"no state dict .*; it holds '{place or 'a'}'"):
@@ -221,12 +209,8 @@ def test_entries_that_are_no_tensors_are_named(refused):
         (value(7), "int"),
     ):
         body = b"}" + value("model") + b"}(" + value("a") + good + value("b") + thing + b"us"
-        refused(
-            torch_zip(program(body), [FOUR.tobytes()]), rf"entries that are no tensors \('b' \({kind}\)\)"
-        )
-    refused(
-        torch_zip(program(b"}" + b"K\1" + good + b"s"), [FOUR.tobytes()]), r"no tensors \('1' \(Tensor\)\)"
-    )
+        refused(torch_zip(program(body), [FOUR.tobytes()]), rf"entries that are no tensors \('b' \({kind}\)\)")
+    refused(torch_zip(program(b"}" + b"K\1" + good + b"s"), [FOUR.tobytes()]), r"no tensors \('1' \(Tensor\)\)")
 
 
 # ---- Pickles that attack ---------------------------------------------------------------------
@@ -324,9 +308,7 @@ def test_tensors_that_cannot_be(refused, case):
 def test_lazily_conjugated_and_negated_tensors(read):
     numbers = np.array([1 + 2j, 3 - 4j], np.complex64)
     for flags, expected in (({}, numbers), ({"conj": True}, numbers.conj()), ({"neg": True}, -numbers)):
-        tensor = rebuilt(
-            0, (2,), (1,), of=storage(2, kind="torch.ComplexFloatStorage"), more=(False, {}, flags)
-        )
+        tensor = rebuilt(0, (2,), (1,), of=storage(2, kind="torch.ComplexFloatStorage"), more=(False, {}, flags))
         same(read(torch_zip(program(state_dict(tensor)), [numbers.tobytes()]))["a"], expected)
 
 
@@ -399,9 +381,7 @@ def test_streams_that_lie(refused, read):
     refused(head + endless + keys + numbers, "cut off in storage 0")
     attack = pickle.dumps([0], 2)[:-1] + call("os.system", "touch ran") + b"."
     for count in range(3):
-        refused(
-            b"".join(pickle.dumps(part, 2) for part in (MAGIC, 1001, {})[:count]) + attack, "damaged|did not"
-        )
+        refused(b"".join(pickle.dumps(part, 2) for part in (MAGIC, 1001, {})[:count]) + attack, "damaged|did not")
 
 
 @pytest.mark.parametrize("name", ["kinds_zip.pth", "kinds_stream.pth", "convit_golden.safetensors"])
@@ -428,9 +408,7 @@ def test_files_of_another_kind(refused, case):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(
-        UserError, match=r"cannot read .*none\.pth \(No such file or directory\): check the path"
-    ):
+    with pytest.raises(UserError, match=r"cannot read .*none\.pth \(No such file or directory\): check the path"):
         read_state_dict(tmp_path / "none.pth")
 
 

@@ -49,9 +49,7 @@ def test_there_and_back_gives_the_same_tensors(name, more):
 
 
 def test_each_layer_of_a_stack_is_its_own_block():
-    tensors = {
-        name: np.full(shape, 0.0) for name, shape in state_dict_shapes(abstract_model(settings())[1]).items()
-    }
+    tensors = {name: np.full(shape, 0.0) for name, shape in state_dict_shapes(abstract_model(settings())[1]).items()}
     for block in range(3):
         tensors[f"blocks.{block}.mlp.fc1.weight"] += np.arange(32)[:, None] + 100 * block
     params = to_params(tensors, abstract_model(settings())[1])

@@ -136,9 +136,7 @@ def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
         convit_jax.load_pretrained(GOLDEN, dtyp="bfloat16")
     broken = {name: tensor for name, tensor in golden.tensors.items() if name != "blocks.2.norm1.bias"}
     save_torch(tmp_path / "broken.pth", {**broken, "other": np.ones(1)})
-    with pytest.raises(
-        UserError, match=r"broken.pth do not fit .*missing: blocks.2.norm1.bias; unexpected: other"
-    ):
+    with pytest.raises(UserError, match=r"broken.pth do not fit .*missing: blocks.2.norm1.bias; unexpected: other"):
         pretrained.load(tmp_path / "broken.pth")
     save_converted(golden, tmp_path / "w")
     (tmp_path / "w/config.json").write_text("{")
