@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -77,7 +78,7 @@ def layer_maps(model: VisionTransformer, image: jax.Array | np.ndarray, query: t
 
     return [
         LayerMaps(**jax.tree.map(lambda values, number=number: values[number], stack))
-        for stack in jax.device_get(model.map_attention(image[None], look))
+        for stack in jax.device_get(model.map_attention(jnp.asarray(image)[None], look))
         for number in range(len(stack["query"]))
     ]
 
