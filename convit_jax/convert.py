@@ -18,15 +18,7 @@ from convit_jax.errors import UserError
 from convit_jax.rundir import disk_errors
 
 FILE = ".safetensors"
-OTHERS = (
-    ".bin",
-    ".ckpt",
-    ".h5",
-    ".npz",
-    ".onnx",
-    ".pkl",
-    ".tar",
-)  # rather mistakes than names of directories
+OTHERS = (".pth", ".pt", ".bin", ".ckpt", ".h5", ".npz", ".onnx", ".pkl", ".tar")  # rather mistakes than directories
 DIRECTORY = {"weights.safetensors", "config.json"}  # the files of a converted one
 
 
@@ -37,7 +29,7 @@ def _define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     """Converts SOURCE to TARGET."""
-    from convit_jax.weights.architecture import inferred_heads
+    from convit_jax.weights.architecture import heads_by_width
     from convit_jax.weights.formats import save_converted, write_safetensors
     from convit_jax.weights.pretrained import describe_weights
 
@@ -47,10 +39,7 @@ def main(arguments: list[str]) -> None:
     check_target(target, flags.FLAGS.overwrite)
     to_file = target.suffix == FILE
     if to_file and flags.FLAGS.dtype:
-        raise UserError(
-            f"--dtype is for running a converted directory, and {target} would keep the numbers unchanged: "
-            "remove it, or give a directory."
-        )
+        raise UserError("only a converted directory keeps --dtype: remove it, or give a directory as TARGET.")
     start = time.monotonic()
     loaded = load_weights(source)
     print("\n".join([describe_weights(loaded), *loaded.changes]), flush=True)
@@ -61,32 +50,29 @@ def main(arguments: list[str]) -> None:
         else:
             save_converted(loaded, target)
     print(f"Written to {target} in {time.monotonic() - start:.1f} s")
-    heads = loaded.settings["num_heads"]
-    if to_file and inferred_heads(loaded.settings) != heads:
+    s = loaded.settings
+    table, heads = heads_by_width(s["qkv_bias"], s["pos_embed_class_token"]), s["num_heads"]
+    if to_file and not s["local_up_to_layer"] and table.get(s["embed_dim"]) != heads:
         print(f"The file cannot tell that the model has {heads} heads: load it with --heads={heads}.")
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Checks that TARGET is of a kind that can be written, and is no file of another kind.
-
-    Raises:
-      UserError: it is, or it exists and must not be replaced.
-    """
-    if target.suffix in (".pth", ".pt"):
+    """Raises UserError if TARGET is of a kind that is not written, or exists and must not be replaced."""
+    if target.suffix in OTHERS:
         raise UserError(
-            f"convert writes no {target.suffix}: give {target.with_suffix(FILE)}, "
+            f"convert writes no {target.suffix}: give a directory or {target.with_suffix(FILE)}, "
             "which PyTorch and timm load too (docs/pytorch.md has the line that makes a .pth of it)."
         )
-    if target.suffix in OTHERS:
-        raise UserError(f"{target} ends in {target.suffix}: give a directory or a .safetensors.")
     if not target.exists():
         return
     if not overwrite:
         raise UserError(f"{target} exists: give another TARGET, or add --overwrite to replace it.")
-    if target.is_dir() and (target.suffix == FILE or {path.name for path in target.iterdir()} - DIRECTORY):
+    if target.is_file():
+        replaceable = target.suffix == FILE
+    else:
+        replaceable = target.suffix != FILE and {path.name for path in target.iterdir()} <= DIRECTORY
+    if not replaceable:
         raise UserError(f"{target} holds other things than converted weights: give another TARGET.")
-    if target.is_file() and target.suffix != FILE:
-        raise UserError(f"{target} is a file: give a directory or a .safetensors.")
 
 
 if __name__ == "__main__":

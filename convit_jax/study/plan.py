@@ -31,7 +31,7 @@ from convit_jax.models.variants import abstract_model, model_settings
 from convit_jax.training.distill import load_teacher
 from convit_jax.training.optimizer import frozen_mask
 from convit_jax.training.plan import Plan, check_run, make_plan, model_arguments
-from convit_jax.weights.pretrained import fetch
+from convit_jax.weights.hub import fetch
 
 METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss"}
 SCALES = ("linear", "log", "fraction")

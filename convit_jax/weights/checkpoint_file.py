@@ -4,10 +4,9 @@ Only the tensors of the state dict are read. `torch_pickle` explains why a hosti
 """
 
 import contextlib
+import functools
 import io
 import os
-import re
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -16,7 +15,7 @@ import numpy as np
 import safetensors
 
 from convit_jax.errors import UserError, explained
-from convit_jax.weights.torch_pickle import DTYPES, ELEMENTS, Storage, Tensor, kind_of, shown, unpickle
+from convit_jax.weights.torch_pickle import DTYPES, ELEMENTS, Storage, Tensor, damaged, kind_of, shown, unpickle
 
 PLACES = ("model", "state_dict", "model_state_dict")  # where checkpoints keep the model's state dict
 EMA_PLACES = ("model_ema", "state_dict_ema")  # of the authors' and of timm's training
@@ -28,17 +27,17 @@ StorageReader = Callable[[Storage], bytes | memoryview]
 
 
 def read_state_dict(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, np.ndarray]:
-    """Returns the model's tensors in a .pth, .pt, .bin or .safetensors file.
+    """Returns the model's tensors in a .pth, .pt, .bin or .safetensors file, whose first bytes tell its kind.
 
     The state dict is the whole file or lies under one of `PLACES`; everything else in the file is ignored.
-    `module.` before every name, as DataParallel writes it, is removed.
 
     Args:
-      path: of the file. Its first bytes tell its kind, not its name.
+      path: of the file.
       ema: read the moving average of the weights, which lies under one of `EMA_PLACES`.
 
     Returns:
       {name: array} with the file's shapes and dtypes (ml_dtypes' bfloat16 and float8), perhaps read-only.
+      The names lose `PREFIXES` that all of them have.
 
     Raises:
       UserError: the file cannot be read, is damaged or malicious, or has no state dict there.
@@ -48,14 +47,11 @@ def read_state_dict(path: str | os.PathLike[str], *, ema: bool = False) -> dict[
         tree, read_storage = _open(file, size)
         tensors = _find_state_dict(tree, ema)
         if sum(tensor.nbytes for tensor in tensors.values()) > 4 * size + 2**24:
-            raise UserError("its tensors repeat a few numbers to far more than the file's size.")
-        storages: dict[str, np.ndarray] = {}
+            raise damaged("its tensors repeat a few numbers to far more than the file's size")
+        read_once = functools.cache(lambda storage: np.frombuffer(read_storage(storage), np.uint8))
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor):
-                key = tensor.storage.key
-                if key not in storages:
-                    storages[key] = np.frombuffer(read_storage(tensor.storage), np.uint8)
-                tensors[name] = tensor.array(storages[key])
+                tensors[name] = tensor.array(read_once(tensor.storage))
     while any(all(name.startswith(prefix) for name in tensors) for prefix in PREFIXES):
         tensors = {name.partition(".")[2]: array for name, array in tensors.items()}
     return tensors
@@ -63,36 +59,30 @@ def read_state_dict(path: str | os.PathLike[str], *, ema: bool = False) -> dict[
 
 @contextlib.contextmanager
 def _damage_explained() -> Iterator[None]:
-    """Turns every error that the libraries raise on damaged files into a UserError."""
     try:
         yield
     except (UserError, OSError, MemoryError):
         raise
     except Exception as error:  # zipfile, pickle and safetensors do not document what they raise
-        reason = f"{type(error).__name__}: {shown(str(error))}"
-        raise UserError(f"it is damaged ({reason}): download or save it again.") from error
+        raise damaged(f"{type(error).__name__}: {shown(str(error))}") from error
 
 
 def _open(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
     """The object in a file and a function that reads its storages."""
-    head = file.read(512)
+    head = file.read(64)
     file.seek(0)
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith(b"PK\x03\x04"):
         return _open_zip(file, size)
     if head[8:9] == b"{" and b"\0" in head[:8]:  # eight bytes of a length; a text would have no zero bytes
         return _read_safetensors(file), lambda storage: b""
     if head.startswith(b"\x80"):
         return _open_stream(file)
-    if not head:
-        raise UserError("it is empty: download or save it again.")
     if head.startswith(b"version https://git-lfs"):
         raise UserError("it is a Git LFS pointer, not the file itself: run `git lfs pull`.")
-    if text.startswith((b"<", b"{", b"[")):
-        raise UserError("it is a web page or JSON text, perhaps an error message: download it again.")
-    if head[257:262] == b"ustar" or re.match(rb"(sys_info|pickle|storages|tensors)\0", head):
-        raise UserError("it has the tar format of PyTorch before 2017: save it with a newer PyTorch.")
-    raise UserError("it is neither a PyTorch checkpoint (.pth, .pt) nor a safetensors file: give one of these.")
+    raise UserError(
+        "it is neither a PyTorch checkpoint (.pth, .pt) nor a safetensors file, perhaps a web page or cut off: "
+        "download it again, or save it with PyTorch 0.4 or later."
+    )
 
 
 # ---- The state dict in a checkpoint ---------------------------------------------------------
@@ -124,11 +114,10 @@ def _is_tensor(value: Any) -> bool:
 
 def _described(tree: Any) -> str:
     """What an object holds: "'epoch' (int), 'model' (timm.models.convit.ConVit)"."""
-    if isinstance(tree, dict):
-        entries = [f"'{shown(str(name))}' ({kind_of(value)})" for name, value in list(tree.items())[:8]]
-        more = f" and {len(tree) - 8} more" if len(tree) > 8 else ""
-        return ", ".join(entries) + more or "nothing"
-    return f"one {kind_of(tree)}"
+    if not isinstance(tree, dict):
+        return f"one {kind_of(tree)}"
+    entries = [f"'{shown(str(name))}' ({kind_of(value)})" for name, value in list(tree.items())[:8]]
+    return ", ".join(entries) + (f" and {len(tree) - 8} more" if len(tree) > 8 else "") or "nothing"
 
 
 # ---- Formats --------------------------------------------------------------------------------
@@ -153,28 +142,21 @@ def _open_zip(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
     if len(pickles) != 1:
         raise UserError("it is a zip archive that torch.save did not write: give the checkpoint inside.")
     root = pickles[0].removesuffix("data.pkl")
-    if f"{root}constants.pkl" in members:
-        raise UserError("it is a TorchScript program: load it with PyTorch and save its state_dict().")
     if any(info.compress_type for info in members.values()):
         raise UserError("it is compressed, as PyTorch never does: unpack it and zip it again with `zip -0`.")
     if sum(info.file_size for info in members.values()) > size:
-        raise UserError("it is damaged (its members are larger than the file): download it again.")
+        raise damaged("its members are larger than the file")
     for info in members.values():
         if not info.CRC:
             del info.CRC  # PyTorch can be told to write no checksums; then zipfile checks none
-    order = archive.read(f"{root}byteorder").decode() if f"{root}byteorder" in members else "little"
-    if order not in ("little", "big"):
-        raise UserError(f"it is damaged (byte order {shown(order)}): download or save it again.")
+    if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+        raise UserError("it is from a big-endian machine: save it again on another one.")
 
     def read_storage(storage: Storage) -> bytes:
         name = f"{root}data/{storage.key}"
         if name not in members or members[name].file_size != storage.nbytes:
-            raise UserError(
-                f"it is damaged (storage {shown(storage.key)} has not {storage.nbytes:,} bytes): "
-                "download or save it again."
-            )
-        data = archive.read(name)  # checks the CRC-32
-        return data if order == sys.byteorder else _swapped(data, storage.dtype)
+            raise damaged(f"storage {shown(storage.key)} has not {storage.nbytes:,} bytes")
+        return archive.read(name)  # checks the CRC-32
 
     return unpickle(io.BytesIO(archive.read(pickles[0])))[0], read_storage
 
@@ -183,31 +165,19 @@ def _open_stream(file: IO[bytes]) -> tuple[Any, StorageReader]:
     """PyTorch before 1.6: five pickles (magic number, version, system, object, keys), then the storages."""
     data = file.read()
     stream = io.BytesIO(data)
-
     if unpickle(stream)[0] != MAGIC or unpickle(stream)[0] != 1001:
         raise UserError("it is a pickle that torch.save did not write: save a state_dict() with torch.save.")
     unpickle(stream)
     tree, storages = unpickle(stream)
     keys, _ = unpickle(stream)
     if type(keys) is not list or not all(type(key) is str for key in keys) or {*keys} != {*storages}:
-        raise UserError("it is damaged (its list of storages does not fit its tensors): download it again.")
+        raise damaged("its list of storages does not fit its tensors")
     places, place = {}, stream.tell()
     for key in keys:
         storage = storages[key]
-        count = int.from_bytes(data[place : place + 8], "little")  # as the numbers, on any machine
+        count = int.from_bytes(data[place : place + 8], "little")
         places[key] = place + 8
         place += 8 + storage.nbytes
         if count * storage.dtype.itemsize != storage.nbytes or place > len(data):
-            raise UserError(f"it is damaged or cut off in storage {shown(key)}: download it again.")
-
-    def read_storage(storage: Storage) -> bytes | memoryview:
-        piece = memoryview(data)[places[storage.key] :][: storage.nbytes]
-        return piece if sys.byteorder == "little" else _swapped(piece, storage.dtype)
-
-    return tree, read_storage
-
-
-def _swapped(data: bytes | memoryview, dtype: np.dtype) -> bytes:
-    """The numbers of a storage in the other byte order."""
-    width = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
-    return np.frombuffer(data, f"u{width}").byteswap().tobytes()
+            raise damaged(f"cut off in storage {shown(key)}")
+    return tree, lambda storage: memoryview(data)[places[storage.key] :][: storage.nbytes]

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,21 @@ from convit_jax.models.vit import VisionTransformer
 from convit_jax.rundir import atomic_write
 from convit_jax.weights import names
 from convit_jax.weights.architecture import infer
-from convit_jax.weights.checkpoint_file import SAFETENSORS, read_state_dict
+from convit_jax.weights.checkpoint_file import read_state_dict
 
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
 
 
+TIMM = {"crop_ratio": "crop_pct", "interpolation": "interpolation", "mean": "mean", "std": "std"}  # its names
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes an input: resize, crop the centre, (x - mean) / std.
+    """How an image becomes an input: resize, crop the centre, (x - mean) / std."""
 
-    Attributes:
-      crop_ratio: side of the crop / short side of the resized image.
-      interpolation: of the resizing, one of `INTERPOLATIONS`.
-      mean: of each channel, for pixels in 0..1.
-      std: of each channel.
-    """
-
-    crop_ratio: float = 0.875
-    interpolation: str = "bicubic"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    crop_ratio: float = 0.875  # side of the crop / short side of the resized image
+    interpolation: str = "bicubic"  # one of INTERPOLATIONS
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, for pixels in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def words(self) -> str:
@@ -62,23 +58,14 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Weights with what belongs to them.
+    """Weights with what belongs to them."""
 
-    Attributes:
-      tensors: {name: array} with the original's names and layouts, and the file's dtypes.
-      settings: arguments of VisionTransformer, as of model_settings().
-      preprocessing: of the images that the network was trained for.
-      class_names: of each label (ImageNet: WordNet ids), or None.
-      source: where the weights are from.
-      changes: what was done to the weights since, for people.
-    """
-
-    tensors: Mapping[str, np.ndarray]
-    settings: dict[str, Any]
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None
-    source: str
-    changes: tuple[str, ...] = ()
+    tensors: Mapping[str, np.ndarray]  # with the original's names and layouts, and the file's dtypes
+    settings: dict[str, Any]  # arguments of VisionTransformer, as of model_settings()
+    preprocessing: Preprocessing  # of the images that the network was trained for
+    class_names: tuple[str, ...] | None  # of each label (ImageNet: WordNet ids)
+    source: str  # where the weights are from
+    changes: tuple[str, ...] = ()  # what was done to the weights since, for people
 
     @functools.cached_property
     def network(self) -> tuple[nnx.GraphDef, dict[str, Any]]:
@@ -100,84 +87,82 @@ class Pretrained:
 
 
 def from_state_dict(
-    tensors: Mapping[str, np.ndarray],
-    source: str,
-    wanted: Mapping[str, Any],
-    *,
-    trained_at: tuple[int, int] | None = None,
-    preprocessing: Preprocessing | None = None,
-    class_names: tuple[str, ...] | None = None,
+    tensors: Mapping[str, np.ndarray], source: str, wanted: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Pretrained:
-    """Returns the Pretrained of a state dict: the architecture is inferred, preprocessing is the recipe's.
+    """Returns the Pretrained of a state dict. The architecture is inferred.
 
     Args:
       tensors: {name: array} with the original's names.
       source: where they are from.
       wanted: num_heads, num_classes and image_size of the caller, for `infer`.
-      trained_at: (height, width) in pixels of the training images, if known.
-      preprocessing: instead of the recipe's.
-      class_names: of each label; by default ImageNet's if there are 1,000.
+      config: as of timm's config.json. Without entries, preprocessing is the recipe's, and 1,000 classes
+        are ImageNet's.
     """
+    config = {**config, **config.get("pretrained_cfg", {})}
+    trained_at = tuple(config["input_size"][1:]) if "input_size" in config else None
     settings = infer(tensors, source, trained_at=trained_at, **wanted)
-    if preprocessing is None:  # the authors do not resize images of 32 pixels or less
-        preprocessing = Preprocessing(crop_ratio=0.875 if max(settings["image_size"]) > 32 else 1.0)
-    if class_names is None and settings["num_classes"] == len(IMAGENET):
-        class_names = tuple(IMAGENET)
-    return Pretrained(tensors, settings, preprocessing, class_names, source)
+    # The authors do not resize images of 32 pixels or less.
+    how = {"crop_ratio": 0.875 if max(settings["image_size"]) > 32 else 1.0}
+    how.update({ours: config[theirs] for ours, theirs in TIMM.items() if config.get(theirs) is not None})
+    class_names = config.get("label_names") or (IMAGENET if settings["num_classes"] == len(IMAGENET) else ())
+    return _pretrained(tensors, settings, how, class_names, source)
 
 
 def from_hub(path: Path, file: Path, source: str, wanted: Mapping[str, Any]) -> Pretrained:
     """Returns the Pretrained of a directory with timm's config.json and a file of weights."""
+    tensors = read_state_dict(file)
     with _json_explained(path / "config.json") as config:
-        config = {**config, **config.get("pretrained_cfg", {})}
-        fields = {"crop_ratio": "crop_pct", "interpolation": "interpolation", "mean": "mean", "std": "std"}
-        preprocessing = _preprocessing(
-            {ours: config[theirs] for ours, theirs in fields.items() if config.get(theirs) is not None}
-        )
-        trained_at = tuple(config["input_size"][1:]) if "input_size" in config else None
-        class_names = tuple(config["label_names"]) if config.get("label_names") else None
-    return from_state_dict(
-        read_state_dict(file),
-        source,
-        wanted,
-        trained_at=trained_at,
-        preprocessing=preprocessing,
-        class_names=class_names,
-    )
+        return from_state_dict(tensors, source, wanted, config)
 
 
 def from_converted(path: Path) -> Pretrained:
     """Returns the Pretrained of a directory that `save_converted` wrote."""
+    tensors = read_state_dict(path / "weights.safetensors")
     with _json_explained(path / "config.json") as config:
         settings = model_settings("convit_tiny", **config["model"])  # the config has every setting
-        preprocessing = _preprocessing(config["preprocessing"])
-        class_names = tuple(config["class_names"]) if config["class_names"] else None
-    return Pretrained(read_state_dict(path / "weights.safetensors"), settings, preprocessing, class_names, str(path))
+        return _pretrained(tensors, settings, config["preprocessing"], config["class_names"], str(path))
 
 
 def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
     """Returns the Pretrained of a run directory, with the architecture and preprocessing of its config."""
     from convit_jax.weights.run import read_run  # Orbax takes a second to import
 
-    params = read_run(path, which, ema)
+    tensors = names.to_state_dict(read_run(path, which, ema))
     with _json_explained(path / "config.json") as config, _json_explained(path / "run.json") as run:
         given = {name: value for name, value in config["model"].items() if value is not None}
         settings = model_settings(**{"num_classes": run["classes"], **given})
-        preprocessing = _preprocessing({name: config["data"][name] for name in ("crop_ratio", "mean", "std")})
-        class_names = tuple(run["class_names"])
-    return Pretrained(names.to_state_dict(params), settings, preprocessing, class_names, str(path))
+        how = {name: config["data"][name] for name in ("crop_ratio", "mean", "std")}
+        return _pretrained(tensors, settings, how, run["class_names"], str(path))
+
+
+def _pretrained(
+    tensors: Mapping[str, np.ndarray],
+    settings: dict[str, Any],
+    how: Mapping[str, Any],
+    class_names: Iterable[str] | None,
+    source: str,
+) -> Pretrained:
+    """A Pretrained whose preprocessing and class names are as in JSON."""
+    preprocessing: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in how.items()}
+    return Pretrained(tensors, settings, Preprocessing(**preprocessing), tuple(class_names or ()) or None, source)
+
+
+@contextlib.contextmanager
+def _json_explained(path: Path) -> Iterator[dict[str, Any]]:
+    """What a JSON file holds; errors inside that come from its contents become a UserError."""
+    try:
+        yield json.loads(path.read_text())
+    except UserError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is missing or damaged ({type(error).__name__}: {error}): "
+            "make, convert or download the weights again."
+        ) from error
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes {name: array} as a .safetensors file, completely or not at all.
-
-    Raises:
-      UserError: safetensors has no such element type.
-      OSError: the disk does not take it.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype.newbyteorder("=") not in SAFETENSORS.values():
-            raise UserError(f"safetensors has no element type for {name} ({tensor.dtype}): convert it first.")
+    """Writes {name: array} as a .safetensors file, completely or not at all. Raises OSError."""
     # save_file takes the memory as it lies, so views must be copied.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with atomic_write(path, "wb") as file:
@@ -209,23 +194,3 @@ def save_converted(loaded: Pretrained, directory: Path) -> None:
             if before.exists() and not directory.exists():
                 os.replace(before, directory)
             raise
-
-
-def _preprocessing(given: Mapping[str, Any]) -> Preprocessing:
-    """A Preprocessing of what JSON gives."""
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return Preprocessing(**fields)
-
-
-@contextlib.contextmanager
-def _json_explained(path: Path) -> Iterator[dict[str, Any]]:
-    """What a JSON file holds; errors inside that come from its contents become a UserError."""
-    try:
-        yield json.loads(path.read_text())
-    except UserError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} is missing or damaged ({type(error).__name__}: {error}): "
-            "make, convert or download the weights again."
-        ) from error

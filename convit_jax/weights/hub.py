@@ -1,69 +1,63 @@
-"""Downloads published weights from the Hugging Face Hub into its usual cache."""
+"""Finds weights on the disk, or downloads them from the Hugging Face Hub into its usual cache."""
 
 import re
 from pathlib import Path
 
 from convit_jax.errors import UserError, nearest
 
-PUBLISHED = {  # the authors' name: the repository
-    name: f"timm/{name}.fb_in1k"
-    for name in (
-        "convit_tiny",
-        "convit_small",
-        "convit_base",
-        "deit_tiny_patch16_224",
-        "deit_small_patch16_224",
-        "deit_base_patch16_224",
-        "deit_base_patch16_384",
-        "deit_tiny_distilled_patch16_224",
-        "deit_small_distilled_patch16_224",
-        "deit_base_distilled_patch16_224",
-        "deit_base_distilled_patch16_384",
-    )
-}
+# fmt: off
+PUBLISHED = {name: f"timm/{name}.fb_in1k" for name in (  # the authors' name: the repository
+    "convit_tiny", "convit_small", "convit_base",
+    "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "deit_base_patch16_384",
+    "deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224",
+    "deit_base_distilled_patch16_224", "deit_base_distilled_patch16_384",
+)}
+# fmt: on
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is taken
 
 
-def repository(source: str) -> str | None:
-    """Returns the Hub id that a source names, directly or by the authors' name of a model, or None."""
-    if source in PUBLISHED:
-        return PUBLISHED[source]
-    is_file = source.endswith((".pth", ".pt", ".bin", ".safetensors"))
-    return source if re.fullmatch(r"[\w-]+/[\w.-]+", source) and not is_file else None
-
-
-def download(repo: str) -> Path:
-    """Returns the folder with config.json and the weights of a Hub repository, downloaded once.
+def fetch(source: str) -> Path:
+    """Returns the path of weights: `source` itself, or the folder of what the Hub has under that name.
 
     Raises:
-      UserError: no connection, no such repository, or one without weights.
+      UserError: it is in neither place, or the Hub cannot be reached.
     """
+    path, repo = Path(source).expanduser(), PUBLISHED.get(source, source)
+    if path.exists():
+        return path
+    if re.fullmatch(r"[\w-]+/[\w.-]+", repo) and not repo.endswith((".pth", ".pt", ".bin", ".safetensors")):
+        try:
+            return _download(repo)
+        except Exception as error:  # of any library that the download goes through
+            raise UserError(
+                f"there is no file or directory {source}, and the Hub does not give {repo} ({_reason(error)}): check "
+                "the name and the connection, or download the weights elsewhere and give the file's path."
+            ) from error
+    raise UserError(
+        f"there is no file or directory {source}, and no published model of that name"
+        f"{nearest(source, PUBLISHED)} The published models are: {', '.join(PUBLISHED)}."
+    )
+
+
+def _download(repo: str) -> Path:
+    """The folder with config.json and the weights of a repository, downloaded once."""
     from huggingface_hub import errors, hf_hub_download
 
+    config = hf_hub_download(repo, "config.json")
     try:
-        config = hf_hub_download(repo, "config.json")
-        for name in WEIGHTS:
-            try:
-                hf_hub_download(repo, name)
-                return Path(config).parent
-            except errors.RemoteEntryNotFoundError:
-                continue
-        raise UserError(f"{repo} on the Hub has no {' or '.join(WEIGHTS)}: give another repository.")
-    except errors.RemoteEntryNotFoundError as error:
-        raise UserError(f"{repo} on the Hub has no config.json: give a repository of timm's.") from error
-    except errors.RepositoryNotFoundError as error:
-        hint = nearest(repo, PUBLISHED.values())
-        raise UserError(
-            f"there is no repository {repo} on the Hub, or you must log in to see it{hint} "
-            f"The published models are: {', '.join(PUBLISHED)}."
-        ) from error
-    except UserError:
-        raise
-    except Exception as error:  # of any library that the download goes through
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            reason = "no connection to it, and no copy in the cache"
-        raise UserError(
-            f"cannot download {repo} from the Hub ({reason}): connect and try again, or download its "
-            f"{' or '.join(WEIGHTS)} elsewhere and give the file's path."
-        ) from error
+        hf_hub_download(repo, WEIGHTS[0])
+    except errors.RemoteEntryNotFoundError:
+        hf_hub_download(repo, WEIGHTS[1])
+    return Path(config).parent
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "no connection to it, and no copy in the cache"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such repository, or you must log in to see it"
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return f"it has no config.json or none of {', '.join(WEIGHTS)}"
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

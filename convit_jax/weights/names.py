@@ -18,8 +18,8 @@ from convit_jax.errors import UserError
 LEAVES = {"kernel": "weight", "scale": "weight"}
 
 
-def name_table(params: Any) -> list[tuple[list[str], bool, list[str]]]:
-    """Returns (path, stacked, names) of every leaf of our parameters, a nested dict of arrays or shapes.
+def name_table(params: Any) -> list[tuple[list[str], Any, bool, list[str]]]:
+    """Returns (path, leaf, stacked, names) for every leaf of our parameters, a nested dict of arrays or shapes.
 
     `path` has the keys of the leaf, `names` those of the original's tensors: one per layer if the leaf is
     stacked, else one.
@@ -29,32 +29,21 @@ def name_table(params: Any) -> list[tuple[list[str], bool, list[str]]]:
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         keys = [entry.key for entry in path]
-        stacked = keys[0] in first
-        names = [".".join(LEAVES.get(key, key) for key in keys)]
-        if stacked:
-            _, _, within = names[0].partition(".")
-            names = [f"blocks.{first[keys[0]] + layer}.{within}" for layer in range(leaf.shape[0])]
-        rows.append((keys, stacked, names))
+        stack, *within = [LEAVES.get(key, key) for key in keys]
+        layers = range(leaf.shape[0]) if stack in first else ()
+        names = [".".join(["blocks", str(first[stack] + layer), *within]) for layer in layers]
+        rows.append((keys, leaf, stack in first, names or [".".join([stack, *within])]))
     return rows
 
 
 def state_dict_shapes(params: Any) -> dict[str, tuple[int, ...]]:
     """Returns {name: shape} of the state dict that belongs to our parameters (or their shapes)."""
-    leaves = jax.tree.leaves(params)
-    return {
-        name: _to_original(np.broadcast_to(np.float32(0), leaf.shape[stacked:])).shape  # takes no memory
-        for leaf, (_, stacked, names) in zip(leaves, name_table(params), strict=True)
-        for name in names
-    }
+    views = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)  # take no memory
+    return {name: tensor.shape for name, tensor in to_state_dict(views).items()}
 
 
 def check_state_dict(tensors: Mapping[str, np.ndarray], params: Any, source: str) -> None:
-    """Checks every name, shape and dtype of a state dict.
-
-    Args:
-      tensors: {name: array} with the original's names.
-      params: our parameters, or their shapes.
-      source: where the tensors are from, for the message.
+    """Checks every name, shape and dtype of a state dict from `source` against our parameters (or their shapes).
 
     Raises:
       UserError: lists all names that are missing or unexpected, and all shapes and dtypes that do not fit.
@@ -63,15 +52,10 @@ def check_state_dict(tensors: Mapping[str, np.ndarray], params: Any, source: str
     faults = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
-        "of another shape": [
-            f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
-            for name, shape in expected.items()
-            if name in tensors and tensors[name].shape != shape
-        ],
-        "not of floating point": [
-            f"{name} ({tensor.dtype})"
+        "of another shape or not of floating point": [
+            f"{name} {list(tensor.shape)} ({tensor.dtype}) instead of {list(expected[name])}"
             for name, tensor in tensors.items()
-            if name in expected and not jnp.issubdtype(tensor.dtype, jnp.floating)
+            if name in expected and not (tensor.shape == expected[name] and jnp.issubdtype(tensor.dtype, jnp.floating))
         ],
     }
     if any(faults.values()):
@@ -93,7 +77,7 @@ def to_params(
       put: called with each finished array, as jax.device_put; so the host holds one at a time.
     """
     filled: dict[str, Any] = {}
-    for keys, stacked, names in name_table(params):
+    for keys, _, stacked, names in name_table(params):
         layers = [_from_original(tensors[name]) for name in names]
         branch = filled
         for key in keys[:-1]:
@@ -106,19 +90,15 @@ def to_params(
 def to_state_dict(params: Any) -> dict[str, np.ndarray]:
     """Returns the original's state dict of our parameters, {name: array or view of the parameters}."""
     tensors = {}
-    for leaf, (_, stacked, names) in zip(jax.tree.leaves(params), name_table(params), strict=True):
+    for _, leaf, stacked, names in name_table(params):
         layers = np.asarray(leaf) if stacked else np.asarray(leaf)[None]
         tensors.update({name: _to_original(array) for name, array in zip(names, layers, strict=True)})
     return tensors
 
 
 def _from_original(tensor: np.ndarray) -> np.ndarray:
-    """OIHW -> HWIO of a convolution, [out, in] -> [in, out] of a linear layer; anything else unchanged."""
-    if tensor.ndim == 4:
-        return tensor.transpose(2, 3, 1, 0)
-    return tensor.T if tensor.ndim == 2 else tensor
+    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T if tensor.ndim == 2 else tensor
 
 
 def _to_original(array: np.ndarray) -> np.ndarray:
-    """The inverse of _from_original."""
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else _from_original(array)

@@ -23,15 +23,9 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
 
 
 def resize_pos_embed(pos_embed: np.ndarray, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> np.ndarray:
-    """Resizes a position embedding.
+    """Returns a position embedding [1, T + rows * columns, D] for another grid (rows, columns), in the same dtype.
 
-    Args:
-      pos_embed: [1, T + rows * columns, D], the first T entries of class and distillation token.
-      old_grid: its (rows, columns).
-      new_grid: the (rows, columns) wanted.
-
-    Returns:
-      The resized embedding in the same dtype. The first T entries do not change.
+    The first T entries, of class and distillation token, do not change.
     """
     rows, columns = old_grid
     extra = pos_embed.shape[1] - rows * columns

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,26 +17,16 @@ import numpy as np
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.layers import TRUNC_NORMAL
 from convit_jax.models.variants import model_settings
-from convit_jax.models.vit import VisionTransformer
-from convit_jax.weights import hub
+from convit_jax.models.vit import VisionTransformer, patch_grid
+from convit_jax.rundir import is_run
 from convit_jax.weights.checkpoint_file import read_state_dict
 from convit_jax.weights.formats import Pretrained, from_converted, from_hub, from_run, from_state_dict
+from convit_jax.weights.hub import WEIGHTS, fetch
 from convit_jax.weights.names import check_state_dict
 from convit_jax.weights.positions import resize_pos_embed
 
 BEHAVIOUR = ("dtype", "attention", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
-ARCHITECTURE = (
-    "patch_size",
-    "in_chans",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "qkv_bias",
-    "local_up_to_layer",
-    "pos_embed_class_token",
-    "distilled",
-)
+NO_MATTER = (*BEHAVIOUR, "conv_init", "locality_strength", "gate_init")  # to trained weights
 Size = int | tuple[int, int] | None  # in pixels, of height and width
 
 
@@ -56,8 +45,7 @@ def load_pretrained(
 
     Args:
       path: of a .pth, .pt, .bin or .safetensors file, a converted directory or a run directory; or a Hub
-      id as
-        "timm/convit_tiny.fb_in1k", or the authors' name as "convit_tiny".
+        id as "timm/convit_tiny.fb_in1k", or the authors' name as "convit_tiny".
       num_classes: replace the head by a new one of this size, initialised from `seed`.
       image_size: pixels, an int or (height, width): resize the position embedding for such images.
       num_heads: of a DeiT whose width is not in the table of sizes.
@@ -70,13 +58,7 @@ def load_pretrained(
       UserError: the source cannot be used, or its weights do not fit; the message says what and why.
     """
     loaded = load(
-        path,
-        num_classes=num_classes,
-        image_size=image_size,
-        num_heads=num_heads,
-        which=which,
-        ema=ema,
-        seed=seed,
+        path, num_classes=num_classes, image_size=image_size, num_heads=num_heads, which=which, ema=ema, seed=seed
     )
     return with_behaviour(loaded, **behaviour).model()
 
@@ -93,56 +75,29 @@ def load(
 ) -> Pretrained:
     """Returns the Pretrained of a source with every name and shape checked; see load_pretrained."""
     source = str(source)
+    path = fetch(source)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     wanted = dict(num_heads=num_heads, num_classes=num_classes, image_size=size)
-    path = fetch(source)
-    if num_classes is not None and num_classes < 1:
-        raise UserError(f"num_classes is {num_classes}: it must be at least 1.")
-
     if path.is_file():
-        loaded = from_state_dict(read_state_dict(path, ema=ema), source, wanted)
-    elif (path / "checkpoints").is_dir():
+        loaded = from_state_dict(read_state_dict(path, ema=ema), source, wanted, {})
+    elif is_run(path):
         loaded = from_run(path, which, ema)
     elif ema:
         raise UserError(f"{source} holds no moving average: give a run directory, or leave ema out.")
     elif (path / "weights.safetensors").exists():
         loaded = from_converted(path)
-    elif files := [path / name for name in hub.WEIGHTS if (path / name).exists()]:
+    elif files := [path / name for name in WEIGHTS if (path / name).exists()]:
         loaded = from_hub(path, files[0], source, wanted)
     else:
         raise UserError(
             f"{path} is neither a run directory (it has no checkpoints) nor a converted one (it has no "
             "weights.safetensors): give one of these, or a checkpoint file."
         )
-
     head = loaded.tensors.get("head.weight")
     if num_classes is not None and (head is None or len(head) != num_classes):
         loaded = _with_new_head(loaded, num_classes, seed)
     check_state_dict(loaded.tensors, loaded.network[1], loaded.source)
     return loaded if size is None else _resized(loaded, size)
-
-
-def fetch(source: str) -> Path:
-    """Returns the path of a source; what is not on the disk is downloaded from the Hub.
-
-    Raises:
-      UserError: it is in neither place, or the Hub cannot be reached.
-    """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    repo = hub.repository(source)
-    if repo is None:
-        raise UserError(
-            f"there is no file or directory {source}, and no published model of that name"
-            f"{nearest(source, hub.PUBLISHED)} The published models are: {', '.join(hub.PUBLISHED)}."
-        )
-    try:
-        return hub.download(repo)
-    except UserError as error:
-        if repo != source:  # a published name cannot be meant as a path
-            raise
-        raise UserError(f"there is no file or directory {source}, and as a name on the Hub: {error}") from error
 
 
 def with_behaviour(loaded: Pretrained, **behaviour: Any) -> Pretrained:
@@ -155,23 +110,16 @@ def with_behaviour(loaded: Pretrained, **behaviour: Any) -> Pretrained:
             )
     if behaviour.get("dtype") == "float32":  # cuDNN's kernel does not take it
         behaviour = {"attention": "xla", **behaviour}
-    settings = model_settings("convit_tiny", **{**loaded.settings, **behaviour})  # every setting is given
-    return dataclasses.replace(loaded, settings=settings)
+    return dataclasses.replace(loaded, settings=_settings(loaded, **behaviour))
 
 
 def load_into(
     source: str, settings: Mapping[str, Any], seed: int, which: str | int = "best"
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Loads weights to start a training from.
+    """Loads weights to start a training from; `source` and `which` are as of load_pretrained.
 
-    The head is replaced if the number of classes differs, the position embedding resized if the image
-    size does.
-
-    Args:
-      source: as of load_pretrained.
-      settings: of the model to train, as of model_settings().
-      seed: of a new head.
-      which: checkpoint of a run directory, as of load_pretrained.
+    `settings` are the model_settings() of the training. The head is replaced if the number of classes differs
+    (a new one is initialised from `seed`), the position embedding resized if the image size does.
 
     Returns:
       (parameters, a nested dict of float32 numpy arrays; changes, for people).
@@ -187,7 +135,7 @@ def load_into(
         which=which,
         seed=seed,
     )
-    differing = [name for name in ARCHITECTURE if loaded.settings[name] != settings[name]]
+    differing = [name for name in loaded.settings if name not in NO_MATTER and loaded.settings[name] != settings[name]]
     if differing:
         theirs, ours = (", ".join(f"{name}={s[name]}" for name in differing) for s in (loaded.settings, settings))
         raise UserError(
@@ -198,15 +146,11 @@ def load_into(
 
 
 def match_classes(names: Sequence[str], loaded: Pretrained) -> tuple[np.ndarray, str | None]:
-    """Matches the classes of some data with the labels of the weights.
+    """Matches the classes of some data, given by their names, with the labels of the weights.
 
     Classes match by name if the weights know all names, otherwise by order if there are as many (a
     message says so if the weights have other names). Weights without names take fewer classes, as their
     first labels.
-
-    Args:
-      names: of the data's classes.
-      loaded: the weights.
 
     Returns:
       (the weights' label of each class, int32 [C]; a message or None).
@@ -223,12 +167,12 @@ def match_classes(names: Sequence[str], loaded: Pretrained) -> tuple[np.ndarray,
             f"the data has {len(names)} classes, as {names[0]!r}, and the weights have {known}: give weights "
             "and images of the same classes, or name the folders as the weights' classes."
         )
-    message = None
-    if loaded.class_names:
-        message = (
-            f"The data's classes ({names[0]!r}, ...) are not the weights' ({loaded.class_names[0]!r}, ...): "
-            "matched in order."
-        )
+    if not loaded.class_names:
+        return np.arange(len(names), dtype=np.int32), None
+    message = (
+        f"The data's classes ({names[0]!r}, ...) are not the weights' ({loaded.class_names[0]!r}, ...): "
+        "matched in order."
+    )
     return np.arange(len(names), dtype=np.int32), message
 
 
@@ -256,39 +200,31 @@ def describe_weights(loaded: Pretrained) -> str:
     )
 
 
+def _settings(loaded: Pretrained, **changes: Any) -> dict[str, Any]:
+    """The settings of the weights with some changed, checked."""
+    return model_settings("convit_tiny", **{**loaded.settings, **changes})  # every setting is given
+
+
 def _resized(loaded: Pretrained, size: tuple[int, int]) -> Pretrained:
     """The same weights for images of another size (height, width) in pixels."""
-    settings = loaded.settings
-    if size == settings["image_size"]:
+    if size == loaded.settings["image_size"]:
         return loaded
-    patch = settings["patch_size"]
-    if any(side < patch or side % patch for side in size):
-        raise UserError(f"image_size {size[0]} x {size[1]} is not a multiple of the patches of {patch}: change it.")
-    (rows, columns), (new_rows, new_columns) = (
-        (height // patch, width // patch) for height, width in (settings["image_size"], size)
-    )
-    pos_embed = resize_pos_embed(loaded.tensors["pos_embed"], (rows, columns), (new_rows, new_columns))
-    change = f"position embedding resized from {rows} x {columns} to {new_rows} x {new_columns} patches"
-    return dataclasses.replace(
-        loaded,
-        tensors={**loaded.tensors, "pos_embed": pos_embed},
-        settings={**settings, "image_size": size},
-        changes=(*loaded.changes, change),
-    )
+    settings = _settings(loaded, image_size=size)
+    old, new = patch_grid(loaded.settings), patch_grid(settings)
+    pos_embed = resize_pos_embed(loaded.tensors["pos_embed"], old, new)
+    change = f"position embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"
+    tensors = {**loaded.tensors, "pos_embed": pos_embed}
+    return dataclasses.replace(loaded, tensors=tensors, settings=settings, changes=(*loaded.changes, change))
 
 
 def _with_new_head(loaded: Pretrained, num_classes: int, seed: int) -> Pretrained:
     """The same weights with a new head, or two if distilled."""
-    width, dtype = loaded.settings["embed_dim"], loaded.tensors["pos_embed"].dtype
-    heads = {}
-    for number, head in enumerate(("head", "head_dist") if loaded.settings["distilled"] else ("head",)):
+    settings = _settings(loaded, num_classes=num_classes)
+    tensors, dtype = {**loaded.tensors}, loaded.tensors["pos_embed"].dtype
+    for number, head in enumerate(("head", "head_dist") if settings["distilled"] else ("head",)):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        heads[f"{head}.weight"] = np.asarray(TRUNC_NORMAL(key, (num_classes, width))).astype(dtype)
-        heads[f"{head}.bias"] = np.zeros(num_classes, dtype)
-    return dataclasses.replace(
-        loaded,
-        tensors={**loaded.tensors, **heads},
-        settings={**loaded.settings, "num_classes": num_classes},
-        class_names=None,
-        changes=(*loaded.changes, f"new head for {num_classes} classes"),
-    )
+        weight = TRUNC_NORMAL(key, (num_classes, settings["embed_dim"]))
+        tensors[f"{head}.weight"] = np.asarray(weight).astype(dtype)
+        tensors[f"{head}.bias"] = np.zeros(num_classes, dtype)
+    changes = (*loaded.changes, f"new head for {num_classes} classes")
+    return dataclasses.replace(loaded, tensors=tensors, settings=settings, class_names=None, changes=changes)

@@ -35,15 +35,12 @@ def read_run(directory: Path, which: str | int = "best", ema: bool = False) -> d
             wanted = jax.tree.map(lambda _: ..., shapes)  # leaves that are not read
             if part in wanted["state"]:
                 wanted["state"][part] = jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-                    shapes["state"][part],
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes["state"][part]
                 )
                 return jax.device_get(ocp.load(path, wanted)["state"][part])
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"the checkpoint {path} cannot be read ({reason}): try the other one with which=latest or best."
-        ) from error
+        raise UserError(f"cannot read {path} ({reason}): try the other one with which=latest or best.") from error
     raise UserError(
         f"the run in {directory} kept no moving average of its weights: leave ema out, or train with "
         "--config.optim.ema_decay=0.9999."
@@ -51,12 +48,9 @@ def read_run(directory: Path, which: str | int = "best", ema: bool = False) -> d
 
 
 def find_step(directory: Path, which: str, ema: bool) -> int:
-    """Returns the step of a checkpoint in a run directory, which keeps the latest and the best by val_top1.
+    """Returns the step of the checkpoint "latest" or "best" in a run directory.
 
-    Args:
-      directory: of the run.
-      which: "latest", or "best" by val_top1 among the checkpoints that exist.
-      ema: "best" by val_ema_top1 instead, though a step that was not kept may have had a better average.
+    "best" is by val_top1 (with `ema` by val_ema_top1) among the checkpoints that were kept.
 
     Raises:
       UserError: there is no checkpoint yet, or `which` is something else.

@@ -34,6 +34,7 @@ DTYPES = {name: np.dtype(name) for name, _, _ in ELEMENTS}
 
 MAX_INSTRUCTIONS = 200_000  # a training checkpoint of ConViT-B with optimizer and EMA has about 30,000
 MAX_UNKNOWN = 1_000  # classes and functions
+WRONG_TENSOR = "its pickle has a tensor with wrong properties"
 
 # What pickle's protocols 2 to 5 use for checkpoints. Others name classes in other ways (INST, OBJ, EXT1),
 # rearrange the stack (DUP, POP) or hold numbers of any length (LONG, LONG4).
@@ -51,62 +52,9 @@ IN_PLACE = (*PUT, "APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD
 PLAIN = -1  # on the checker's stack: may be a key. Any other number is the length of a tuple, else 0
 
 
-def check_pickle(stream: IO[bytes]) -> None:
-    """Reads one pickle up to its end and refuses what `pickle.Unpickler` must not run.
-
-    Hashing a tuple nested 10^6 times overflows the C stack, hashing one that repeats its parts takes
-    exponential time, and long integers can be made to collide. So keys and members of sets must be plain,
-    and to tell them the stack is simulated. A large memo index allocates gigabytes, and passing one long
-    tuple to many calls takes hours.
-
-    Raises:
-      UserError: the pickle does one of these, or has an instruction that no checkpoint needs.
-    """
-    stack: list[int] = []
-    marks: list[int] = []
-    memo: dict[int, int] = {}
-    spent = 0
-    argument: Any
-    for count, (code, argument, _) in enumerate(pickletools.genops(stream)):
-        name, before = code.name, code.stack_before
-        if name not in INSTRUCTIONS:
-            raise UserError(f"its pickle has the instruction {name}, which PyTorch never writes.")
-        if name == "MARK":
-            marks.append(len(stack))
-            continue
-        items: list[int] = []
-        if pickletools.markobject in before:
-            start = marks.pop()
-            items = stack[start:]
-            del stack[start:]
-            before = before[: before.index(pickletools.markobject)]
-        base = len(stack) - (1 if name in PUT else len(before))
-        if base < (marks[-1] if marks else 0):
-            raise UserError("its pickle is damaged (it takes values that it has not made).")
-        operands = stack[base:]
-        del stack[base:]
-        keys = {"SETITEM": operands[1:2], "SETITEMS": items[::2], "ADDITEMS": items, "FROZENSET": items}
-        if any(key != PLAIN for key in keys.get(name, ())):
-            raise UserError("its pickle has a key or a member of a set that is not a plain value.")
-        if name in ("REDUCE", "NEWOBJ"):
-            spent += max(operands[1], 0)
-        if count + spent > MAX_INSTRUCTIONS:
-            raise UserError(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions.")
-        if name in PUT:
-            index = len(memo) if argument is None else argument
-            if index > count:
-                raise UserError(f"its pickle has the memo index {index:,}, which PyTorch never writes.")
-            memo[index] = operands[0]
-        if name in IN_PLACE:
-            stack.append(operands[0])
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name in ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"):
-            stack.append(len(items) + len(operands))
-        elif name == "LONG1":
-            stack.append(PLAIN if abs(argument) < 2**60 else 0)
-        elif code.stack_after:
-            stack.append(PLAIN)
+def damaged(reason: str) -> UserError:
+    """The error for a file that PyTorch would not write."""
+    return UserError(f"it is damaged ({reason}): download or save it again.")
 
 
 def shown(text: str) -> str:
@@ -118,6 +66,61 @@ def kind_of(value: Any) -> str:
     if isinstance(value, Opaque):
         return shown(value.name)
     return "dictionary" if isinstance(value, dict) else type(value).__name__
+
+
+def check_pickle(stream: IO[bytes]) -> None:
+    """Reads one pickle up to its end and refuses what `pickle.Unpickler` must not run.
+
+    Hashing a tuple nested 10^6 times overflows the C stack, hashing one that repeats its parts takes
+    exponential time, and long integers can be made to collide. So keys and members of sets must be plain,
+    and to tell them the stack is simulated. A large memo index allocates gigabytes, and passing one long
+    tuple to many calls takes hours.
+    """
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+    spent = 0  # on passing the parts of tuples
+    argument: Any
+    for count, (code, argument, _) in enumerate(pickletools.genops(stream)):
+        name, before = code.name, code.stack_before
+        if name not in INSTRUCTIONS:
+            raise damaged(f"its pickle has the instruction {name}")
+        if name == "MARK":
+            marks.append(len(stack))
+            continue
+        items: list[int] = []
+        if pickletools.markobject in before:
+            start = marks.pop()
+            items = stack[start:]
+            del stack[start:]
+            before = before[: before.index(pickletools.markobject)]
+        base = len(stack) - (1 if name in PUT else len(before))
+        if base < (marks[-1] if marks else 0):
+            raise damaged("its pickle takes values that it has not made")
+        operands = stack[base:]
+        del stack[base:]
+        keys = {"SETITEM": operands[1:2], "SETITEMS": items[::2], "ADDITEMS": items, "FROZENSET": items}
+        if any(key != PLAIN for key in keys.get(name, ())):
+            raise damaged("its pickle has a key or a member of a set that is not a plain value")
+        if name in ("REDUCE", "NEWOBJ"):
+            spent += max(operands[1], 0)
+        if count + spent > MAX_INSTRUCTIONS:
+            raise damaged(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions")
+        if name in PUT:
+            index = len(memo) if argument is None else argument
+            if index > count:
+                raise damaged(f"its pickle has the memo index {index:,}")
+            memo[index] = operands[0]
+        if name in IN_PLACE:
+            stack.append(operands[0])
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"):
+            stack.append(len(items) + len(operands))
+        elif name == "LONG1":
+            stack.append(PLAIN if abs(argument) < 2**60 else 0)
+        elif code.stack_after:
+            stack.append(PLAIN)
 
 
 def unpickle(stream: io.BytesIO) -> tuple[Any, dict[str, "Storage"]]:
@@ -133,8 +136,8 @@ def unpickle(stream: io.BytesIO) -> tuple[Any, dict[str, "Storage"]]:
 class _Unpickler(pickle.Unpickler):
     """Runs a checked pickle with inert objects in place of everything that it names.
 
-    `check_pickle` takes what a call returns for a plain value. So a call must never return what it was given,
-    but a Tensor, an Opaque, or a Dictionary, which cannot be hashed.
+    `check_pickle` takes what a call returns for a plain value. So a call must return no tuple that it was
+    given, only a Tensor, an Opaque, or a Dictionary, which cannot be hashed.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -143,24 +146,23 @@ class _Unpickler(pickle.Unpickler):
         self.unknown: dict[tuple[str, str], type[Opaque]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        full_name = (module, name)
-        if full_name in NAMES:
-            return NAMES[full_name]
-        if full_name not in self.unknown:
+        if (module, name) in NAMES:
+            return NAMES[module, name]
+        if (module, name) not in self.unknown:
             if len(self.unknown) == MAX_UNKNOWN:
-                raise UserError(f"its pickle names more than {MAX_UNKNOWN:,} unknown classes.")
-            self.unknown[full_name] = type("Opaque", (Opaque,), {"name": f"{module}.{name}"})
-        return self.unknown[full_name]
+                raise damaged(f"its pickle names more than {MAX_UNKNOWN:,} unknown classes")
+            self.unknown[module, name] = type("Opaque", (Opaque,), {"name": f"{module}.{name}"})
+        return self.unknown[module, name]
 
     def persistent_load(self, pid: Any) -> "Storage":
         if type(pid) is not tuple or pid[0] != "storage" or pid[5:] not in ((), (None,)):
-            raise UserError("its pickle refers to something that is not a storage.")
+            raise damaged("its pickle refers to something that is not a storage")
         _, dtype, key, _, count = pid[:5]
         if type(dtype) is not str or type(key) is not str or type(count) is not int or not 0 <= count < 2**56:
-            raise UserError(f"its pickle has a storage that is not supported ({kind_of(dtype)}).")
+            raise damaged(f"its pickle has a storage of an unknown type: {kind_of(dtype)}")
         storage = Storage(key, DTYPES[dtype], count * DTYPES[dtype].itemsize)
         if self.storages.setdefault(key, storage) != storage:
-            raise UserError(f"its pickle describes storage {shown(key)} in two ways.")
+            raise damaged(f"its pickle describes storage {shown(key)} in two ways")
         return storage
 
 
@@ -168,7 +170,7 @@ class Sealed:
     """Refuses BUILD, with which a pickle could set any attribute."""
 
     def __setstate__(self, state: Any) -> None:
-        raise UserError("its pickle changes something that PyTorch never changes.")
+        raise damaged("its pickle changes something that PyTorch never changes")
 
 
 class Function(Sealed):
@@ -200,7 +202,7 @@ class Dictionary(dict):
 
     def __init__(self, *items: Any) -> None:
         if items:  # Python 2 did this; nobody has checked such keys
-            raise UserError("its pickle makes a dictionary in a way that PyTorch never does.")
+            raise damaged("its pickle makes a dictionary in a way that PyTorch never does")
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
@@ -230,21 +232,20 @@ class Tensor(Sealed):
 
     def __post_init__(self) -> None:
         types = (type(self.storage), type(self.shape), type(self.strides))
-        if types != (Storage, tuple, tuple) or len(self.shape) != len(self.strides) or len(self.shape) > 32:
-            raise UserError("its pickle has a tensor with wrong properties.")
-        numbers = (self.offset, *self.shape, *self.strides)
-        if not all(type(number) is int and 0 <= number < 2**56 for number in numbers):
-            raise UserError("its pickle has a tensor with wrong properties.")
+        if types != (Storage, tuple, tuple) or len(self.shape) != len(self.strides):
+            raise damaged(WRONG_TENSOR)
+        if not all(type(number) is int and 0 <= number < 2**56 for number in (self.offset, *self.shape, *self.strides)):
+            raise damaged(WRONG_TENSOR)
         span = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         if self.nbytes and (self.offset + span + 1) * self.dtype.itemsize > self.storage.nbytes:
-            raise UserError(f"a tensor of shape {shown(str(self.shape))} reaches beyond its storage.")
+            raise damaged(f"a tensor of shape {shown(str(self.shape))} reaches beyond its storage")
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def array(self, data: np.ndarray) -> np.ndarray:
-        """The tensor as a view of its storage's bytes, uint8 [n], or a changed copy."""
+        """The tensor as a view of its storage's bytes, or a changed copy."""
         if not self.nbytes:
             return np.empty(self.shape, self.dtype)
         size = self.dtype.itemsize
@@ -254,41 +255,35 @@ class Tensor(Sealed):
         return -array if self.negated else array
 
 
+# ---- What a pickle may call: the functions of the same names in NAMES -----------------------
+
+
 def _tensor_v2(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, flags: Any = None) -> Tensor:
-    """torch._utils._rebuild_tensor_v2"""
     return _tensor_v3(storage, offset, shape, strides, grad, hooks, storage.dtype.name, flags)
 
 
 def _tensor_v3(
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    _grad: Any,
-    _hooks: Any,
-    dtype: Any,
-    flags: Any = None,
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, flags: Any = None
 ) -> Tensor:
-    """torch._utils._rebuild_tensor_v3: the storage holds bytes."""
+    """A tensor whose element type is not that of the storage."""
     if type(dtype) is not str:  # hashing anything else is not safe
-        raise UserError(f"its pickle has a tensor whose type is not supported ({kind_of(dtype)}).")
+        raise damaged(f"its pickle has a tensor of an unknown type: {kind_of(dtype)}")
     conjugated, negated = (isinstance(flags, dict) and bool(flags.get(flag)) for flag in ("conj", "neg"))
     return Tensor(storage, DTYPES[dtype], offset, shape, strides, conjugated, negated)
 
 
-def _parameter(data: Any, _grad: Any, _hooks: Any, _state: Any = None) -> Any:
-    """torch._utils._rebuild_parameter: a parameter is its tensor."""
+def _parameter(data: Any, *_: Any) -> Any:
     if not isinstance(data, (Tensor, Opaque)):
-        raise UserError("its pickle has a parameter that is no tensor.")
+        raise damaged(WRONG_TENSOR)
     return data
 
 
 def _tensor_of_type(function: Any, kind: Any, arguments: Any, _state: Any) -> Any:
-    """torch._tensor._rebuild_from_type_v2: a tensor with attributes, or of a class that is not known here."""
+    """A tensor with attributes, or of a class that is not known here."""
     if isinstance(kind, type) and issubclass(kind, Opaque):
         return kind()
     if not isinstance(function, Function) or function.function is _tensor_of_type:
-        raise UserError("its pickle has a tensor with wrong properties.")
+        raise damaged(WRONG_TENSOR)
     return function(*arguments)
 
 

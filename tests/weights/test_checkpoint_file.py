@@ -24,34 +24,41 @@ FOUR = np.arange(4, dtype=np.float32)
 
 
 @pytest.fixture
-def read(tmp_path):
+def read(tmp_path, monkeypatch):
     """A function: the state dict in a file of these bytes."""
 
     def read_bytes(data, **kwargs):
+        monkeypatch.chdir(tmp_path)
         (tmp_path / "weights.pth").write_bytes(data)
-        return read_state_dict(tmp_path / "weights.pth", **kwargs)
+        return read_state_dict("weights.pth", **kwargs)
 
     return read_bytes
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch):
-    """A function: a file of these bytes is refused soon with one message; nothing is imported or written."""
+def inert(tmp_path, monkeypatch):
+    """Afterwards nothing was imported, and nothing written beside the file."""
     monkeypatch.chdir(tmp_path)
+    modules = {*sys.modules}
+    yield
+    assert not [name for name in {*sys.modules} - modules if not name.startswith("encodings.")]
+    assert os.listdir(tmp_path) == ["weights.pth"]
+
+
+@pytest.fixture
+def refused(read, inert):
+    """A function: a file of these bytes is refused soon with one message."""
 
     def check(data, match):
-        (tmp_path / "weights.pth").write_bytes(data)
-        modules, start = {*sys.modules}, time.process_time()
+        start = time.process_time()
         with pytest.raises(UserError, match=match) as caught:
-            read_state_dict("weights.pth")
+            read(data)
         message = str(caught.value)
         assert time.process_time() - start < 5
         assert message.startswith("cannot read weights.pth")
         assert message.endswith(".")
         assert message.isprintable()
         assert len(message) < 500
-        assert not {*sys.modules} - modules
-        assert os.listdir(tmp_path) == ["weights.pth"]
 
     return check
 
@@ -67,10 +74,12 @@ def state_dict(tensor, name="a"):
     return b"}" + value("model") + b"}" + value(name) + tensor + b"ss"
 
 
-def beside(*instructions):
-    """A checkpoint of one good tensor, and something else next to it."""
-    good = rebuilt(0, (4,), (1,))
-    body = b"}(" + value("model") + b"}" + value("a") + good + b"s" + value("more") + b"".join(instructions) + b"u"
+GOOD = rebuilt(0, (4,), (1,))  # a tensor of four numbers
+WHOLE = torch_zip(program(state_dict(GOOD)), [FOUR.tobytes()])
+
+
+def checkpoint(body):
+    """A file of this pickle and one storage."""
     return torch_zip(program(body), [FOUR.tobytes()])
 
 
@@ -102,31 +111,14 @@ def test_views(name, monkeypatch):
     assert np.shares_memory(views["whole"], views["steps"])
 
 
-def test_big_endian():
-    tensors = read_state_dict(GOLDEN / "big_endian.pth")
-    same(tensors["a"], np.arange(6, dtype=np.float32).reshape(2, 3))
-    same(tensors["b"], np.array([1, 2, 3], np.float32))
-
-
 def test_golden_files_are_equal():
     expected = read_state_dict(GOLDEN / "convit_golden.safetensors")
-    training = GOLDEN / "convit_golden_training.pth"  # with optimizer, scheduler, Namespace and average
-    found = [read_state_dict(GOLDEN / "convit_golden.pth"), read_state_dict(training)]
-    for tensors in found:
+    for name in ("convit_golden.pth", "convit_golden_training.pth"):  # with optimizer, Namespace and average
+        tensors = read_state_dict(GOLDEN / name)
         assert {*tensors} == {*expected}
         assert list(tensors)[:3] == ["cls_token", "pos_embed", "patch_embed.proj.weight"]  # PyTorch's order
         for parameter, array in tensors.items():
             same(array, expected[parameter])
-
-
-def test_nothing_is_imported():
-    code = (
-        "import sys; from convit_jax.weights.checkpoint_file import read_state_dict as read; "
-        "before = {*sys.modules}; "
-        "read('tests/golden/kinds_zip.pth'); print({*sys.modules} - before, 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "set() False\n"
 
 
 # ---- Where the state dict is -----------------------------------------------------------------
@@ -134,8 +126,8 @@ def test_nothing_is_imported():
 
 @pytest.mark.parametrize("place", [None, *checkpoint_file.PLACES, *checkpoint_file.EMA_PLACES])
 def test_places_of_the_state_dict(read, place):
-    tensors = b"}" + value("a") + rebuilt(0, (4,), (1,)) + b"s"
-    data = torch_zip(program(tensors if place is None else b"}" + value(place) + tensors + b"s"), [FOUR.tobytes()])
+    tensors = b"}" + value("a") + GOOD + b"s"
+    data = checkpoint(tensors if place is None else b"}" + value(place) + tensors + b"s")
     ema = place in checkpoint_file.EMA_PLACES
     same(read(data, ema=ema)["a"], FOUR)
     with pytest.raises(UserError, match=f"no state dict .*; it holds '{place or 'a'}'"):
@@ -152,7 +144,7 @@ def test_prefixes_of_several_wrappers(tmp_path):
 def test_only_what_is_needed_is_read(refused, read):
     """A damaged storage of the optimizer does not matter, one of the model does."""
     other = value("optimizer") + rebuilt(0, (4,), (1,), of=storage(4, key=1))
-    data = torch_zip(program(state_dict(rebuilt(0, (4,), (1,))) + other + b"s"), [FOUR.tobytes(), b"1" * 16])
+    data = torch_zip(program(state_dict(GOOD) + other + b"s"), [FOUR.tobytes(), b"1" * 16])
     same(read(data.replace(b"1" * 16, b"2" * 16))["a"], FOUR)
     refused(data.replace(FOUR.tobytes(), b"2" * 16), "it is damaged .BadZipFile: Bad CRC-32 for file")
 
@@ -175,42 +167,34 @@ def test_only_what_is_needed_is_read(refused, read):
         value({140234234234: 1, 0.5: 2, b"k": 3, True: 4, None: 5}),
     ],
 )  # fmt: skip
-def test_things_next_to_the_weights_do_nothing(read, thing, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    modules = {*sys.modules}
-    same(read(beside(thing))["a"], FOUR)
-    assert not {*sys.modules} - modules
-    assert os.listdir(tmp_path) == ["weights.pth"]
+def test_things_next_to_the_weights_do_nothing(read, inert, thing):
+    body = b"}(" + value("model") + b"}" + value("a") + GOOD + b"s" + value("more") + thing + b"u"
+    same(read(checkpoint(body))["a"], FOUR)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_pickled_attacks_do_nothing(read, protocol, tmp_path, monkeypatch):
+def test_pickled_attacks_do_nothing(refused, protocol):
     class Attack:
         def __reduce__(self):
             return os.system, ("touch ran",)
 
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no state dict .* it holds 'model' \(posix.system\)"):
-        read(torch_zip(pickle.dumps({"model": Attack()}, protocol)))
-    assert os.listdir(tmp_path) == ["weights.pth"]
+    data = torch_zip(pickle.dumps({"model": Attack()}, protocol))
+    refused(data, r"no state dict .* it holds 'model' \(posix.system\)")
 
 
 def test_entries_that_are_no_tensors_are_named(refused):
-    good = rebuilt(0, (4,), (1,))
     subclass = (
         named("torch._tensor._rebuild_from_type_v2") + b"(" + named("torch._utils._rebuild_tensor_v2")
         + named("torchao.Quantized") + b"(" + storage(4) + value(0) + value((4,)) + value((1,)) + b"\x89}t}tR"
     )  # fmt: skip
     for thing, kind in (
-        (call("torchao.Quantized", 1), "torchao.Quantized"),
         (call("torch._utils._rebuild_sparse_tensor", 1), "torch._utils._rebuild_sparse_tensor"),
         (subclass, "torchao.Quantized"),
-        (call("numpy._core.multiarray._reconstruct", 0), "numpy._core.multiarray._reconstruct"),
         (value(7), "int"),
     ):
-        body = b"}" + value("model") + b"}(" + value("a") + good + value("b") + thing + b"us"
-        refused(torch_zip(program(body), [FOUR.tobytes()]), rf"entries that are no tensors \('b' \({kind}\)\)")
-    refused(torch_zip(program(b"}" + b"K\1" + good + b"s"), [FOUR.tobytes()]), r"no tensors \('1' \(Tensor\)\)")
+        body = b"}" + value("model") + b"}(" + value("a") + GOOD + value("b") + thing + b"us"
+        refused(checkpoint(body), rf"entries that are no tensors \('b' \({kind}\)\)")
+    refused(checkpoint(b"}" + b"K\1" + GOOD + b"s"), r"no tensors \('1' \(Tensor\)\)")
 
 
 # ---- Pickles that attack ---------------------------------------------------------------------
@@ -218,8 +202,8 @@ def test_entries_that_are_no_tensors_are_named(refused):
 DEEP = b")" + b"\x85" * 150_000
 DOUBLED = b")q\0" + b"h\0h\0\x86q\0" * 40
 LONG_TUPLE = b"(" + b"N" * 60_000 + b"tq\1"
-LIMITS = {
-    "a deep key": (b"}" + DEEP + b"Ns", "a key or a member of a set that is not"),
+PICKLES = {
+    "a deep key": (b"}" + DEEP + b"Ns", "a key or a member"),
     "a deep key of several": (b"}(" + DEEP + b"Nu", "a key or a member"),
     "a deep member": (b"\x8f(" + DEEP + b"\x90", "a key or a member"),
     "a deep frozen member": (b"(" + DEEP + b"\x91", "a key or a member"),
@@ -229,11 +213,11 @@ LIMITS = {
     "a deep key through OrderedDict": (
         named("collections.OrderedDict") + b"]]" + DEEP + b"aNaa\x85R", "makes a dictionary in a way"),
     "a deep key through a parameter": (
-        b"}" + named("torch._utils._rebuild_parameter") + DEEP + b"\x89N\x87RNs", "parameter that is"),
+        b"}" + named("torch._utils._rebuild_parameter") + DEEP + b"\x89N\x87RNs", "wrong properties"),
     "a deep element type": (
-        rebuilt(0, (4,), (1,), name="torch._utils._rebuild_tensor_v3")[:-2] + DEEP + b"tR", "not supported"),
+        rebuilt(0, (4,), (1,), name="torch._utils._rebuild_tensor_v3")[:-2] + DEEP + b"tR", "unknown type"),
     "a deep storage": (
-        b"(" + value("storage") + named("torch.FloatStorage") + DEEP + b"NK\4tQ", "not supported"),
+        b"(" + value("storage") + named("torch.FloatStorage") + DEEP + b"NK\4tQ", "unknown type"),
     "long numbers as keys": (value({k * (2**61 - 1): 0 for k in range(1, 9)}), "a key or a member"),
     "a key that cannot be one": (b"}]Ns", "TypeError: unhashable"),
     "a long tuple for many calls": (
@@ -247,17 +231,15 @@ LIMITS = {
     "a tensor that changes": (rebuilt(0, (4,), (1,)) + value({"shape": (2,)}) + b"b", "changes something"),
     "a dtype that changes": (named("torch.float32") + value((3, ">", None)) + b"b", "damaged"),
     "a text of 4 GB": (b"X\xff\xff\xff\xffabc", "damaged"),
-    "bytes of 2**40": (b"\x8e\0\0\0\0\0\1\0\0", "damaged"),
     "a bytearray of 2**40": (b"\x96\0\0\0\0\0\1\0\0", "damaged"),
     "a number of 2 GB": (b"\x8b\xff\xff\xff\x7f", "damaged|LONG4"),
-    "an instance": (b"(ios\nsystem\n", "instruction INST, which"),
-    "an object": (b"(cos\nsystem\no", "instruction OBJ, which"),
-    "an extension": (b"\x82\1", "instruction EXT1, which"),
-    "a copy of the stack": (b"N2", "instruction DUP, which"),
-    "no instruction": (b"\xee", "damaged"),
+    "an instance": (b"(ios\nsystem\n", "instruction INST"),
+    "an object": (b"(cos\nsystem\no", "instruction OBJ"),
+    "an extension": (b"\x82\1", "instruction EXT1"),
+    "a copy of the stack": (b"N2", "instruction DUP"),
     "a protocol to come": (b"\x80\x06", "damaged"),
     "nothing": (b"", "takes values that it has not made"),
-    "below a mark": (b"N(0", "instruction POP, which"),
+    "below a mark": (b"N(0", "instruction POP"),
     "under a mark": (b"K\1(\x85", "takes values"),
     "no mark": (b"Nt", "damaged"),
     "a memo of nothing": (b"h\7", "damaged"),
@@ -266,43 +248,38 @@ LIMITS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", LIMITS)
-def test_pickles_that_ask_for_too_much_or_make_no_sense(refused, case):
-    body, match = LIMITS[case]
-    refused(torch_zip(program(body)), match)
-
-
 TENSORS = {
     "too long": (rebuilt(0, (5,), (1,)), r"shape \(5,\) reaches beyond its storage"),
-    "offset": (rebuilt(1, (4,), (1,)), "reaches beyond"),
     "strides": (rebuilt(0, (4,), (2,)), "reaches beyond"),
     "negative size": (rebuilt(0, (-1,), (1,)), "wrong properties"),
     "negative stride": (rebuilt(3, (4,), (-1,)), "wrong properties"),
-    "a truth for a size": (rebuilt(0, (True,), (1,)), "wrong properties"),
     "text in a size": (rebuilt(0, ("a", 2**33), (1, 1)), "wrong properties"),  # math.prod would make 8 GB
     "a list for a shape": (rebuilt(0, [4], [1]), "wrong properties"),
     "a size of 2**70": (rebuilt(0, (2**70,), (0,)), "wrong properties"),
     "a stride missing": (rebuilt(0, (2, 2), (1,)), "wrong properties"),
-    "65 dimensions": (rebuilt(0, (1,) * 65, (1,) * 65), "wrong properties"),
+    "65 dimensions": (rebuilt(0, (1,) * 65, (1,) * 65), "damaged"),
     "empty and endless": (rebuilt(0, (0, 2**55, 2**55), (0,) * 3), "damaged"),
     "one number a billion times": (rebuilt(0, (2**30,), (0,)), "far more than the file's size"),
     "arguments missing": (call("torch._utils._rebuild_tensor_v2", 0), "damaged"),
     "no storage": (rebuilt(0, (4,), (1,), of=b"N"), "damaged"),
     "storage too short": (rebuilt(0, (5,), (1,), of=storage(5)), "storage 0 has not 20 bytes"),
     "storage of terabytes": (rebuilt(0, (4,), (1,), of=storage(2**40)), "has not 4,398,046,511,104 bytes"),
-    "storage of -1": (rebuilt(0, (4,), (1,), of=storage(-1)), "not supported"),
+    "storage of -1": (rebuilt(0, (4,), (1,), of=storage(-1)), "unknown type"),
     "storage elsewhere": (rebuilt(0, (4,), (1,), of=storage(4, "../x")), r"storage ../x has not 16 bytes"),
-    "storage of no type": (rebuilt(0, (4,), (1,), of=storage(4, kind="torch.QInt8Storage")), "not supported"),
+    "storage of no type": (rebuilt(0, (4,), (1,), of=storage(4, kind="torch.QInt8Storage")), "unknown type"),
     "not a storage": (rebuilt(0, (4,), (1,), of=b"(" + value("module") + b"NNNNtQ"), "is not a storage"),
     "no identity": (rebuilt(0, (4,), (1,), of=b"K\1Q"), "is not a storage"),
     "of itself": (call("torch._tensor._rebuild_from_type_v2", 1, 2, (), {}), "wrong properties"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", TENSORS)
-def test_tensors_that_cannot_be(refused, case):
-    tensor, match = TENSORS[case]
-    refused(torch_zip(program(state_dict(tensor)), [FOUR.tobytes()]), match)
+ATTACKS = [pytest.param(body, match, id=name) for name, (body, match) in PICKLES.items()]
+ATTACKS += [pytest.param(state_dict(body), match, id=f"tensor: {name}") for name, (body, match) in TENSORS.items()]
+
+
+@pytest.mark.parametrize(("body", "match"), ATTACKS)
+def test_pickles_that_attack_or_make_no_sense(refused, body, match):
+    refused(checkpoint(body), match)
 
 
 def test_lazily_conjugated_and_negated_tensors(read):
@@ -322,22 +299,20 @@ def test_float8_that_has_no_storage_class(read):
 
 
 def test_memory_stays_near_the_size_of_the_file(tmp_path):
-    """A file of 64 MB is read within its size and one copy."""
+    """A file of 64 MB is read within its size and one copy, without PyTorch."""
     save_torch(tmp_path / "large.pth", {"a": np.zeros((2**12, 2**12), np.float32)})
     code = (
         "import resource, sys; from convit_jax.weights.checkpoint_file import read_state_dict\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "read_state_dict(sys.argv[1]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "def used(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = used(); read_state_dict(sys.argv[1]); print(used() - before, 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, tmp_path / "large.pth"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2 * 2**16 + 2**12  # KB
+    kilobytes, has_torch = subprocess.check_output(command, cwd=ROOT, text=True).split()
+    assert int(kilobytes) < 2 * 2**16 + 2**12
+    assert has_torch == "False"
 
 
 # ---- Files that lie --------------------------------------------------------------------------
-
-GOOD = program(state_dict(rebuilt(0, (4,), (1,))))
-WHOLE = torch_zip(GOOD, [FOUR.tobytes()])
 
 
 def test_the_file_that_the_others_are_made_of(read):
@@ -347,36 +322,38 @@ def test_the_file_that_the_others_are_made_of(read):
     same(read(unchecked)["a"], FOUR)  # PyTorch can be told to write no checksums
 
 
-ZIPS = {
-    "compressed": (torch_zip(GOOD, [FOUR.tobytes()], method=8), "it is compressed"),
-    "a bomb": (torch_zip(GOOD, [bytes(10**7)], method=8), "it is compressed"),
-    "no pickle": (torch_zip(GOOD).replace(b"data.pkl", b"data.txt"), "a zip archive that torch.save did not"),
-    "a program": (torch_zip(GOOD, **{"constants.pkl": b""}), "TorchScript"),
-    "byte order": (torch_zip(GOOD, byteorder=b"middle"), "byte order middle"),
-    "no storage": (torch_zip(GOOD), "storage 0 has not 16 bytes"),
+FILES = {
+    "compressed": (torch_zip(program(state_dict(GOOD)), [bytes(10**7)], method=8), "it is compressed"),
+    "no pickle": (torch_zip(b"").replace(b"data.pkl", b"data.txt"), "a zip archive that torch.save did not"),
+    "a program": (torch_zip(program(call("__torch__.Net")), **{"constants.pkl": b""}), "it holds one __torch__.Net"),
+    "byte order": (torch_zip(b"", byteorder=b"big"), "big-endian"),
+    "no storage": (torch_zip(program(state_dict(GOOD))), "storage 0 has not 16 bytes"),
     "damaged numbers": (WHOLE.replace(FOUR.tobytes(), bytes(16)), "Bad CRC-32 for file 'archive/data/0'"),
     "damaged pickle": (WHOLE.replace(b"FloatStorage", b"floatStorage"), "Bad CRC-32 for file"),
     "too long": (WHOLE.replace(b"\x10\0\0\0\x10\0\0\0", b"\xff\xff\xff\x7f" * 2), "larger than the file"),
-    "other name": (WHOLE.replace(b"data/0", b"data/1", 1), "differ|damaged"),
     "no directory": (WHOLE[:-22], "damaged"),
-}  # fmt: skip
+    "nothing": (b"", "neither a PyTorch checkpoint"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "LFS pointer.* lfs pull"),
+    "html": (b"\n<!DOCTYPE html><html><title>404</title></html>", "perhaps a web page"),
+    "text pickle": (b"cos\nsystem\n(S'touch ran'\ntR.", "neither a PyTorch checkpoint"),
+}
 
 
-@pytest.mark.parametrize("case", ZIPS)
-def test_archives_that_lie(refused, case):
-    refused(*ZIPS[case])
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_lie(refused, case):
+    refused(*FILES[case])
 
 
 def test_streams_that_lie(refused, read):
     head = b"".join(pickle.dumps(part, 2) for part in (MAGIC, 1001, {}))
+    good = program(state_dict(GOOD))
     keys, numbers = pickle.dumps(["0"], 2), (4).to_bytes(8, "little") + FOUR.tobytes()
-    same(read(head + GOOD + keys + numbers)["a"], FOUR)
+    same(read(head + good + keys + numbers)["a"], FOUR)
     refused(pickle.dumps("weights", 2), "a pickle that torch.save did not write")
-    refused(pickle.dumps(MAGIC, 2) + pickle.dumps(2000, 2), "a pickle that torch.save did not write")
     for false in (["1"], [], [["0"]], {"0": 1}, 7):
-        refused(head + GOOD + pickle.dumps(false, 2) + numbers, "list of storages does not fit")
-    refused(head + GOOD + keys + numbers[:-1], "cut off in storage 0")
-    refused(head + GOOD + keys + (2**62).to_bytes(8, "little") + bytes(16), "cut off in storage 0")
+        refused(head + good + pickle.dumps(false, 2) + numbers, "list of storages does not fit")
+    refused(head + good + keys + numbers[:-1], "cut off in storage 0")
+    refused(head + good + keys + (2**62).to_bytes(8, "little") + bytes(16), "cut off in storage 0")
     endless = program(state_dict(rebuilt(0, (4,), (1,), of=storage(2**40))))
     refused(head + endless + keys + numbers, "cut off in storage 0")
     attack = pickle.dumps([0], 2)[:-1] + call("os.system", "touch ran") + b"."
@@ -389,22 +366,6 @@ def test_files_cut_off_anywhere(refused, name):
     data = (GOLDEN / name).read_bytes()
     for place in (1, 2, 7, 8, 9, 30, *range(100, len(data), len(data) // 12), len(data) - 20, len(data) - 1):
         refused(data[:place], "cut off|damaged|neither")
-
-
-OTHERS = {
-    "nothing": (b"", "it is empty"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "LFS pointer.* lfs pull"),
-    "html": (b"\n<!DOCTYPE html><html><title>404</title></html>", "it is a web page"),
-    "json": (b'{"error": "Repository not found"}', "JSON text"),
-    "tar": (bytes(257) + b"ustar" + bytes(250), "tar format of PyTorch before 2017"),
-    "noise": (bytes(range(256)), "neither a PyTorch checkpoint"),
-    "text pickle": (b"cos\nsystem\n(S'touch ran'\ntR.", "neither a PyTorch checkpoint"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_files_of_another_kind(refused, case):
-    refused(*OTHERS[case])
 
 
 def test_no_file(tmp_path):
@@ -429,12 +390,9 @@ HEADERS = {
     "overlap": safetensors_file({"a": entry(), "b": entry(4, 12)}, bytes(12)),
     "a gap": safetensors_file({"a": entry(), "b": entry(12, 20)}, bytes(20)),
     "terabytes": safetensors_file({"a": entry(0, 2**42, (2**40,))}),
-    "left over": safetensors_file({"a": entry()}, bytes(9)),
     "negative": safetensors_file({"a": entry(-8, 0)}),
     "wrong shape": safetensors_file({"a": entry(shape=(3,))}),
     "unknown type": safetensors_file({"a": entry(dtype="F5")}),
-    "fractions": safetensors_file({"a": entry(0.0, 8.0)}),
-    "no offsets": safetensors_file({"a": {"dtype": "F32", "shape": [2]}}),
     "65 dimensions": safetensors_file({"a": entry(0, 4, (1,) * 65)}, bytes(4)),
     "empty and endless": safetensors_file({"a": entry(0, 0, (0, 2**61, 2**61))}, b""),
     "a header of 2**63": safetensors_file({"a": entry()}, length=2**63),

@@ -42,13 +42,12 @@ def golden_config(digits_config):
 
 def test_a_converted_directory_gives_the_same_weights_and_preprocessing(golden, tmp_path):
     how = Preprocessing(0.9, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    names = tuple("abcdefghij")
-    changed = dataclasses.replace(golden, preprocessing=how, class_names=names)
+    changed = dataclasses.replace(golden, preprocessing=how, class_names=tuple("abcdefghij"))
     save_converted(changed, tmp_path / "w")
     loaded = pretrained.load(tmp_path / "w")
-    assert (loaded.settings, loaded.preprocessing, loaded.class_names) == (golden.settings, how, names)
-    assert list(loaded.tensors) == list(golden.tensors)
+    assert dataclasses.replace(loaded, tensors={}, source="") == dataclasses.replace(changed, tensors={}, source="")
     assert_same(loaded.tensors, golden.tensors)
+    assert list(loaded.tensors) == list(golden.tensors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["w"]
 
 
@@ -64,21 +63,13 @@ def test_the_way_back_gives_identical_tensors(golden, tmp_path, dtype):
 
 def test_safetensors_gets_the_numbers_of_every_kind_of_array(tmp_path):
     base = np.arange(24, dtype=np.float32).reshape(4, 6)
-    tensors = {
-        "transposed": base.T,
-        "steps": base[::2, ::-3],
-        "scalar": np.float32(7),
-        "empty": np.zeros((0, 3)),
-    }
+    tensors = {"transposed": base.T, "steps": base[::2, ::-3], "scalar": np.float32(7), "empty": np.zeros((0, 3))}
     tensors |= {"big": np.arange(3, dtype=">i4"), "float8": np.ones(2, ml_dtypes.float8_e5m2)}
     write_safetensors(tmp_path / "a.safetensors", tensors)
     back = read_state_dict(tmp_path / "a.safetensors")
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(back[name], tensor, strict=name != "big")
-    with pytest.raises(UserError, match="safetensors has no element type for z"):
-        write_safetensors(tmp_path / "a.safetensors", {"z": np.zeros(1, complex)})
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
-    assert read_state_dict(tmp_path / "a.safetensors").keys() == tensors.keys()
 
 
 def test_a_directory_is_replaced_whole_or_not_at_all(golden, tmp_path, monkeypatch):
@@ -102,10 +93,7 @@ def test_a_new_head_and_larger_images(golden):
     loaded = pretrained.load(GOLDEN, num_classes=3, image_size=(48, 64), seed=5)
     assert loaded.tensors["head.weight"].shape == (3, 32)
     assert loaded.tensors["pos_embed"].shape == (1, 48, 32)
-    assert loaded.changes == (
-        "new head for 3 classes",
-        "position embedding resized from 6 x 6 to 6 x 8 patches",
-    )
+    assert loaded.changes == ("new head for 3 classes", "position embedding resized from 6 x 6 to 6 x 8 patches")
     again = pretrained.load(GOLDEN, num_classes=3, seed=5).tensors["head.weight"]
     other = pretrained.load(GOLDEN, num_classes=3, seed=6).tensors["head.weight"]
     np.testing.assert_array_equal(loaded.tensors["head.weight"], again)
@@ -126,43 +114,34 @@ def test_float32_does_without_the_kernel_that_does_not_take_it():
 
 
 def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
-    with pytest.raises(UserError, match=r"no file or directory convit_tinny, .* did you mean 'convit_tiny'"):
-        pretrained.load("convit_tinny")
-    with pytest.raises(UserError, match="neither a run directory"):
-        pretrained.load(tmp_path)
-    with pytest.raises(UserError, match="image_size 50 x 50 is not a multiple of the patches of 8"):
-        pretrained.load(GOLDEN, image_size=50)
-    with pytest.raises(UserError, match="no setting 'dtyp', did you mean 'dtype'"):
-        convit_jax.load_pretrained(GOLDEN, dtyp="bfloat16")
     broken = {name: tensor for name, tensor in golden.tensors.items() if name != "blocks.2.norm1.bias"}
     save_torch(tmp_path / "broken.pth", {**broken, "other": np.ones(1)})
-    with pytest.raises(UserError, match=r"broken.pth do not fit .*missing: blocks.2.norm1.bias; unexpected: other"):
-        pretrained.load(tmp_path / "broken.pth")
     save_converted(golden, tmp_path / "w")
-    (tmp_path / "w/config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json is missing or damaged \(JSONDecodeError"):
-        pretrained.load(tmp_path / "w")
-    (tmp_path / "w/config.json").write_text('{"model": {}}')
-    with pytest.raises(UserError, match=r"config.json is missing or damaged \(KeyError: 'preprocessing'"):
-        pretrained.load(tmp_path / "w")
-    with pytest.raises(UserError, match="num_classes is 0: it must be at least 1"):
-        pretrained.load(GOLDEN, num_classes=0)
-    with pytest.raises(UserError, match="choose float32 or bfloat16"):
-        convit_jax.load_pretrained(GOLDEN, dtype="float16")
-    with pytest.raises(UserError, match="holds no moving average"):
-        pretrained.load(tmp_path / "w", ema=True)
+    (tmp_path / "json").mkdir()
+    save_converted(golden, tmp_path / "json/w")
+    (tmp_path / "json/w/config.json").write_text('{"model": {}}')
+    for source, options, message in (
+        ("convit_tinny", {}, r"no file or directory convit_tinny, .* did you mean 'convit_tiny'"),
+        (tmp_path, {}, "neither a run directory"),
+        (GOLDEN, {"image_size": 50}, "image_size 50 x 50 is not a multiple of patch_size 8"),
+        (GOLDEN, {"num_classes": 0}, "num_classes is 0: it must be at least 1"),
+        (GOLDEN, {"dtyp": "bfloat16"}, "no setting 'dtyp', did you mean 'dtype'"),
+        (GOLDEN, {"dtype": "float16"}, "choose float32 or bfloat16"),
+        (tmp_path / "broken.pth", {}, r"do not fit .*missing: blocks.2.norm1.bias; unexpected: other"),
+        (tmp_path / "json/w", {}, r"config.json is missing or damaged \(KeyError: 'preprocessing'"),
+        (tmp_path / "w", {"ema": True}, "holds no moving average"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convit_jax.load_pretrained(source, **options)
 
 
 # ---- The Hub ----------------------------------------------------------------------------
 
 
-def test_published_names_lead_to_their_repositories():
-    assert hub.repository("convit_small") == "timm/convit_small.fb_in1k"
+def test_the_published_models_are_timms():
+    assert len(hub.PUBLISHED) == 11
     distilled = "deit_small_distilled_patch16_224"
-    assert hub.repository(distilled) == f"timm/{distilled}.fb_in1k"
-    assert hub.repository("someone/some.model") == "someone/some.model"
-    assert hub.repository("somewhere/weights.pth") is None
-    assert hub.repository("convit_tinny") is None
+    assert hub.PUBLISHED[distilled] == f"timm/{distilled}.fb_in1k"
 
 
 def test_a_repository_brings_its_preprocessing(golden, tmp_path, monkeypatch):
@@ -183,19 +162,12 @@ def test_a_repository_brings_its_preprocessing(golden, tmp_path, monkeypatch):
     assert_same(loaded.tensors, golden.tensors)
 
 
-@pytest.mark.parametrize(
-    ("source", "sentence"),
-    [
-        ("convit_tiny", "cannot download timm/convit_tiny.fb_in1k from the Hub (no connection to it"),
-        ("runs/none", "there is no file or directory runs/none, and as a name on the Hub: cannot download"),
-    ],
-)
-def test_no_connection_is_said_in_a_sentence(source, sentence, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["convit_tiny", "runs/none"])
+def test_no_connection_is_said_in_a_sentence(source, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(UserError, match=rf"no file or directory {source}, and the Hub .* \(no connection to it"):
         pretrained.load(source)
-    assert str(raised.value).startswith(sentence)
 
 
 # ---- Runs -------------------------------------------------------------------------------
@@ -224,20 +196,15 @@ def test_best_and_latest_of_a_run_and_its_average(golden, tmp_path):
     def head_bias(**which):
         return pretrained.load(tmp_path / "run", **which).tensors["head.bias"][0]
 
-    assert (head_bias(), head_bias(which="latest"), head_bias(which=6), head_bias(ema=True)) == (
-        6,
-        12,
-        6,
-        -12,
-    )
-    assert head_bias(ema=True, which="latest") == -12
+    assert (head_bias(), head_bias(which="latest"), head_bias(which=6)) == (6, 12, 6)
+    assert (head_bias(ema=True), head_bias(ema=True, which="latest"), head_bias(ema=True, which=6)) == (-12, -12, -6)
     loaded = pretrained.load(tmp_path / "run")
     assert loaded.class_names == tuple("0123456789")
     assert loaded.settings == golden.settings
     assert loaded.preprocessing == Preprocessing(1.0, "bicubic", (0.3,) * 3, (0.4,) * 3)
     with pytest.raises(UserError, match="no checkpoint 'newest': choose best or latest"):
         head_bias(which="newest")
-    with pytest.raises(UserError, match=r"checkpoints/7 cannot be read .*: try the other one"):
+    with pytest.raises(UserError, match=r"cannot read .*checkpoints/7 .*: try the other one"):
         head_bias(which=7)
 
 
