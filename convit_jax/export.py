@@ -37,8 +37,7 @@ def main(arguments: list[str]) -> None:
     """Exports the weights that the flags name to OUTPUT."""
     if len(arguments) != 1:
         raise UserError(f"give one OUTPUT, not {len(arguments)} arguments; see --help.")
-    unknown = [name for name in flags.FLAGS.platforms if name not in PLATFORMS]
-    if unknown:
+    if unknown := [name for name in flags.FLAGS.platforms if name not in PLATFORMS]:
         raise UserError(f"there is no platform {unknown[0]!r}: choose from {', '.join(PLATFORMS)}.")
     output = Path(arguments[0]).expanduser()
     if output.exists() and not flags.FLAGS.overwrite:

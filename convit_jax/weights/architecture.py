@@ -34,10 +34,9 @@ def infer(
     Args:
       tensors: {name: array} with the original's names.
       source: where they are from, for messages.
-      trained_at: if known; else the grid is square, or that of `image_size`.
+      trained_at: if known; else the grid is square, or that of `image_size`, which the caller wants.
       num_heads: for a network without GPSA blocks whose width is not in the table.
       num_classes: if the state dict has no head.
-      image_size: wanted, if any.
 
     Raises:
       UserError: the tensors are no vision transformer of this kind, or the caller must tell something.

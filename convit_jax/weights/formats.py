@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,19 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, for pixels in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
-    def words(self) -> str:
-        """Returns a description for people."""
-        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        return f"crop {self.crop_ratio:g}, {self.interpolation}, mean {mean}, std {std}"
-
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.interpolation not in INTERPOLATIONS:
             raise UserError(
                 f"the weights ask for interpolation {self.interpolation!r}: "
                 f"set one of {', '.join(INTERPOLATIONS)} in their config.json."
             )
+
+    def words(self) -> str:
+        """Returns a description for people."""
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"crop {self.crop_ratio:g}, {self.interpolation}, mean {mean}, std {std}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,21 +93,17 @@ def from_state_dict(
 ) -> Pretrained:
     """Returns the Pretrained of a state dict. The architecture is inferred.
 
-    Args:
-      tensors: {name: array} with the original's names.
-      source: where they are from.
-      wanted: num_heads, num_classes and image_size of the caller, for `infer`.
-      config: as of timm's config.json. Without entries, preprocessing is the recipe's, and 1,000 classes
-        are ImageNet's.
+    `wanted` has num_heads, num_classes and image_size of the caller. `config` is as timm's config.json; what
+    it lacks is as in the recipe, and 1,000 classes are ImageNet's.
     """
     config = {**config, **config.get("pretrained_cfg", {})}
     trained_at = tuple(config["input_size"][1:]) if "input_size" in config else None
     settings = infer(tensors, source, trained_at=trained_at, **wanted)
     # The authors do not resize images of 32 pixels or less.
-    how = {"crop_ratio": 0.875 if max(settings["image_size"]) > 32 else 1.0}
+    how: dict[str, Any] = {"crop_ratio": 0.875 if max(settings["image_size"]) > 32 else 1.0}
     how.update({ours: config[theirs] for ours, theirs in TIMM.items() if config.get(theirs) is not None})
     class_names = config.get("label_names") or (IMAGENET if settings["num_classes"] == len(IMAGENET) else ())
-    return _pretrained(tensors, settings, how, class_names, source)
+    return Pretrained(tensors, settings, Preprocessing(**how), tuple(class_names) or None, source)
 
 
 def from_hub(path: Path, file: Path, source: str, wanted: Mapping[str, Any]) -> Pretrained:
@@ -120,7 +118,8 @@ def from_converted(path: Path) -> Pretrained:
     tensors = read_state_dict(path / "weights.safetensors")
     with _json_explained(path / "config.json") as config:
         settings = model_settings("convit_tiny", **config["model"])  # the config has every setting
-        return _pretrained(tensors, settings, config["preprocessing"], config["class_names"], str(path))
+        class_names = tuple(config["class_names"] or ()) or None
+        return Pretrained(tensors, settings, Preprocessing(**config["preprocessing"]), class_names, str(path))
 
 
 def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
@@ -131,20 +130,8 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
     with _json_explained(path / "config.json") as config, _json_explained(path / "run.json") as run:
         given = {name: value for name, value in config["model"].items() if value is not None}
         settings = model_settings(**{"num_classes": run["classes"], **given})
-        how = {name: config["data"][name] for name in ("crop_ratio", "mean", "std")}
-        return _pretrained(tensors, settings, how, run["class_names"], str(path))
-
-
-def _pretrained(
-    tensors: Mapping[str, np.ndarray],
-    settings: dict[str, Any],
-    how: Mapping[str, Any],
-    class_names: Iterable[str] | None,
-    source: str,
-) -> Pretrained:
-    """A Pretrained whose preprocessing and class names are as in JSON."""
-    preprocessing: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in how.items()}
-    return Pretrained(tensors, settings, Preprocessing(**preprocessing), tuple(class_names or ()) or None, source)
+        how = Preprocessing(**{name: config["data"][name] for name in ("crop_ratio", "mean", "std")})
+        return Pretrained(tensors, settings, how, tuple(run["class_names"]), str(path))
 
 
 @contextlib.contextmanager

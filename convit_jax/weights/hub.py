@@ -1,6 +1,7 @@
 """Finds weights on the disk, or downloads them from the Hugging Face Hub into its usual cache."""
 
 import re
+import textwrap
 from pathlib import Path
 
 from convit_jax.errors import UserError, nearest
@@ -29,8 +30,9 @@ def fetch(source: str) -> Path:
         try:
             return _download(repo)
         except Exception as error:  # of any library that the download goes through
+            reason = textwrap.shorten(str(error), 200) or type(error).__name__
             raise UserError(
-                f"there is no file or directory {source}, and the Hub does not give {repo} ({_reason(error)}): check "
+                f"there is no file or directory {source}, and the Hub does not give {repo} ({reason}): check "
                 "the name and the connection, or download the weights elsewhere and give the file's path."
             ) from error
     raise UserError(
@@ -49,15 +51,3 @@ def _download(repo: str) -> Path:
     except errors.RemoteEntryNotFoundError:
         hf_hub_download(repo, WEIGHTS[1])
     return Path(config).parent
-
-
-def _reason(error: Exception) -> str:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return "no connection to it, and no copy in the cache"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such repository, or you must log in to see it"
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return f"it has no config.json or none of {', '.join(WEIGHTS)}"
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

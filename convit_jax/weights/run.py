@@ -13,12 +13,7 @@ from convit_jax.rundir import checkpoint_steps, read_metrics
 def read_run(directory: Path, which: str | int = "best", ema: bool = False) -> dict[str, Any]:
     """Returns the parameters in a run directory, a nested dict of float32 numpy arrays.
 
-    Each of several processes reads by itself and waits for no other.
-
-    Args:
-      directory: of the run.
-      which: a step, or "best" or "latest" as `find_step` explains them.
-      ema: read the moving average of the parameters.
+    Each of several processes reads by itself and waits for no other. `which` is a step, or as in `find_step`.
 
     Raises:
       UserError: there is no checkpoint yet, it cannot be read, or no average was kept.

@@ -1,17 +1,16 @@
 """Unpickles what PyTorch's checkpoints hold without importing or calling anything that they name.
 
-A pickle is a program for a small stack machine. `check_pickle` reads the program first and refuses what would
-crash or exhaust the unpickler; then the standard library's unpickler runs it with inert objects in place
-of every class and function. Tensors become `Tensor` objects, whose numbers are read later.
+A pickle is a program for a small stack machine. The standard library's machine in Python runs it, reduced to the
+instructions that checkpoints need, with inert objects in place of every class and function. Tensors become
+`Tensor` objects, whose numbers are read later.
 """
 
 import dataclasses
-import io
 import math
 import pickle
 import pickletools
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with NumPy)
 import numpy as np
@@ -33,6 +32,7 @@ ELEMENTS = (  # PyTorch's name, which is NumPy's too; PyTorch's storage class; s
 DTYPES = {name: np.dtype(name) for name, _, _ in ELEMENTS}
 
 MAX_INSTRUCTIONS = 200_000  # a training checkpoint of ConViT-B with optimizer and EMA has about 30,000
+MAX_ARGUMENTS = 16  # of a call: passing one long tuple to many calls would take hours
 MAX_UNKNOWN = 1_000  # classes and functions
 WRONG_TENSOR = "its pickle has a tensor with wrong properties"
 
@@ -47,9 +47,12 @@ INSTRUCTIONS = {
     "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID",
 }
 # fmt: on
-PUT = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
-IN_PLACE = (*PUT, "APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # keep the first operand
-PLAIN = -1  # on the checker's stack: may be a key. Any other number is the length of a tuple, else 0
+KEYS: dict[str, Callable[[list[Any]], list[Any]]] = {  # on the stack: keys, or members of a set
+    "SETITEM": lambda stack: stack[-2:-1],
+    "SETITEMS": lambda stack: stack[::2],
+    "ADDITEMS": lambda stack: stack,
+    "FROZENSET": lambda stack: stack,
+}
 
 
 def damaged(reason: str) -> UserError:
@@ -68,80 +71,49 @@ def kind_of(value: Any) -> str:
     return "dictionary" if isinstance(value, dict) else type(value).__name__
 
 
-def check_pickle(stream: IO[bytes]) -> None:
-    """Reads one pickle up to its end and refuses what `pickle.Unpickler` must not run.
-
-    Hashing a tuple nested 10^6 times overflows the C stack, hashing one that repeats its parts takes
-    exponential time, and long integers can be made to collide. So keys and members of sets must be plain,
-    and to tell them the stack is simulated. A large memo index allocates gigabytes, and passing one long
-    tuple to many calls takes hours.
-    """
-    stack: list[int] = []
-    marks: list[int] = []
-    memo: dict[int, int] = {}
-    spent = 0  # on passing the parts of tuples
-    argument: Any
-    for count, (code, argument, _) in enumerate(pickletools.genops(stream)):
-        name, before = code.name, code.stack_before
-        if name not in INSTRUCTIONS:
-            raise damaged(f"its pickle has the instruction {name}")
-        if name == "MARK":
-            marks.append(len(stack))
-            continue
-        items: list[int] = []
-        if pickletools.markobject in before:
-            start = marks.pop()
-            items = stack[start:]
-            del stack[start:]
-            before = before[: before.index(pickletools.markobject)]
-        base = len(stack) - (1 if name in PUT else len(before))
-        if base < (marks[-1] if marks else 0):
-            raise damaged("its pickle takes values that it has not made")
-        operands = stack[base:]
-        del stack[base:]
-        keys = {"SETITEM": operands[1:2], "SETITEMS": items[::2], "ADDITEMS": items, "FROZENSET": items}
-        if any(key != PLAIN for key in keys.get(name, ())):
-            raise damaged("its pickle has a key or a member of a set that is not a plain value")
-        if name in ("REDUCE", "NEWOBJ"):
-            spent += max(operands[1], 0)
-        if count + spent > MAX_INSTRUCTIONS:
-            raise damaged(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions")
-        if name in PUT:
-            index = len(memo) if argument is None else argument
-            if index > count:
-                raise damaged(f"its pickle has the memo index {index:,}")
-            memo[index] = operands[0]
-        if name in IN_PLACE:
-            stack.append(operands[0])
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name in ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"):
-            stack.append(len(items) + len(operands))
-        elif name == "LONG1":
-            stack.append(PLAIN if abs(argument) < 2**60 else 0)
-        elif code.stack_after:
-            stack.append(PLAIN)
-
-
-def unpickle(stream: io.BytesIO) -> tuple[Any, dict[str, "Storage"]]:
+def unpickle(stream: IO[bytes]) -> tuple[Any, dict[str, "Storage"]]:
     """The object of the next pickle, and the storages that it refers to by their keys."""
-    start = stream.tell()
-    check_pickle(stream)
-    length = stream.tell() - start
-    stream.seek(start)
-    unpickler = _Unpickler(io.BytesIO(stream.read(length)))
+    unpickler = _Unpickler(stream)
     return unpickler.load(), unpickler.storages
 
 
-class _Unpickler(pickle.Unpickler):
-    """Runs a checked pickle with inert objects in place of everything that it names.
+def _checked(name: str, run: Callable[[Any], None]) -> Callable[[Any], None]:
+    """An instruction that refuses what would crash or exhaust the interpreter.
 
-    `check_pickle` takes what a call returns for a plain value. So a call must return no tuple that it was
-    given, only a Tensor, an Opaque, or a Dictionary, which cannot be hashed.
+    Hashing a tuple nested 10^6 times overflows the C stack, hashing one that repeats its parts takes
+    exponential time, and long integers can be made to collide.
     """
+
+    def checked(unpickler: "_Unpickler") -> None:
+        unpickler.instructions += 1
+        if unpickler.instructions > MAX_INSTRUCTIONS:
+            raise damaged(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions")
+        for key in KEYS[name](unpickler.stack) if name in KEYS else ():
+            if isinstance(key, (tuple, frozenset)) or (isinstance(key, int) and abs(key) >= 2**60):
+                raise damaged("its pickle has a key or a member of a set that is not a plain value")
+        if name in ("REDUCE", "NEWOBJ"):
+            arguments = unpickler.stack[-1]
+            if type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
+                raise damaged("its pickle has a call with wrong arguments")
+        run(unpickler)
+
+    return checked
+
+
+class _Unpickler(pickle._Unpickler):
+    """Has inert objects in place of everything that a pickle names."""
+
+    dispatch: ClassVar = {
+        ord(code.code): _checked(code.name, pickle._Unpickler.dispatch[ord(code.code)])
+        for code in pickletools.opcodes
+        if code.name in INSTRUCTIONS
+    }
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # the former reserves the memory first
+    stack: list[Any]
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__(stream)
+        self.instructions = 0
         self.storages: dict[str, Storage] = {}
         self.unknown: dict[tuple[str, str], type[Opaque]] = {}
 
@@ -173,11 +145,11 @@ class Sealed:
         raise damaged("its pickle changes something that PyTorch never changes")
 
 
+@dataclasses.dataclass(frozen=True)
 class Function(Sealed):
     """A function of ours that a pickle may call; of a bare function BUILD would set `__defaults__`."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    function: Callable[..., Any]
 
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments)

@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 import convit_jax
 from convit_jax.errors import UserError
-from convit_jax.training import loop
+from convit_jax.training import setup
 from convit_jax.training.loop import train
 from convit_jax.weights import hub, pretrained
 from convit_jax.weights.checkpoint_file import read_state_dict
@@ -128,7 +128,7 @@ def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
         (GOLDEN, {"dtyp": "bfloat16"}, "no setting 'dtyp', did you mean 'dtype'"),
         (GOLDEN, {"dtype": "float16"}, "choose float32 or bfloat16"),
         (tmp_path / "broken.pth", {}, r"do not fit .*missing: blocks.2.norm1.bias; unexpected: other"),
-        (tmp_path / "json/w", {}, r"config.json is missing or damaged \(KeyError: 'preprocessing'"),
+        (tmp_path / "json/w", {}, r"config.json is missing or damaged \(KeyError: 'class_names'"),
         (tmp_path / "w", {"ema": True}, "holds no moving average"),
     ):
         with pytest.raises(UserError, match=message):
@@ -166,7 +166,7 @@ def test_a_repository_brings_its_preprocessing(golden, tmp_path, monkeypatch):
 def test_no_connection_is_said_in_a_sentence(source, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=rf"no file or directory {source}, and the Hub .* \(no connection to it"):
+    with pytest.raises(UserError, match=f"no file or directory {source}, and the Hub does not give"):
         pretrained.load(source)
 
 
@@ -222,7 +222,7 @@ def test_a_training_starts_from_weights(golden, golden_config, tmp_path, capsys,
     golden_config.optim.lr = golden_config.optim.min_lr = golden_config.optim.warmup_lr = 0.0
     golden_config.model.image_size = 40
     compared = {}
-    monkeypatch.setattr(loop, "check_same", lambda facts, *_: compared.update(facts))
+    monkeypatch.setattr(setup, "check_same", lambda facts, *_: compared.update(facts))
     train(golden_config, tmp_path)
     resized = pretrained.load(GOLDEN, image_size=40)
     assert compared["the digest of the weights of init_from"] == pretrained.fingerprint(resized.params())
@@ -236,19 +236,21 @@ def test_a_training_starts_from_weights(golden, golden_config, tmp_path, capsys,
     assert "Starting from" not in printed
 
 
-def test_weights_of_another_architecture_stop_a_training_before_anything_is_written(golden_config, tmp_path):
-    golden_config.init_from, golden_config.model.depth = str(GOLDEN), 5
-    with pytest.raises(UserError, match=r"has depth=4, but config.model asks for depth=5: set model.name"):
-        train(golden_config, tmp_path)
-    assert not (tmp_path / "config.json").exists()
-
-
-def test_damaged_weights_stop_a_training_before_anything_is_written(golden, golden_config, tmp_path):
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        (False, "has depth=4, but config.model asks for depth=5: set model.name"),
+        (True, "cannot read .*damaged.pth: it is damaged .BadZipFile: Bad CRC-32"),
+    ],
+)
+def test_weights_that_cannot_be_used_stop_a_training_before_anything_is_written(
+    golden, golden_config, tmp_path, damaged, message
+):
     save_torch(tmp_path / "damaged.pth", golden.tensors)
     data = bytearray((tmp_path / "damaged.pth").read_bytes())
     data[data.index(golden.tensors["head.weight"].tobytes()) + 1000] ^= 1
     (tmp_path / "damaged.pth").write_bytes(data)
-    golden_config.init_from = str(tmp_path / "damaged.pth")
-    with pytest.raises(UserError, match=r"cannot read .*damaged.pth: it is damaged .BadZipFile: Bad CRC-32"):
+    golden_config.init_from, golden_config.model.depth = str(tmp_path / "damaged.pth" if damaged else GOLDEN), 5
+    with pytest.raises(UserError, match=message):
         train(golden_config, tmp_path / "run")
     assert not (tmp_path / "run/config.json").exists()
