@@ -112,8 +112,7 @@ def _grid(
 ) -> tuple[tuple[int, int], int]:
     """((rows, columns), number of entries for class and distillation token) of a position embedding.
 
-    `extras` are possible numbers of such entries, the likelier first; `sizes` those of images to try with
-    each, None for any square.
+    Both candidates for that number and sizes of images (None for any square) come with the likelier first.
     """
     for extra in extras:
         side = math.isqrt(max(positions - extra, 0))

@@ -42,7 +42,7 @@ def read_state_dict(path: str | os.PathLike[str], *, ema: bool = False) -> dict[
     Raises:
       UserError: the file cannot be read, is damaged or malicious, or has no state dict there.
     """
-    with explained(path), open(path, "rb") as file, _damage_explained():
+    with explained(path), open(path, "rb") as file, damage_explained():
         size = os.fstat(file.fileno()).st_size
         tree, read_storage = _open(file, size)
         tensors = _find_state_dict(tree, ema)
@@ -58,7 +58,8 @@ def read_state_dict(path: str | os.PathLike[str], *, ema: bool = False) -> dict[
 
 
 @contextlib.contextmanager
-def _damage_explained() -> Iterator[None]:
+def damage_explained() -> Iterator[None]:
+    """Turns whatever a library raises while it reads a file into a UserError."""
     try:
         yield
     except (UserError, OSError, MemoryError):

@@ -20,13 +20,13 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from convit_jax.data.class_names import IMAGENET
-from convit_jax.errors import UserError
+from convit_jax.errors import UserError, explained
 from convit_jax.models.variants import abstract_model, model_settings
 from convit_jax.models.vit import VisionTransformer
 from convit_jax.rundir import atomic_write
 from convit_jax.weights import names
 from convit_jax.weights.architecture import infer
-from convit_jax.weights.checkpoint_file import read_state_dict
+from convit_jax.weights.checkpoint_file import damage_explained, read_state_dict
 
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
 
@@ -109,14 +109,14 @@ def from_state_dict(
 def from_hub(path: Path, file: Path, source: str, wanted: Mapping[str, Any]) -> Pretrained:
     """Returns the Pretrained of a directory with timm's config.json and a file of weights."""
     tensors = read_state_dict(file)
-    with _json_explained(path / "config.json") as config:
+    with _read_json(path / "config.json") as config:
         return from_state_dict(tensors, source, wanted, config)
 
 
 def from_converted(path: Path) -> Pretrained:
     """Returns the Pretrained of a directory that `save_converted` wrote."""
     tensors = read_state_dict(path / "weights.safetensors")
-    with _json_explained(path / "config.json") as config:
+    with _read_json(path / "config.json") as config:
         settings = model_settings("convit_tiny", **config["model"])  # the config has every setting
         class_names = tuple(config["class_names"] or ()) or None
         return Pretrained(tensors, settings, Preprocessing(**config["preprocessing"]), class_names, str(path))
@@ -127,7 +127,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
     from convit_jax.weights.run import read_run  # Orbax takes a second to import
 
     tensors = names.to_state_dict(read_run(path, which, ema))
-    with _json_explained(path / "config.json") as config, _json_explained(path / "run.json") as run:
+    with _read_json(path / "config.json") as config, _read_json(path / "run.json") as run:
         given = {name: value for name, value in config["model"].items() if value is not None}
         settings = model_settings(**{"num_classes": run["classes"], **given})
         how = Preprocessing(**{name: config["data"][name] for name in ("crop_ratio", "mean", "std")})
@@ -135,17 +135,10 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
 
 
 @contextlib.contextmanager
-def _json_explained(path: Path) -> Iterator[dict[str, Any]]:
+def _read_json(path: Path) -> Iterator[dict[str, Any]]:
     """What a JSON file holds; errors inside that come from its contents become a UserError."""
-    try:
+    with explained(path), damage_explained():
         yield json.loads(path.read_text())
-    except UserError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} is missing or damaged ({type(error).__name__}: {error}): "
-            "make, convert or download the weights again."
-        ) from error
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -144,12 +144,9 @@ def test_only_what_is_needed_is_read(refused, read):
     "thing",
     [
         call("argparse.Namespace") + value({"lr": 0.1}) + b"b",
-        call("collections.Counter", {30: 1}),
         call("torch.Size", (2, 3)),
-        call("pathlib.PosixPath", "runs", "one"),
         call("numpy._core.multiarray.scalar", "f8", b"12345678"),
         call("numpy.core.multiarray._reconstruct", 0, (0,), b"b") + value((1, (2,), "f4", b"1")) + b"b",
-        call("datetime.datetime", b"\7\xe8\5\1\f\0\0\0\0\0"),
         named("omegaconf.DictConfig") + b")\x81" + value({"lr": 0.1}) + b"b",
         named("os.system") + value(("touch ran",)) + b"R",
         call("builtins.getattr", "os", "system") + value(("touch ran",)) + b"R",
@@ -198,8 +195,6 @@ PICKLES = {
     "a deep member": (b"\x8f(" + DEEP + b"\x90", "a key or a member"),
     "a deep frozen member": (b"(" + DEEP + b"\x91", "a key or a member"),
     "a doubled key": (b"}" + DOUBLED + b"Ns", "a key or a member"),
-    "a deep key out of the memo": (DEEP + b"q\0}h\0Ns", "a key or a member"),
-    "a deep key that was built": (b"}" + DEEP + b"NbNs", "a key or a member"),
     "a deep key through OrderedDict": (
         named("collections.OrderedDict") + b"]]" + DEEP + b"aNaa\x85R", "makes a dictionary in a way"),
     "a deep key through a parameter": (
@@ -226,9 +221,7 @@ PICKLES = {
     "an instance": (b"(ios\nsystem\n", "damaged"),
     "an object": (b"(cos\nsystem\no", "damaged"),
     "an extension": (b"\x82\1", "damaged"),
-    "a copy of the stack": (b"N2", "damaged"),
     "nothing": (b"", "damaged"),
-    "below a mark": (b"N(0", "damaged"),
     "under a mark": (b"K\1(\x85", "damaged"),
     "a memo of nothing": (b"h\7", "damaged"),
     "a name of no text": (b"K\1K\2\x93", "damaged"),
