@@ -26,22 +26,14 @@ ROOT = Path(__file__).parents[1]  # the clone, with configs/; an installed packa
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A config field.
+    """A config field."""
 
-    Attributes:
-      default: value of the paper's recipe; None leaves the choice to the program.
-      meaning: what the field does, with its unit.
-      allowed: an interval such as "[0, 1)", which also holds for each number of a tuple, or the choices.
-      kind: type of the values, if the default does not tell it.
-      may_change: whether a run may continue with another value: it changes no number but for rounding.
-    """
-
-    default: Any
+    default: Any  # of the paper's recipe; None leaves the choice to the program
     meaning: str
-    allowed: str | tuple[str, ...] = ""
+    allowed: str | tuple[str, ...] = ""  # an interval such as "[0, 1)", for each number of a tuple, or the choices
     _: dataclasses.KW_ONLY
-    kind: type | None = None
-    may_change: bool = False
+    kind: type | None = None  # type of the values, if the default does not tell it
+    may_change: bool = False  # whether a run may continue with another value: it changes nothing but rounding
 
     def initial(self) -> Any:
         """Returns the field's entry in a ConfigDict."""
@@ -105,11 +97,7 @@ def _make_configs_importable() -> None:
 
 
 def load_config_file(source: str) -> ConfigDict:
-    """Returns the config of a file, FILE.py or FILE.py:ROW, for get_config() or get_config(ROW).
-
-    Raises:
-      UserError: there is no such file, or it sets or lacks a field.
-    """
+    """Returns get_config() of FILE.py, or get_config(ROW) of FILE.py:ROW; UserError if a field is wrong or missing."""
     path, _, row = source.partition(":")
     file = Path(path) if Path(path).is_file() else ROOT / path
     if not file.is_file():
@@ -135,11 +123,7 @@ def load_config_file(source: str) -> ConfigDict:
 
 
 def load_run_config(directory: Path) -> ConfigDict:
-    """Returns the config of a run directory, on all local devices, whatever the run was trained on.
-
-    Raises:
-      UserError: config.json cannot be read.
-    """
+    """Returns the config of a run directory, on all local devices, whatever the run was trained on."""
     file = directory / "config.json"
     with explained(file):
         try:
@@ -197,11 +181,7 @@ def _check_names(names: Iterable[str], words: str) -> None:
 
 
 def load_config(arguments: Sequence[str]) -> ConfigDict:
-    """Returns the config of a command line such as ["--config=configs/digits.py", "--config.epochs=5"].
-
-    Raises:
-      UserError: anything wrong with it, as train.py reports it.
-    """
+    """Returns the config of ["--config=configs/digits.py", "--config.epochs=5"]; UserError as train.py reports it."""
     source = find_option(arguments, "config")
     if source is None:
         raise UserError("there is no config: add --config=FILE.")
@@ -246,15 +226,9 @@ def may_change() -> frozenset[str]:
 
 
 def compare_configs(now: Mapping[str, Any], then: Mapping[str, Any], ignored: Collection[str]) -> list[str]:
-    """Compares two flat configs.
+    """Returns ["optim.lr was 0.1, is 0.2", ...] of two flat configs.
 
-    Args:
-      now: today's.
-      then: one that was saved, perhaps by older code; fields that it lacks had their default value.
-      ignored: names that may differ.
-
-    Returns:
-      ["optim.lr was 0.1, is 0.2", ...].
+    `then` may be from older code: fields that it lacks had their default value.
     """
     then = {**{name: value for name, value in flatten(default_config()).items() if name in now}, **then}
     return [
