@@ -21,7 +21,8 @@ from ml_collections.config_dict import placeholder
 
 from convit_jax.errors import UserError, explained, nearest
 
-ROOT = Path(__file__).parents[1]  # the clone, with configs/; an installed package has none
+ROOT = Path(__file__).parents[1]  # the clone
+IN_CLONE = (ROOT / "pyproject.toml").is_file()  # an installed package has no configs/
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Field:
                 hint = nearest(str(value), self.allowed)
                 raise UserError(f"{name} is {value!r}{hint} Choose from: {', '.join(self.allowed)}.")
         elif not all(_inside(each, self.allowed) for each in (value if isinstance(value, tuple) else [value])):
-            raise UserError(f"{name} is {value}: it must be in {self.allowed}.")
+            raise UserError(f"{name} is {value} ({self.meaning}): it must be in {self.allowed}.")
 
 
 def _inside(value: float, interval: str) -> bool:
@@ -62,7 +63,7 @@ def _inside(value: float, interval: str) -> bool:
 
 
 def make_config(fields: Mapping[str, Field]) -> ConfigDict:
-    """Returns the ConfigDict of declared fields, named as "optim.lr", at their defaults."""
+    """Returns the ConfigDict of declared fields, named such as "optim.lr", at their defaults."""
     config = ConfigDict()
     for name, field in fields.items():
         section, _, last = name.rpartition(".")
@@ -74,7 +75,7 @@ def make_config(fields: Mapping[str, Field]) -> ConfigDict:
 
 def declared_fields() -> dict[str, Field]:
     """Returns the fields of configs/default.py; none where the package is installed without configs/."""
-    if not (ROOT / "configs").is_dir():
+    if not IN_CLONE:
         return {}
     _make_configs_importable()
     from configs import default
@@ -89,8 +90,8 @@ def default_config() -> ConfigDict:
 
 def _make_configs_importable() -> None:
     """Lets config files import each other from any working directory."""
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))
+    if IN_CLONE and sys.path[0] != str(ROOT):
+        sys.path.insert(0, str(ROOT))
 
 
 # ---- Loading ---------------------------------------------------------------------------------
