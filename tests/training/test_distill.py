@@ -238,7 +238,7 @@ def test_teachers_that_cannot_teach_are_refused_before_anything_is_written(stude
     )
     refused("has 12 classes without names, but the data has 10", num_classes=12, class_names=None)
     refused("distill.teacher: .*refused takes images of 1 channels and the student of 3", in_chans=1)
-    refused("distill.teacher: image_size 8 x 8 is not a multiple of the patches of 3", patch_size=3, image_size=9)
+    refused("distill.teacher: image_size 8 x 8 is not a multiple of patch_size 3", patch_size=3, image_size=9)
     student.distill.teacher = "convit_tinny"
     with pytest.raises(UserError, match=r"distill.teacher: there is no file or directory convit_tinny"):
         train(student, tmp_path / "run")
