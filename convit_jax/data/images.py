@@ -16,17 +16,10 @@ ASPECT = (3 / 4, 4 / 3)  # of a random crop, width / height
 
 
 def decode(record: bytes | np.ndarray, name: str) -> Picture:
-    """Returns a record of a source as an RGB image.
+    """Returns the content of an image file as RGB, and pixels as they are; raises UserError if it is damaged.
 
     As in timm and torchvision, alpha is dropped and the EXIF orientation is ignored. 16-bit images keep their
     upper eight bits.
-
-    Args:
-      record: content of an image file, or uint8 [H, W, 3], which is returned as it is.
-      name: of the image, for the error message.
-
-    Raises:
-      UserError: the file is not an image or is damaged.
     """
     if isinstance(record, np.ndarray):
         return record
@@ -79,15 +72,7 @@ def centre_crop(image: Picture, size: tuple[int, int], crop_ratio: float, interp
 
     Sizes are rounded as torchvision's `Resize` and `CenterCrop` round them. Resampling only the box that
     remains would be a third faster but gives other pixels, because Pillow orders its two passes by cost.
-
-    Args:
-      image: the whole image.
-      size: (height, width) of the result.
-      crop_ratio: share of the resized short side that remains.
-      interpolation: a Pillow filter, in lower case.
-
-    Returns:
-      uint8 [height, width, 3].
+    size is (height, width) of the result, uint8 [height, width, 3].
     """
     (h, w), (width, height) = size, width_height(image)
     short_h, short_w = math.floor(h / crop_ratio), math.floor(w / crop_ratio)
@@ -113,5 +98,4 @@ def crop_resize(image: Picture, size: tuple[int, int], box: Box, interpolation: 
 
 
 def width_height(image: Picture) -> tuple[int, int]:
-    """Returns (width, height) in pixels."""
     return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size

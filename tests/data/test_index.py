@@ -3,13 +3,11 @@
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import tempfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import run_python
 
 from convit_jax.data.index import Names, cached_index, make_index
 
@@ -57,12 +55,10 @@ def rows(index):
     return list(zip(names, index.arrays["labels"].tolist(), index.arrays["record"].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("names", [[], [""], ["x"], ["a/1.jpg", "", "a/é😀.png", "z" * 300]])
+@pytest.mark.parametrize("names", [[], [""], ["a/1.jpg", "", "a/é😀.png", "z" * 300]])
 def test_names_come_out_as_they_went_in(names):
     packed = Names.pack([name.encode() for name in names])
-    assert list(packed) == names
-    assert len(packed) == len(names)
-    assert list(packed)[-1:] == [packed[-1]] if names else True
+    assert [*packed] == [packed[number - len(names)] for number in range(len(packed))] == names
     with pytest.raises(IndexError):
         packed[len(names)]
 
@@ -80,11 +76,8 @@ def test_an_index_is_built_once_then_mapped_and_pickles_as_its_path(data):
     assert len(pickle.dumps(large)) < 500
     for kept in (index, build()):
         assert rows(pickle.loads(pickle.dumps(kept))) == IN_ORDER
-
-
-def test_arrays_without_entries_are_kept_too(data):
     for make in (lambda: make_index([], []), never):
-        assert cached_index(data, "train", "f", make).arrays["labels"].shape == (0,)
+        assert cached_index(data, "empty", "f", make).arrays["labels"].shape == (0,)
 
 
 @pytest.mark.parametrize("beside_the_data", [True, False])
@@ -115,11 +108,7 @@ def test_a_damaged_index_is_replaced(file, content, data):
 
 
 def test_the_index_that_another_process_finished_first_is_used(data):
-    def slow():
-        cached_index(data, "train", "f", build)
-        return build()
-
-    index = cached_index(data, "train", "f", slow)
+    index = cached_index(data, "train", "f", lambda: cached_index(data, "train", "f", build) and build())
     assert rows(index) == IN_ORDER
     assert os.listdir(data) == [index.path.name]
 
@@ -153,6 +142,6 @@ from convit_jax.data import index
 os.rename = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 index.cached_index(pathlib.Path({str(data)!r}), "train", "f", lambda: index.make_index([0], ["a"]))
 """
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -signal.SIGKILL
+    assert run_python("-c", program).returncode == -signal.SIGKILL
     assert [path.suffix for path in data.iterdir()] == [".unfinished"]
     assert rows(cached_index(data, "train", "f", build)) == IN_ORDER

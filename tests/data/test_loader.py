@@ -8,10 +8,9 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import assert_same, run_python
+from conftest import assert_same, collect, run_python
 
 from convit_jax.data.examples import EvalExample, Slots, TrainExample
-from convit_jax.data.loader import batches
 from convit_jax.data.sources import Digits, ImageFolder
 
 
@@ -20,11 +19,6 @@ def example(image_folder):
     """Random crops of 18 images, one of which is unreadable."""
     (image_folder / "train/bee/2.jpg").write_bytes(b"not an image")
     return TrainExample(ImageFolder(image_folder, "train"), Slots(np.arange(18), 1), (8, 10), "resized")
-
-
-def collect(example, **settings):
-    """The batches as copies in plain arrays."""
-    return [{k: np.array(v) for k, v in batch.items()} for batch in batches(example, **settings)]
 
 
 @pytest.mark.parametrize("start", [0, 1, 4])
