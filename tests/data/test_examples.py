@@ -22,16 +22,10 @@ def epoch_of(slots, epoch):
     return [slots.example(slot) for slot in range(first, first + slots.epoch_length)]
 
 
-@pytest.mark.parametrize("indices", [[7], [0, 3, 5, 8, 11, 17, 18], list(range(257))], ids=len)
-def test_an_epoch_shows_every_image_of_the_subset_once(indices):
-    slots = Slots(np.array(indices), seed=3)
-    for epoch in (0, 1, 5):
-        assert sorted(epoch_of(slots, epoch)) == indices
-
-
-def test_the_order_is_a_random_function_of_seed_and_slot():
-    orders = {tuple(epoch_of(Slots(np.arange(60), seed), epoch)) for seed in range(3) for epoch in range(3)}
+def test_each_epoch_shows_the_subset_once_in_an_order_of_seed_and_epoch():
+    orders = {tuple(epoch_of(Slots(np.arange(9, 60), seed), epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
+    assert all(sorted(order) == list(range(9, 60)) for order in orders)
     slots = Slots(np.arange(8), seed=0)
     first = np.bincount([slots.example(8 * epoch) for epoch in range(400)], minlength=8)
     assert np.abs(first / 400 - 1 / 8).max() < 0.07  # four standard deviations
@@ -41,7 +35,7 @@ def test_the_order_is_a_random_function_of_seed_and_slot():
     assert backwards[:-6:-1] == [31, 21, 12, 9, 27]  # in every version
 
 
-@pytest.mark.parametrize(("count", "length"), [(1, 1), (30, 30), (255, 255), (256, 256), (700, 512)])
+@pytest.mark.parametrize(("count", "length"), [(1, 1), (255, 255), (256, 256), (700, 512)])
 def test_repeated_augmentation_shows_a_third_of_the_images_three_times_in_a_row(count, length):
     slots = Slots(np.arange(1000, 1000 + count), 0, repeats=3)
     assert slots.epoch_length == length
@@ -109,25 +103,21 @@ def damage(root, *names):
 
 
 def test_an_unreadable_training_image_is_replaced_by_the_next_readable_one(image_folder, folder):
-    example = TrainExample(folder, Slots(np.arange(18), 0, repeats=2), (8, 8), "pad")
-    whole = example(range(36))
+    example = TrainExample(folder, Slots(np.arange(18), 0), (8, 8), "pad")
+    whole = example(range(18))
     damage(image_folder, "train/ant/4.jpg", "train/ant/5.jpg")
-    damaged = example(range(36))
-    wanted = np.array([example.slots.example(slot) for slot in range(36)])
+    damaged = example(range(18))
+    wanted = np.array([example.slots.example(slot) for slot in range(18)])
     broken = np.isin(wanted, (4, 5))
-    assert 0 < broken.sum() < 36
+    assert broken.sum() == 2
     np.testing.assert_array_equal(damaged["unreadable"], np.where(broken, wanted, -1))
     for name in ("image", "label"):
         np.testing.assert_array_equal(damaged[name][~broken], whole[name][~broken])
     assert (damaged["image"][broken] == centre_crop(decode(folder[6], "image"), (8, 8), 1.0)).all()
     assert (damaged["label"][broken] == 1).all()
-
-
-def test_training_fails_when_too_many_images_in_a_row_are_unreadable(image_folder, folder):
     damage(image_folder, *(f"train/{folder.names[index]}" for index in range(TRIES)))
-    example = TrainExample(folder, Slots(np.arange(TRIES), 0), (8, 8), "pad")
     with pytest.raises(UserError, match=r"cannot decode.*jpg.*replace or remove"):
-        example([0])
+        TrainExample(folder, Slots(np.arange(TRIES), 0), (8, 8), "pad")([0])
 
 
 def test_evaluation_shows_its_subset_and_marks_other_rows_as_not_valid(image_folder, folder):
