@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from convit_jax.data import image_ops
 from convit_jax.data.randaugment import randaugment
 
-LARGEST_ERASED = 1 / 3  # share of the image's area
-LONGEST_ERASED = 1 / 0.3  # ratio of the sides of an erased box
+LARGEST_ERASED = 1 / 3  # share of the image
+LONGEST_ERASED = 1 / 0.3  # ratio of the sides
 
 
 def augment(
@@ -120,10 +120,10 @@ def random_erasing(images: jax.Array, key: jax.Array, prob: float) -> jax.Array:
 
 
 def erasing_boxes(key: jax.Array, rows: int, height: int, width: int, prob: float) -> tuple[jax.Array, ...]:
-    """Returns boxes as timm's `RandomErasing` draws them: (top, bottom, left, right), int32 [rows] each.
+    """Returns timm's boxes: (top, bottom, left, right), int32 [rows] each, empty where nothing is erased.
 
     A box is the first of ten that is smaller than the image. Its area is 2 % to 1/3 of the image, its
-    height / width log-uniform in 0.3 to 1 / 0.3, its place uniform. It is empty where nothing is erased.
+    height / width log-uniform in 0.3 to 1 / 0.3, its place uniform.
     """
     on_key, area_key, aspect_key, y_key, x_key = jax.random.split(key, 5)
     tries = (rows, 10)

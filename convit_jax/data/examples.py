@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convit_jax.data.images import Picture, centre_crop, decode, random_resized_crop
+from convit_jax.data.images import Picture, centre_crop, crop_resize, decode, random_resized_crop_box, width_height
 from convit_jax.data.sources import Source
 from convit_jax.errors import UserError
 
@@ -73,7 +73,8 @@ class TrainExample:
                 image, shown = self._readable(wanted)
             if self.crop == "resized":
                 rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
-                batch["image"][row] = random_resized_crop(image, self.size, rng)
+                box = random_resized_crop_box(*width_height(image), rng)
+                batch["image"][row] = crop_resize(image, self.size, box)
             else:
                 batch["image"][row] = centre_crop(image, self.size, 1.0)
             batch["label"][row] = self.source.labels[shown]

@@ -12,7 +12,7 @@ Picture = Image.Image | np.ndarray  # RGB, or uint8 [H, W, 3]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 AREA = (0.08, 1.0)  # of a random crop, share of the image
-ASPECT = (3 / 4, 4 / 3)  # of a random crop, width / height
+NARROWEST, WIDEST = 3 / 4, 4 / 3  # of a random crop, width / height
 
 
 def decode(record: bytes | np.ndarray, name: str) -> Picture:
@@ -40,29 +40,21 @@ def decode(record: bytes | np.ndarray, name: str) -> Picture:
         raise UserError(f"cannot decode the image {name} ({reason}): replace or remove the file.") from error
 
 
-def random_resized_crop(image: Picture, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Returns a random part of an image, resized to (height, width): uint8 [height, width, 3]."""
-    return crop_resize(image, size, random_resized_crop_box(*width_height(image), rng))
-
-
 def random_resized_crop_box(width: int, height: int, rng: np.random.Generator) -> Box:
     """Draws the box of a random resized crop, as torchvision's `RandomResizedCrop` and timm's.
 
-    The area is uniform in `AREA` and the aspect log-uniform in `ASPECT`. If none of ten draws fits into the
-    image of width x height pixels, the box is the largest central one with an aspect in `ASPECT`.
+    The area and the logarithm of the aspect are uniform. If none of ten draws fits into the image of width x
+    height pixels, the box is the largest central one with an allowed aspect.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*AREA)
-        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        aspect = math.exp(rng.uniform(math.log(NARROWEST), math.log(WIDEST)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    w, h = width, height
-    if width / height < ASPECT[0]:
-        h = round(width / ASPECT[0])
-    elif width / height > ASPECT[1]:
-        w = round(height * ASPECT[1])
+    h = round(width / NARROWEST) if width / height < NARROWEST else height
+    w = round(height * WIDEST) if width / height > WIDEST else width
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 

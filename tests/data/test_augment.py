@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -102,33 +103,21 @@ def test_the_stages_follow_the_recipe_each_with_its_own_key():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_an_image_depends_on_its_row_and_the_key_but_not_on_the_other_images(name):
+def test_an_image_depends_on_its_row_and_the_key_but_not_on_other_images_or_the_number_of_devices(name):
     images = photos()
-    first, again, other_key = (np.asarray(recipe(name)(images, jax.random.key(seed))) for seed in (2, 2, 3))
-    np.testing.assert_array_equal(first, again)
+    first, other_key = (np.asarray(recipe(name)(images, jax.random.key(seed))) for seed in (2, 3))
     assert (first != other_key).any((1, 2, 3)).all()
     others = np.roll(images, 20, axis=0)
     others[19] = images[19]
     result = np.asarray(recipe(name)(others, jax.random.key(2)))
     np.testing.assert_array_equal(result[19], first[19])
     assert (np.delete(result, 19, 0) != np.delete(first, 19, 0)).any((1, 2, 3)).all()
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_eight_devices_augment_a_batch_as_one_does_and_exchange_no_pixels(name):
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    assert mesh.size == 8
-    images, key = photos(), jax.random.key(3)
-    alone = recipe(name)(images, key)
-    program = recipe(name).lower(jax.device_put(images, rows), key).compile()
-    shared = program(jax.device_put(images, rows), key)
-    assert shared.sharding.is_equivalent_to(rows, shared.ndim)
-    np.testing.assert_array_equal(shared, alone)
-    text = program.as_text()
-    assert "all-reduce" in text  # the number of rounds of some_rows
-    for collective in ("all-gather", "all-to-all", "collective-permute"):
-        assert collective not in text
+    eight = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    spread = jax.device_put(images, eight)
+    program = recipe(name).lower(spread, jax.random.key(2)).compile()
+    np.testing.assert_array_equal(program(spread, jax.random.key(2)), first)
+    assert "all-reduce" in program.as_text()  # the number of rounds of some_rows; pixels stay where they are
+    assert not re.search("all-gather|all-to-all|collective-permute", program.as_text())
 
 
 def test_three_augment_is_grey_solarized_or_blurred_each_for_a_third():
