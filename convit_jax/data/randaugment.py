@@ -70,7 +70,6 @@ def apply_operation(
     # An image has one operation at most, so the order of the kernels does not matter.
     warps = (op == Op.ROTATE) | (op >= Op.SHEAR_X)
     matrices = _affine_matrices(op, sign * level, *images.shape[1:3])
-
     warped = image_ops.some_rows(functools.partial(image_ops.warp, fill=fill), warps, images, matrices)
     images = jnp.where(warps[:, None, None, None], warped, images)
     images = image_ops.look_up(images, _tables(images, op, level))

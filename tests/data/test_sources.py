@@ -1,9 +1,7 @@
 """Sources: the digits' fixed split, image folders as torchvision reads them, messages about unusable ones."""
 
-import io
 import os
 import pickle
-import re
 import shutil
 from types import SimpleNamespace
 
@@ -57,15 +55,14 @@ def test_the_split_of_the_digits_is_fixed_and_complete():
 
 
 def test_a_folder_is_read_in_the_order_of_classes_and_names(folder):
-    for split, part in (("train", "train"), ("test", "val")):
+    for split, part in (("test", "val"), ("train", "train")):
         source = ImageFolder(str(folder), split)
-        assert source.class_names == ("B", "a", "c")
-        assert list(source.names) == FILES[part]
-        assert source.labels.tolist() == LABELS[part]
-        assert source.labels.dtype == np.int32
-        for number, name in enumerate(source.names):
-            assert source[number] == (folder / part / name).read_bytes()
-            assert Image.open(io.BytesIO(source[number])).size == (6, 4)
+        assert (source.class_names, source.labels.dtype) == (("B", "a", "c"), np.int32)
+        assert (list(source.names), source.labels.tolist()) == (FILES[part], LABELS[part])
+        assert all(source[number] == (folder / part / name).read_bytes() for number, name in enumerate(source.names))
+    (folder / "train/B/10.png").unlink()
+    with pytest.raises(UserError, match=f"cannot read the image {folder}/train/B/10.png"):
+        source[1]
 
 
 def test_the_test_images_are_in_val_or_test_and_may_be_the_only_ones(folder):
@@ -114,11 +111,7 @@ def empty_val(root):
         (lambda root: shutil.rmtree(root / "train"), "train", "has no folder train: "),
         (lambda root: shutil.rmtree(root / "val"), "test", "has no folder val or test: "),
         (no_class, "train", "{root}/train holds no image: expected {root}/train/CLASS/"),
-        (
-            lambda root: (root / "train/dog").mkdir(),
-            "train",
-            "{root}/train/dog holds no image .* remove the folder",
-        ),
+        (lambda root: (root / "train/dog").mkdir(), "train", "dog holds no image .* remove the folder"),
         (lambda root: write_image(root / "val/dog/1.jpg"), "test", "'dog': both must have the same class folders"),
         (empty_val, "test", "{root}/val holds no image: expected {root}/val/CLASS/"),
     ],
@@ -128,13 +121,6 @@ def test_an_unusable_folder_is_named_with_the_remedy(damage, split, message, fol
     damage(folder)
     with pytest.raises(UserError, match=f"^.*{message.format(root=folder)}.*\\.$"):
         ImageFolder(folder, split)
-
-
-def test_an_image_that_disappeared_is_named(folder):
-    source = ImageFolder(folder, "train")
-    (folder / "train/B/10.png").unlink()
-    with pytest.raises(UserError, match=re.escape(str(folder / "train/B/10.png"))):
-        source[1]
 
 
 @pytest.mark.parametrize(
