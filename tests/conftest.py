@@ -152,6 +152,13 @@ def assert_same(one, other, **tolerance):
             np.testing.assert_array_equal(a, b)
 
 
+def collect(example, **settings):
+    """The batches of an example, as copies in plain arrays: a loader worker reuses their memory."""
+    from convit_jax.data.loader import batches
+
+    return [{k: np.array(v) for k, v in batch.items()} for batch in batches(example, **settings)]
+
+
 def run_train(*arguments, **kwargs):
     """train.py in a process of its own, on one device: a CompletedProcess with text output."""
     return run_python("train.py", *arguments, **kwargs)

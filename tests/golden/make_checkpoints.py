@@ -6,6 +6,7 @@ The tests read them without PyTorch and know what is in them: every tensor count
 import argparse
 import pathlib
 import sys
+import zipfile
 from collections import Counter, OrderedDict, defaultdict
 
 import numpy as np
@@ -69,6 +70,13 @@ def main():
     torch.save(kinds, HERE / "kinds_zip.pth")
     torch.save(kinds, HERE / "kinds_zip_protocol_5.pth", pickle_protocol=5)
     torch.save(kinds, HERE / "kinds_stream.pth", _use_new_zipfile_serialization=False)
+    floats = HERE / "little_endian.pth"
+    torch.save({"state_dict": {"a": counted("float32", 2, 3), "b": torch.arange(4.0)[1:]}}, floats)
+    big_endian(floats, HERE / "big_endian.pth")
+    swapped = torch.load(HERE / "big_endian.pth")["state_dict"]
+    assert torch.equal(swapped["a"], counted("float32", 2, 3))
+    assert swapped["b"].tolist() == [1, 2, 3]
+    floats.unlink()
     sys.stdout.write("".join(f"{path.name} {path.stat().st_size}\n" for path in sorted(HERE.glob("*.pth"))))
 
 
