@@ -192,8 +192,13 @@ def _add_colorbar(figure: "Figure", axes: Sequence["Axes"], norm: "Normalize", l
     from matplotlib.cm import ScalarMappable
     from matplotlib.ticker import PercentFormatter
 
-    scale, look = ScalarMappable(norm, "YlGnBu"), {"orientation": "horizontal", "shrink": 0.9 / len(axes)}
-    bar = figure.colorbar(scale, ax=axes, format=PercentFormatter(1), **look)
+    bar = figure.colorbar(
+        ScalarMappable(norm, "YlGnBu"),
+        ax=axes,
+        orientation="horizontal",
+        shrink=0.9 / len(axes),
+        format=PercentFormatter(1),
+    )
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=6.5)
     bar.set_label(label, fontsize=7.5)

@@ -103,8 +103,8 @@ def test_lines_are_means_by_fraction_and_their_gap(panels):
     for factor in (1, 1.2):
         assert has_line(means, fractions, 100 * fractions**0.5 * factor)
     assert has_line(gaps, fractions, np.full(5, 20))
-    (top, bottom) = (line.get_ydata() for line in means.containers[0].lines[1])  # the caps of the bars
-    np.testing.assert_allclose((bottom - top) / 2, np.full(5, 2.5**0.5))
+    low, high = (np.asarray(cap.get_ydata(), float) for cap in means.containers[0].lines[1])
+    np.testing.assert_allclose((high - low) / 2, np.full(5, 2.5**0.5))
     assert [label.get_text() for label in means.get_xticklabels()] == ["2%", "5%", "10%", "30%", "100%"]
 
     means, gaps = panels("imagenet.py:sample_efficiency", lambda run: 50.0)  # one seed has no spread
