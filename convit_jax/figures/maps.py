@@ -141,26 +141,30 @@ def _draw_photo(axes: "Axes", image: np.ndarray, grid: Sequence[int], query: Que
 
 
 def _draw_maps(axes: "Axes", cells: Cells, norm: "Normalize", query: Query, image: np.ndarray | None = None) -> None:
-    """Draws maps into axes whose unit is a patch."""
+    """Draws maps into axes whose unit is a patch, all in one picture because many are slow."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    grid = next(iter(cells.values()))[0].shape
-    down, across = _steps(grid)
-    # Colours only get darker, for colour-blind readers and grey prints; transparent below the scale.
-    palette = colormaps["YlGnBu"].with_extremes(under=(1, 1, 1, 0))
-    faded = None if image is None else 204 + np.asarray(Image.fromarray(image).convert("L")) // 5
+    height, width = next(iter(cells.values()))[0].shape
+    down, across = _steps((height, width))
+    rows, columns = (1 + max(each) for each in zip(*cells, strict=True))
+    canvas = np.full((rows * down, columns * across), np.nan)
     for (row, column), (values, caption) in cells.items():
         left, top = column * across, row * down
-        extent = (left, left + grid[1], top + grid[0], top)
-        if faded is not None:
-            axes.imshow(faded, cmap="gray", vmin=0, vmax=255, extent=extent)
-        axes.imshow(values, cmap=palette, norm=norm, extent=extent, interpolation="nearest")
-        axes.add_patch(Rectangle((left, top), grid[1], grid[0], fill=False, ec="0.6", lw=0.4))
-        axes.text(left + grid[1] / 2, top - 0.04 * max(grid), caption, fontsize=6.2, ha="center", in_layout=False)
+        canvas[top : top + height, left : left + width] = values
+        axes.add_patch(Rectangle((left, top), width, height, fill=False, ec="0.6", lw=0.4))
+        axes.text(left + width / 2, top - 0.3, caption, fontsize=6.2, ha="center", in_layout=False)
         _frame(axes, left, top, query)
-    rows, columns = (1 + max(each) for each in zip(*cells, strict=True))
-    axes.set(xlim=(0, columns * across), ylim=(rows * down, -CAPTION * max(grid)), xticks=[], yticks=[])
+    extent = (0, columns * across, rows * down, 0)
+    if image is not None:  # black becomes a light grey
+        faded = Image.fromarray(image).convert("L").resize((8 * width, 8 * height)).point(lambda grey: 204 + grey // 5)
+        cell = Image.new("L", (8 * across, 8 * down), 255)
+        cell.paste(faded)
+        axes.imshow(np.tile(np.asarray(cell), (rows, columns)), cmap="gray", vmin=0, vmax=255, extent=extent)
+    # Colours only get darker, for colour-blind readers and grey prints; transparent below the scale.
+    palette = colormaps["YlGnBu"].with_extremes(under=(1, 1, 1, 0))
+    axes.imshow(canvas, cmap=palette, norm=norm, extent=extent, interpolation="none")
+    axes.set(ylim=(rows * down, -max(1, round(CAPTION * max(height, width)))), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
@@ -175,9 +179,10 @@ def _frame(axes: "Axes", left: float, top: float, query: Query) -> None:
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, ec=COLORS[0], lw=0.9, path_effects=outline))
 
 
-def _steps(grid: Sequence[int]) -> tuple[float, float]:
+def _steps(grid: Sequence[int]) -> tuple[int, int]:
     """Patches (down, across) from one map to the next."""
-    return grid[0] + (CAPTION + GAP) * max(grid), grid[1] + GAP * max(grid)
+    gap, caption = (max(1, round(share * max(grid))) for share in (GAP, CAPTION))
+    return grid[0] + caption + gap, grid[1] + gap
 
 
 def _common_norm(grid: Sequence[int]) -> "Normalize":
@@ -197,6 +202,7 @@ def _add_colorbar(figure: "Figure", axes: Sequence["Axes"], norm: "Normalize", l
         ax=axes,
         orientation="horizontal",
         shrink=0.9 / len(axes),
+        aspect=40,
         format=PercentFormatter(1),
     )
     bar.minorticks_off()

@@ -68,7 +68,7 @@ def _plot_dots(study: Study, cells: Cells, paper: Cells) -> "Figure":
     from matplotlib.figure import Figure
 
     rows = study.row_names()
-    figure = Figure(figsize=(6.2, 1.3 + 0.33 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(6.2, 1.8 + 0.33 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for column, color in zip(study.column_names(), itertools.cycle(COLORS), strict=False):
         of = f"{study.columns}: {study.column_label(column)}, " if study.columns else ""
@@ -81,7 +81,7 @@ def _plot_dots(study: Study, cells: Cells, paper: Cells) -> "Figure":
     axes.set_yticks(range(len(rows)), [study.row_label(row) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(METRICS[study.metrics[0]])
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

@@ -124,4 +124,4 @@ def test_a_row_of_one_number_is_a_point_and_names_make_dots(panels):
     assert has_line(axes, [50.0] * 7, range(7))
     assert has_line(axes, [59.7, 57.4, 56.9, 54.6, 47.8, 54.3, 44.8], range(7))  # the paper's
     assert axes.get_yticklabels()[1].get_text() == "b: gates fixed"
-    assert axes.get_legend().get_texts()[3].get_text() == "images of each class: 10%, paper"
+    assert axes.figure.legends[0].get_texts()[3].get_text() == "images of each class: 10%, paper"
