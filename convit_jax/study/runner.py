@@ -103,10 +103,9 @@ def claim_study(output: Path, study: Study) -> None:
         write_json(output / "study.json", record)
 
 
-def train_command(run: StudyRun, output: Path, python: str = "python") -> list[str]:
+def train_command(run: StudyRun, output: Path) -> list[str]:
     """Returns the command of a run."""
-    script = os.path.relpath(ROOT / "train.py")
-    return [python, script, *run.flags, f"--workdir={run_directory(output, run)}"]
+    return ["python", os.path.relpath(ROOT / "train.py"), *run.flags, f"--workdir={run_directory(output, run)}"]
 
 
 @contextlib.contextmanager
@@ -150,15 +149,15 @@ def run_training(run: StudyRun, output: Path, signals: list[int], show: Callable
 
     Signals that arrive are passed on; the first makes train.py save. `show` gets the last line of output.
     """
-    directory, began = run_directory(output, run), time.monotonic()
+    directory, command, began = run_directory(output, run), train_command(run, output), time.monotonic()
     seconds = read_json(directory / "outcome.json").get("seconds", 0.0)
     log_path = directory / "output.log"
     with disk_errors(log_path), log_path.open("a") as log:
-        log.write(f"$ {shlex.join(train_command(run, output))}\n")
+        log.write(f"$ {shlex.join(command)}\n")
         log.flush()
         start, passed_on = log.tell(), 0
         process = subprocess.Popen(
-            train_command(run, output, sys.executable),
+            [sys.executable, *command[1:]],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

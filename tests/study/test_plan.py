@@ -14,6 +14,12 @@ from convit_jax.study.runner import train_command
 from convit_jax.training.plan import model_arguments
 
 GOLDEN = ROOT / "tests/golden/convit_golden.pth"
+SMALL = {"models": 12, "sample_efficiency": 2 * 5, "ablations": 7 * 2, "locality": 10, "distillation": 8}
+STUDIES = {
+    "digits.py": {name: 5 * runs for name, runs in SMALL.items()},
+    "cifar10.py": {name: 3 * runs for name, runs in SMALL.items()} | {"sample_efficiency_cpu": 18, "ablations_cpu": 21},
+    "imagenet.py": SMALL | {"locality_early": 10, "distillation": 3},
+}
 
 
 def settings(config):
@@ -24,39 +30,17 @@ def by_row(source):
     return {run.row: run.config for run in read_study(f"studies/{source}").runs}
 
 
-@pytest.mark.parametrize(
-    ("source", "runs"),
-    [
-        ("digits.py:sample_efficiency", 2 * 5 * 5),
-        ("digits.py:ablations", 7 * 2 * 5),
-        ("digits.py:locality", 10 * 5),
-        ("digits.py:models", 12 * 5),
-        ("digits.py:distillation", 8 * 5),
-        ("cifar10.py:sample_efficiency", 2 * 5 * 3),
-        ("cifar10.py:sample_efficiency_cpu", 2 * 3 * 3),
-        ("cifar10.py:ablations", 7 * 2 * 3),
-        ("cifar10.py:ablations_cpu", 7 * 3),
-        ("cifar10.py:locality", 10 * 3),
-        ("cifar10.py:models", 12 * 3),
-        ("cifar10.py:distillation", 8 * 3),
-        ("imagenet.py:models", 12),
-        ("imagenet.py:sample_efficiency", 2 * 5),
-        ("imagenet.py:ablations", 7 * 2),
-        ("imagenet.py:locality", 10),
-        ("imagenet.py:locality_early", 10),
-        ("imagenet.py:distillation", 3),
-    ],
-)
-def test_studies_of_the_repository(source, runs):
-    study = read_study(f"studies/{source}")
-    identities = {json.dumps(run_identity(run.config), sort_keys=True) for run in study.runs}
-    assert len(study.runs) == len(identities) == runs
-    assert all(settings(run.config) for run in study.runs)
-    file, _, name = source.partition(":")
-    text = (ROOT / "studies" / file).read_text()
+@pytest.mark.parametrize("file", list(STUDIES))
+def test_studies_of_the_repository(file):
+    text, docs = ((ROOT / path).read_text() for path in (f"studies/{file}", "docs/studies.md"))
     assert f"python -m convit_jax.study studies/{file}:" in text
-    assert f":{name}" in text
-    assert f"`studies/{source}`" in (ROOT / "docs/studies.md").read_text()
+    for name, runs in STUDIES[file].items():
+        study = read_study(f"studies/{file}:{name}")
+        identities = {json.dumps(run_identity(run.config), sort_keys=True) for run in study.runs}
+        assert len(study.runs) == len(identities) == runs
+        assert all(settings(run.config) for run in study.runs)
+        assert f":{name}" in text
+        assert f"`studies/{file}:{name}`" in docs
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
