@@ -61,7 +61,8 @@ def main(arguments: list[str], changes: list[str]) -> int:
         shared = run_study(study, output, signals)
         outcomes = write_results(study, output)
     print((output / "table.md").read_text())
-    print(f"  results {output}/table.md, table.csv, figure.pdf, figure.png")
+    files = [name for name in ("table.md", "table.csv", "figure.pdf", "figure.png") if (output / name).exists()]
+    print(f"  results {output}/{', '.join(files)}")
     states = [found.state for found in outcomes.values()]
     left = len(states) - states.count("done")
     if left and not signals and left <= shared:
@@ -78,7 +79,7 @@ def run_study(study: Study, output: Path, signals: list[int]) -> int:
     """Trains until nothing is left or a signal arrives; returns how many runs other commands work on."""
     at_start, total = read_outcomes(output, study), len(study.runs)
     counts = Counter(found.state for found in at_start.values())
-    words = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    words = ", ".join(f"{counts[state]} {state}" for state in ("done", "begun", "failed", "to do") if counts[state])
     print(f"{study.title}\n{study.question}\n{total} runs in {output}: {words}", flush=True)
     progress = Progress("runs", total, every=2)  # no lines in a file but those of `say`
     progress.start(counts["done"])
