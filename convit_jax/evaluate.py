@@ -33,7 +33,7 @@ def _define_flags() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluates what the flags describe; the last line is "top-1 ...  top-5 ...  loss ...  images ..."."""
+    """Evaluates what the flags describe."""
     from convit_jax.training.distributed import agree_on_checkpoint, phase, say, several, together
     from convit_jax.training.evaluation import evaluate_weights
     from convit_jax.training.setup import use_compilation_cache

@@ -61,10 +61,10 @@ def make_attention_log(
 
 
 def spread_images(example: EvalExample, count: int, devices: int) -> dict[str, np.ndarray]:
-    """Returns this process's rows of about `count` images: the first readable one of `count` equal parts.
+    """Returns this process's rows of a batch of the first readable image of each of `count` equal parts.
 
-    Every process reads all of them, so that all choose the same ones. A part without a readable image is left
-    out. Rows with "valid" False fill the batch up to a multiple of `devices`.
+    Every process reads all of them, so that all choose the same ones. Rows with "valid" False fill the batch up
+    to a multiple of `devices`.
     """
     edges = np.linspace(0, len(example.indices), count + 1).astype(int).tolist()
     parts = ((example([slot]) for slot in range(*part)) for part in itertools.pairwise(edges))

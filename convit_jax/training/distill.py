@@ -84,21 +84,15 @@ def load_teacher(
         columns, remark = match_classes(names, loaded)
         # Without the position embedding: it may have been resized, which rounds differently elsewhere.
         as_trained = {name: tensor for name, tensor in loaded.tensors.items() if name != "pos_embed"}
-        weights, params = fingerprint(as_trained), loaded.params()  # both read the file
+        weights, params, how = fingerprint(as_trained), loaded.params(), loaded.preprocessing  # reads the file
     except UserError as error:
         raise UserError(f"distill.teacher: {error}") from error
-    renormalise = _renormalisation(config.data, loaded.preprocessing)
+    mean, std, to_mean, to_std = map(np.array, (config.data.mean, config.data.std, how.mean, how.std))
+    renormalise = None
+    if (mean != to_mean).any() or (std != to_std).any():  # (x std + mean - to_mean) / to_std of a normalised x
+        renormalise = (std / to_std).astype(np.float32), ((mean - to_mean) / to_std).astype(np.float32)
     notes = [*loaded.changes, "images renormalised for it" if renormalise else None, remark]
     changes = [note for note in notes if note]
     facts = {"source": source, "network": describe_weights(loaded), "changes": changes, "weights": weights}
     same = np.array_equal(columns, np.arange(known))
     return Teacher(loaded.network[0], config.distill, None if same else columns, renormalise, facts), params
-
-
-def _renormalisation(ours: Any, theirs: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """(scale, shift) from images normalised with our mean and std to theirs; None if these are the same."""
-    (mean, std), (to_mean, to_std) = ((np.array(s.mean), np.array(s.std)) for s in (ours, theirs))
-    if (mean == to_mean).all() and (std == to_std).all():
-        return None
-    # (x std + mean - to_mean) / to_std of a normalised x
-    return (std / to_std).astype(np.float32), ((mean - to_mean) / to_std).astype(np.float32)

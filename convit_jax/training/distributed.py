@@ -236,14 +236,14 @@ def check_same(facts: Mapping[str, Any], remedy: str = "start all processes with
 
 
 def comparable(config: ConfigDict) -> dict[str, Any]:
-    """Returns the fields of a config that all processes must share, {"optim.lr": 0.0005, ...}."""
+    """Returns the fields of a config that all processes must share, by name."""
     return {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
 
 
 def agree_on_checkpoint(source: str | None, which: str = "best", ema: bool = False) -> str | int:
-    """Returns the checkpoint (`which`) of weights that all processes read: a step, if they are a run directory.
+    """Returns the checkpoint of a source of weights that all processes read, though its run may go on.
 
-    The run may go on, and another checkpoint be the best one a moment later.
+    A step, if there are several processes and the source is a run directory, otherwise `which`.
     """
     from convit_jax.weights.run import find_step  # heavy
 

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from convit_jax.progress import Progress
 from convit_jax.training import distributed
 from convit_jax.training.distributed import phase, say
 from convit_jax.training.sharding import put_batch, put_same, replicated
-from convit_jax.training.step import Arrays, eval_metrics, make_eval_step
+from convit_jax.training.step import eval_metrics, make_eval_step
 from convit_jax.weights.formats import Pretrained
 from convit_jax.weights.pretrained import fingerprint, match_classes
 
@@ -31,32 +31,17 @@ def evaluate(
     models: Mapping[str, Any],
     batches: Iterable[Batch],
     eval_step: Callable[[Any, Any, Any], Any],
-    zero: Arrays,
     mesh: Mesh,
-    *,
     stopped: Callable[[], object] = lambda: False,
-    progress: Callable[[int], object] = lambda batches: None,
 ) -> dict[str, dict[str, float]] | None:
-    """Evaluates one or several sets of weights in one pass over the images.
+    """Evaluates one or several sets of weights, {name: parameters}, in one pass over `our_batches`.
 
-    Args:
-      models: {name: parameters}.
-      batches: this process's rows of each batch, from `our_batches`.
-      eval_step: compiled `step.make_eval_step`.
-      zero: `step.eval_metrics()`, on the devices.
-      mesh: devices.
-      stopped: called before each batch, by all processes alike; ends the evaluation when true.
-      progress: called with the number of batches that are done.
-
-    Returns:
-      {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count}}, or None if stopped.
-
-    Raises:
-      UserError: no image could be read.
+    Returns {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count}}, or None if `stopped`,
+    which all processes call before each batch, ended it. Raises UserError if no image could be read.
     """
-    sums = dict.fromkeys(models, zero)
+    sums = dict.fromkeys(models, jax.jit(eval_metrics, out_shardings=replicated(mesh))())
     under_way: collections.deque[Any] = collections.deque()
-    for number, batch in enumerate(batches):
+    for batch in batches:
         if stopped():
             return None
         on_devices = put_batch(batch, mesh)
@@ -65,7 +50,6 @@ def evaluate(
         under_way.append(sums)
         if len(under_way) > AHEAD:
             jax.block_until_ready(under_way.popleft())
-            progress(number + 1 - AHEAD)
     results = {}
     for name, counts in jax.device_get(sums).items():
         loss, best, best5, images = (counts[key].item() for key in ("loss", "top1", "top5", "images"))
@@ -102,19 +86,10 @@ def our_batches(
 
 
 def evaluate_weights(config: ConfigDict, loaded: Pretrained, params: dict[str, Any], mesh: Mesh) -> dict[str, float]:
-    """Evaluates weights on the test images of config.data, with the weights' preprocessing.
+    """Evaluates parameters of weights on the test images of a config, with the weights' preprocessing.
 
-    Args:
-      config: fields of configs/default.py.
-      loaded: the weights.
-      params: their parameters, which may have been changed.
-      mesh: devices.
-
-    Returns:
-      {"top1": per cent, "top5": per cent, "loss": mean, "images": count}.
-
-    Raises:
-      UserError: images that cannot be read, classes that do not match, or processes that have different ones.
+    Returns {"top1": per cent, "top5": per cent, "loss": mean, "images": count}. Raises UserError for images
+    that cannot be read, classes that do not match, and processes that would evaluate something else.
     """
     images, labels = _match_images(config, loaded, params)
     count, how = len(images.indices), loaded.preprocessing
@@ -123,19 +98,18 @@ def evaluate_weights(config: ConfigDict, loaded: Pretrained, params: dict[str, A
     tell = say if distributed.is_first() else distributed.warn
     unreadable = Unreadable(images.source, config.data.max_unreadable, tell)
     rows = our_batches(images, unreadable, config, batch_size, 0, math.ceil(count / batch_size))
-    relabelled = ({**batch, "label": labels[batch["label"]]} for batch in rows)
+    progress = Progress("images", count, every=0.1, enabled=distributed.is_first())
+
+    def relabelled() -> Iterator[Batch]:
+        for number, batch in enumerate(rows):
+            progress.update(number * batch_size, "")
+            yield {**batch, "label": labels[batch["label"]]}
 
     normalization = ConfigDict({"data": {"mean": how.mean, "std": how.std}})
     step = jax.jit(make_eval_step(loaded.network[0], normalization), out_shardings=replicated(mesh))
-    zero = jax.jit(eval_metrics, out_shardings=replicated(mesh))()
     params = put_same(params, jax.tree.map(lambda _: replicated(mesh), params))
-    progress = Progress("images", count, every=0.1, enabled=distributed.is_first())
     phase("the first batch, which is compiled")
-
-    def show(done: int) -> None:
-        progress.update(min(done * batch_size, count), "")
-
-    results = evaluate({"": params}, relabelled, step, zero, mesh, progress=show)
+    results = evaluate({"": params}, relabelled(), step, mesh)
     progress.close()
     assert results is not None  # nothing stops it
     return results[""]

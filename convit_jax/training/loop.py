@@ -77,8 +77,7 @@ def evaluate_if_due(run: Training, state: State, step: int, stop: Stop) -> None:
     if step not in run.plan.eval_at or step in run.log.top1:
         return
     models = {"val": state["params"]} | ({"val_ema": state["ema"]} if "ema" in state else {})
-    batches, steps = run.test_batches(), run.steps
-    results = evaluate(models, batches, steps.evaluate, steps.no_eval_sums, run.mesh, stopped=lambda: stop.poll(step))
+    results = evaluate(models, run.test_batches(), run.steps.evaluate, run.mesh, stopped=lambda: stop.poll(step))
     if results is None:
         return
     epoch, names = run.plan.epoch(step), ("top1", "top5", "loss")

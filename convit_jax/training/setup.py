@@ -32,7 +32,6 @@ from convit_jax.training.sharding import gather, make_mesh, put_same, replicated
 from convit_jax.training.step import (
     Arrays,
     State,
-    eval_metrics,
     make_eval_step,
     make_train_step,
     new_state,
@@ -52,7 +51,6 @@ class Steps:
     first: Callable[[Any], dict[str, Any]]  # parameters, or None for new ones -> {"state", "metrics"} of step 0
     shapes: Any  # and shardings of {"state", "metrics"}, the content of a checkpoint
     no_sums: Arrays  # of an empty window
-    no_eval_sums: Arrays  # before the first batch of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,15 +185,13 @@ def make_steps(
         donate_argnums=0,
         out_shardings=(shardings["state"], shardings["metrics"]),
     )
-    empty, empty_eval = jax.jit(lambda: (no_sums(), eval_metrics()), out_shardings=replicated(mesh))()
     return Steps(
         graphdef=graphdef,
         train=lambda state, sums, batch: train(state, sums, batch, seed, teacher_params),
         evaluate=jax.jit(make_eval_step(graphdef, config, gather(mesh)), out_shardings=replicated(mesh)),
         first=lambda params: start(seed, params),
         shapes=jax.eval_shape(start, seed),
-        no_sums=empty,
-        no_eval_sums=empty_eval,
+        no_sums=jax.jit(no_sums, out_shardings=replicated(mesh))(),
     )
 
 

@@ -80,6 +80,8 @@ def facts(config: ConfigDict, plan: Plan, params: Any, mesh: Mesh, teacher: Teac
 def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> str:
     """Returns the text before the first step; run: of `facts`."""
     height, width = run["image_size"]
+    peak, warmup = peak_learning_rate(config.optim, config.batch_size), config.optim.warmup_epochs
+    after = f" after {warmup:g} epochs of warm-up" if warmup else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in run["mesh"].items())
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     fewest, most = run["train_images_per_class"]
@@ -93,7 +95,8 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
             f"({each} per class), {run['classes']} classes, {run['test_images']:,} test images",
         ),
         ("Training", f"{run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs"),
-        ("Rate", _rate(config, run["peak_learning_rate"])),
+        # A short run may end before its warm-up does.
+        ("Rate", f"{run['peak_learning_rate']:.4g} at most ({config.optim.lr:g} x batch / 512 = {peak:.4g}{after})"),
         ("Devices", f"{run['devices']} x {run['device_kind']} ({mesh}){processes}, jax {run['jax']}"),
     ]
     if teacher := run["teacher"]:
@@ -101,14 +104,6 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
         rows.append(("Teacher", words))
     rows.append(("Run", str(workdir)))
     return "\n".join(f"{name:9}{text}" for name, text in rows) + f"\nConfig\n{_settings(config)}"
-
-
-def _rate(config: ConfigDict, largest: float) -> str:
-    peak = peak_learning_rate(config.optim, config.batch_size)
-    words = f"{config.optim.lr:g} x batch / 512 = {peak:.4g}"
-    if largest < 0.9 * peak:  # at the end of the warm-up the cosine is a little below the peak
-        words += f" after {config.optim.warmup_epochs:g} epochs of warm-up, which this run does not reach"
-    return f"{largest:.4g} at its peak ({words})"
 
 
 def _settings(config: ConfigDict) -> str:

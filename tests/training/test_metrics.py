@@ -73,10 +73,10 @@ def test_the_clock_counts_what_is_done_and_not_the_pauses(monkeypatch):
         with clock.waiting():
             now[0] += 0.5
         now[0] += 1.5
-        clock.count(10)
+        clock.images += 10
     with clock.paused():
         now[0] += 1000
     assert clock.read() == {"images_per_second": 40 / 8, "data_wait": 2 / 8}
     now[0] += 1
-    clock.count(7)
+    clock.images += 7
     assert clock.read() == {"images_per_second": 7, "data_wait": 0}
