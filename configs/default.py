@@ -64,13 +64,13 @@ FIELDS = {
     "optim.schedule_per": Field(
         "epoch", "change the rate once per epoch, as the original, or per step", ("epoch", "step")
     ),
-    "optim.weight_decay": Field(0.05, "of all parameters but biases, norms and gates", "[0, inf)"),
+    "optim.weight_decay": Field(0.05, "decoupled weight decay; not applied to biases, norms and gates", "[0, inf)"),
     "optim.b1": Field(0.9, "decay of the mean of the gradient", "[0, 1)"),
     "optim.b2": Field(0.999, "decay of the mean of its square", "[0, 1)"),
     "optim.eps": Field(1e-8, "added to the root of the mean square", "[0, inf)"),
     "optim.clip_norm": Field(0.0, "maximum global norm of the gradient; 0: no clipping", "[0, inf)"),
     "optim.ema_decay": Field(0.0, "decay of a moving average of the weights; 0: none", "[0, 1)"),
-    "optim.frozen": Field((), 'parameters that are not trained: parts of their names, as ("gating_param",)'),
+    "optim.frozen": Field((), 'parameters that are not trained: parts of their names, such as ("gating_param",)'),
     # Augmentation of training images.
     "augment.crop": Field("resized", "random resized crop; pad: shift by up to `padding` pixels", ("resized", "pad")),
     "augment.padding": Field(4, "pixels, with crop = pad", "[0, inf)"),
@@ -100,7 +100,7 @@ FIELDS = {
     "data.repeats": Field(3, "repeated augmentation: consecutive copies of each image", "[1, inf)"),
     "data.crop_ratio": Field(0.875, "evaluation: side of the centre crop / short side of the resized image", "(0, 1]"),
     "data.mean": Field((0.485, 0.456, 0.406), "mean of red, green and blue, for pixels in 0..1", "(-inf, inf)"),
-    "data.std": Field((0.229, 0.224, 0.225), "standard deviation, likewise", "(0, inf)"),
+    "data.std": Field((0.229, 0.224, 0.225), "standard deviation per channel, same scale", "(0, inf)"),
     "data.max_unreadable": Field(
         10,
         "unreadable images allowed: replaced in training, skipped in evaluation",
@@ -109,7 +109,7 @@ FIELDS = {
     ),
     "data.workers": Field(
         8,
-        "loader processes; 0: threads of the training process; changes no number",
+        "loader processes; 0: threads of the training process; does not affect results",
         "[0, inf)",
         may_change=True,
     ),
@@ -117,7 +117,7 @@ FIELDS = {
     "distill.teacher": Field(None, "a source of load_pretrained; None: no teacher", kind=str, may_change=True),
     "distill.kind": Field("hard", "learn the teacher's class, or its probabilities", ("hard", "soft")),
     "distill.alpha": Field(0.5, "weight of the teacher in the loss", "[0, 1]"),
-    "distill.temperature": Field(1.0, "of both softmaxes, with kind = soft", "(0, inf)"),
+    "distill.temperature": Field(1.0, "temperature of both softmaxes, with kind = soft", "(0, inf)"),
     # What is measured of attention at every evaluation.
     "locality.images": Field(
         None,
@@ -133,13 +133,18 @@ FIELDS = {
     "mesh.data": Field(-1, "devices that share a batch; -1: all", "[-1, inf)", may_change=True),
     "mesh.fsdp": Field(1, "devices that also share parameters and optimizer state", "[1, inf)", may_change=True),
     "eval_batch_size": Field(
-        1024, "over all devices; every image counts once at any size", "[1, inf)", may_change=True
+        1024, "images per evaluation step, over all devices; does not affect results", "[1, inf)", may_change=True
     ),
     "eval_every": Field(
-        1.0, "epochs; of the whole training set with data.keep_total_images", "(0, inf)", may_change=True
+        1.0,
+        "epochs between evaluations; of the whole training set with data.keep_total_images",
+        "(0, inf)",
+        may_change=True,
     ),
-    "checkpoint_every": Field(1000, "steps; evaluation and the end save as well", "[1, inf)", may_change=True),
-    "log_every": Field(50, "steps", "[1, inf)"),
+    "checkpoint_every": Field(
+        1000, "steps between checkpoints; evaluations and the end also save one", "[1, inf)", may_change=True
+    ),
+    "log_every": Field(50, "steps between lines of the training log", "[1, inf)"),
     "compilation_cache": Field(
         "~/.cache/convit_jax/compiled",
         "folder of compiled programs; empty: none; several processes use RUN/compiled",

@@ -1,4 +1,4 @@
-"""DeiT-B on ImageNet, 300 epochs; the paper's top-1 (top-5): 81.8.
+"""DeiT-B on ImageNet, 300 epochs; the paper's top-1: 81.8.
 
 python train.py --config=configs/deit_b.py --config.data.dir=IMAGENET
 """

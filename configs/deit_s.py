@@ -1,4 +1,4 @@
-"""DeiT-S on ImageNet, 300 epochs; the paper's top-1 (top-5): 79.8.
+"""DeiT-S on ImageNet, 300 epochs; the paper's top-1: 79.8.
 
 python train.py --config=configs/deit_s.py --config.data.dir=IMAGENET
 """

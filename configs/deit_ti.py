@@ -1,4 +1,4 @@
-"""DeiT-Ti on ImageNet, 300 epochs; the paper's top-1 (top-5): 72.2.
+"""DeiT-Ti on ImageNet, 300 epochs; the paper's top-1: 72.2.
 
 python train.py --config=configs/deit_ti.py --config.data.dir=IMAGENET
 """

@@ -48,12 +48,12 @@ def launch(
     """Reads the command line and runs a command; never returns.
 
     Args:
-      name: of the command, printed before its messages, as "train.py".
+      name: Command name, printed before its messages, for example "train.py".
       main: gets the arguments that are not flags, with absl's flags parsed; returns the exit status or None.
       define: defines the command's own flags.
       config: None: the command takes no --config. Otherwise its default config file, relative to the clone,
         or "" for none.
-      arguments: the arguments expected besides flags, as "SOURCE TARGET".
+      arguments: Expected arguments besides flags, such as "SOURCE TARGET".
       processes: whether several processes can run the command together; adds the flags for this.
       interrupted: end of the message after Ctrl-C.
     """
@@ -234,8 +234,10 @@ def define_weights(*, checkpoint: bool = True, new_head: bool = False) -> None:
     if new_head:
         flags.DEFINE_integer("num_classes", None, "Replace the head by a new one with this many classes.")
         flags.DEFINE_integer("seed", 0, "Seed of the new head.")
-    flags.DEFINE_string("image_size", None, "Resize the position embedding to images of 384, or 224x448.")
-    flags.DEFINE_integer("heads", None, "Number of attention heads, if the file does not tell it.")
+    flags.DEFINE_string(
+        "image_size", None, "Image size for the position embedding: SIDE or HEIGHTxWIDTH, such as 384 or 224x448."
+    )
+    flags.DEFINE_integer("heads", None, "Number of attention heads; needed only if the file does not determine it.")
     flags.DEFINE_enum("which", "best", ["best", "latest"], "Which checkpoint of a run directory.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "dtype of the computation.")
     flags.DEFINE_bool("ema", False, "Use the moving average of the weights.")
@@ -273,5 +275,5 @@ def _image_size(text: str | None) -> tuple[int, int] | None:
         return None
     sides: Sequence[str] = text.split("x")
     if len(sides) > 2 or not all(side.isdigit() for side in sides):
-        raise UserError(f"--image_size is {text!r}: give 384, or HEIGHTxWIDTH as 224x448.")
+        raise UserError(f"--image_size is {text!r}: give 384, or HEIGHTxWIDTH such as 224x448.")
     return int(sides[0]), int(sides[-1])

@@ -21,27 +21,20 @@ from ml_collections.config_dict import placeholder
 
 from convit_jax.errors import UserError, explained, nearest
 
-ROOT = Path(__file__).parents[1]  # the clone, with configs/; an installed package has none
+ROOT = Path(__file__).parents[1]  # the clone
+IN_CLONE = (ROOT / "pyproject.toml").is_file()  # an installed package has no configs/
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A config field.
+    """A config field."""
 
-    Attributes:
-      default: value of the paper's recipe; None leaves the choice to the program.
-      meaning: what the field does, with its unit.
-      allowed: an interval such as "[0, 1)", which also holds for each number of a tuple, or the choices.
-      kind: type of the values, if the default does not tell it.
-      may_change: whether a run may continue with another value: it changes no number but for rounding.
-    """
-
-    default: Any
+    default: Any  # of the paper's recipe; None leaves the choice to the program
     meaning: str
-    allowed: str | tuple[str, ...] = ""
+    allowed: str | tuple[str, ...] = ""  # an interval such as "[0, 1)", for each number of a tuple, or the choices
     _: dataclasses.KW_ONLY
-    kind: type | None = None
-    may_change: bool = False
+    kind: type | None = None  # type of the values, if the default does not tell it
+    may_change: bool = False  # whether a run may continue with another value: it changes nothing but rounding
 
     def initial(self) -> Any:
         """Returns the field's entry in a ConfigDict."""
@@ -58,7 +51,7 @@ class Field:
                 hint = nearest(str(value), self.allowed)
                 raise UserError(f"{name} is {value!r}{hint} Choose from: {', '.join(self.allowed)}.")
         elif not all(_inside(each, self.allowed) for each in (value if isinstance(value, tuple) else [value])):
-            raise UserError(f"{name} is {value}: it must be in {self.allowed}.")
+            raise UserError(f"{name} is {value} ({self.meaning}): it must be in {self.allowed}.")
 
 
 def _inside(value: float, interval: str) -> bool:
@@ -70,7 +63,7 @@ def _inside(value: float, interval: str) -> bool:
 
 
 def make_config(fields: Mapping[str, Field]) -> ConfigDict:
-    """Returns the ConfigDict of declared fields, named as "optim.lr", at their defaults."""
+    """Returns the ConfigDict of declared fields, named such as "optim.lr", at their defaults."""
     config = ConfigDict()
     for name, field in fields.items():
         section, _, last = name.rpartition(".")
@@ -82,7 +75,7 @@ def make_config(fields: Mapping[str, Field]) -> ConfigDict:
 
 def declared_fields() -> dict[str, Field]:
     """Returns the fields of configs/default.py; none where the package is installed without configs/."""
-    if not (ROOT / "configs").is_dir():
+    if not IN_CLONE:
         return {}
     _make_configs_importable()
     from configs import default
@@ -97,19 +90,15 @@ def default_config() -> ConfigDict:
 
 def _make_configs_importable() -> None:
     """Lets config files import each other from any working directory."""
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))
+    if IN_CLONE and sys.path[0] != str(ROOT):
+        sys.path.insert(0, str(ROOT))
 
 
 # ---- Loading ---------------------------------------------------------------------------------
 
 
 def load_config_file(source: str) -> ConfigDict:
-    """Returns the config of a file, FILE.py or FILE.py:ROW, for get_config() or get_config(ROW).
-
-    Raises:
-      UserError: there is no such file, or it sets or lacks a field.
-    """
+    """Returns get_config() of FILE.py, or get_config(ROW) of FILE.py:ROW; UserError if a field is wrong or missing."""
     path, _, row = source.partition(":")
     file = Path(path) if Path(path).is_file() else ROOT / path
     if not file.is_file():
@@ -135,11 +124,7 @@ def load_config_file(source: str) -> ConfigDict:
 
 
 def load_run_config(directory: Path) -> ConfigDict:
-    """Returns the config of a run directory, on all local devices, whatever the run was trained on.
-
-    Raises:
-      UserError: config.json cannot be read.
-    """
+    """Returns the config of a run directory, on all local devices, whatever the run was trained on."""
     file = directory / "config.json"
     with explained(file):
         try:
@@ -197,11 +182,7 @@ def _check_names(names: Iterable[str], words: str) -> None:
 
 
 def load_config(arguments: Sequence[str]) -> ConfigDict:
-    """Returns the config of a command line such as ["--config=configs/digits.py", "--config.epochs=5"].
-
-    Raises:
-      UserError: anything wrong with it, as train.py reports it.
-    """
+    """Returns the config of ["--config=configs/digits.py", "--config.epochs=5"]; UserError as train.py reports it."""
     source = find_option(arguments, "config")
     if source is None:
         raise UserError("there is no config: add --config=FILE.")
@@ -246,15 +227,9 @@ def may_change() -> frozenset[str]:
 
 
 def compare_configs(now: Mapping[str, Any], then: Mapping[str, Any], ignored: Collection[str]) -> list[str]:
-    """Compares two flat configs.
+    """Returns ["optim.lr was 0.1, is 0.2", ...] of two flat configs.
 
-    Args:
-      now: today's.
-      then: one that was saved, perhaps by older code; fields that it lacks had their default value.
-      ignored: names that may differ.
-
-    Returns:
-      ["optim.lr was 0.1, is 0.2", ...].
+    `then` may be from older code: fields that it lacks had their default value.
     """
     then = {**{name: value for name, value in flatten(default_config()).items() if name in now}, **then}
     return [

@@ -40,12 +40,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens a file that appears under its name only when it is complete.
-
-    Args:
-      path: final path. The data first goes into a temporary file in the same folder.
-      mode: "w" for text or "wb" for bytes.
-    """
+    """Opens a file, "w" or "wb", that appears under its name only when it is complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode) as file:
@@ -105,13 +100,12 @@ def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait
 
     Args:
       directory: made if it does not exist.
-      name: of the lock; each name is a lock of its own.
+      name: of the lock's file.
       owner: text for `wait_for_owner`.
       wait: wait until the lock is free instead of raising.
 
     Raises:
       DirectoryLocked: another process has the lock.
-      UserError: the directory cannot be written.
     """
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -129,11 +123,7 @@ def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait
 
 
 def wait_for_owner(workdir: Path, owner: str, seconds: float = 10) -> None:
-    """Waits until the text of the lock's owner is visible; network file systems may show it late.
-
-    Raises:
-      UserError: this process sees another directory of that name.
-    """
+    """Waits until the text of the lock's owner is visible, which network file systems may show late."""
     deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
@@ -155,11 +145,6 @@ def claim_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> No
 
     A run without a checkpoint and without an evaluation starts over, with any config. An evaluated run had a
     checkpoint: without it the run cannot continue, and its log must not be overwritten.
-
-    Args:
-      workdir: the run directory, locked by this process.
-      config: of the run.
-      facts: of the run, for run.json.
 
     Raises:
       UserError: the directory holds another run, other data, another teacher, or a log without checkpoints.

@@ -52,7 +52,7 @@ def local_positional_weights(num_heads: int, locality_strength: float) -> jax.Ar
       locality_strength: the paper's alpha; larger values concentrate attention on the pixel.
     """
     k = math.isqrt(num_heads)
-    centre = (k - 1) / 2 if k % 2 == 0 else k // 2
+    centre = (k - 1) / 2
     offsets = jnp.arange(k, dtype=jnp.float32) - centre
     dx, dy = jnp.repeat(offsets, k), jnp.tile(offsets, k)
     return locality_strength * jnp.stack([2 * dx, 2 * dy, -jnp.ones(k * k)])
@@ -66,14 +66,14 @@ class GatedPositionalSelfAttention(nnx.Module):
       num_heads: H, divides `dim`.
       grid: (rows, columns) of patches.
       qkv_bias: whether queries, keys and values have biases.
-      conv_init: start as a convolution (local positional weights, identity values), otherwise like any layer.
+      conv_init: start as a convolution (local positional weights, identity values), otherwise at random.
       locality_strength: the paper's alpha, see `local_positional_weights`.
       gate_init: initial lambda of every head; 1 gives s = 0.731.
       attention: back end of the content, "xla" or "cudnn".
-      attn_drop: dropout rate of the attention maps. Above 0 training computes A explicitly.
+      attn_drop: dropout rate of the attention maps. If above 0, training computes A explicitly.
       proj_drop: dropout rate of the output.
       dtype: of the arithmetic. Parameters, softmax and gates are float32.
-      rngs: keys of the initial parameters.
+      rngs: source of keys for the initial parameters.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class GatedPositionalSelfAttention(nnx.Module):
         self.qk = Linear(dim, 2 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.v = Linear(dim, dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
-        precision = jax.lax.Precision.HIGHEST
+        precision = jax.lax.Precision.HIGHEST  # TF32 would round scores: dx^2 + dy^2 reaches hundreds
         self.pos_proj = nnx.Linear(3, num_heads, kernel_init=TRUNC_NORMAL, precision=precision, rngs=rngs)
         self.gating_param = nnx.Param(jnp.full(num_heads, gate_init, jnp.float32))
         if conv_init:
@@ -120,6 +120,7 @@ class GatedPositionalSelfAttention(nnx.Module):
 
     def positional_factors(self) -> tuple[jax.Array, jax.Array]:
         """Returns (A_y [H, rows, rows], A_x [H, columns, columns]), float32, with P = A_y (x) A_x."""
+        # The bias of pos_proj is equal for all keys of a head, so softmax cancels it.
         weights = self.pos_proj.kernel[...].astype(jnp.float32)  # [3, H]
 
         def axis_softmax(axis: int, size: int) -> jax.Array:
@@ -160,9 +161,10 @@ class GatedPositionalSelfAttention(nnx.Module):
         (v,) = backend.split_heads(self.v, x, 1, self.num_heads)
         gates = self.gates()[:, None, None]
         a_y, a_x = self.positional_factors()
-        position = backend.position(gates * a_y, a_x, v)
+        # s goes into A_y, the small factor, instead of the [B, H, N, d] result.
+        gated_position = backend.position(gates * a_y, a_x, v)
         content = backend.content(q, k, v)
-        return backend.join_heads(gated_sum(gates.reshape(backend.per_head), content, position))
+        return backend.join_heads(gated_sum(gates.reshape(backend.per_head), content, gated_position))
 
     def _explicit(self, x: jax.Array, key: jax.Array) -> jax.Array:
         """dropout(A) v, for which A must exist."""

