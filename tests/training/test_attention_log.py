@@ -65,16 +65,6 @@ def test_what_the_model_or_the_config_does_not_have_is_left_out(digits_config):
     assert set(measured(digits_config, params)) == {"nonlocality"}
 
 
-def test_images_of_all_classes_are_looked_at(digits_config):
-    test = make_plan(digits_config, devices=1).test
-    labels = np.concatenate([test([slot])["label"] for slot in range(len(test.indices))])
-    assert np.all(np.diff(labels) >= 0)  # the first ones are of one class
-    pixels = spread_images(test, 20, devices=1)["image"]
-    chosen = np.linspace(0, len(labels), 21).astype(int)[:-1]
-    np.testing.assert_array_equal(pixels, test(chosen)["image"])
-    assert set(labels[chosen]) == set(range(10))
-
-
 def test_the_first_readable_image_of_each_part_whoever_reads_them(digits_config, image_folder, monkeypatch):
     digits_config.data.name, digits_config.data.dir = "folder", str(image_folder)
     digits_config.batch_size = digits_config.eval_batch_size = 8

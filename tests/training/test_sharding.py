@@ -97,22 +97,6 @@ def test_the_collectives_are_those_that_the_mesh_calls_for_and_memory_falls_with
     assert state_bytes[1, 8] < 0.15 * state_bytes[8, 1]
 
 
-def test_gradients_of_what_is_gathered_are_cut_as_it_is():
-    mesh = make_mesh(2, 4)
-    tree = {"kernel": np.ones((3, 8), np.float32), "bias": np.ones(3, np.float32)}
-    shardings = state_shardings(mesh, tree)
-
-    def loss(tree):
-        whole = gather(mesh)(tree)
-        return jnp.sum(whole["kernel"] ** 2) + jnp.sum(whole["bias"])
-
-    gradient = jax.jit(jax.grad(loss))(put_same(tree, shardings))
-    assert {name: array.sharding.spec for name, array in gradient.items()} == {
-        name: sharding.spec for name, sharding in shardings.items()
-    }
-    np.testing.assert_array_equal(gradient["kernel"], 2 * tree["kernel"])
-
-
 def test_the_largest_axis_that_fsdp_divides_is_sharded():
     mesh = make_mesh(-1, 4)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
