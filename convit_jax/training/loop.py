@@ -15,6 +15,7 @@ from convit_jax.training.evaluation import evaluate
 from convit_jax.training.reports import Reports
 from convit_jax.training.setup import Training, set_up
 from convit_jax.training.sharding import put_batch
+from convit_jax.training.step import State
 from convit_jax.training.stop import Stop
 
 
@@ -71,25 +72,17 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     return run.log.last
 
 
-def evaluate_if_due(run: Training, state: dict[str, Any], step: int, stop: Stop) -> None:
+def evaluate_if_due(run: Training, state: State, step: int, stop: Stop) -> None:
     """Evaluates and logs the weights and their moving average, if the plan says so; a signal ends it."""
     if step not in run.plan.eval_at or step in run.log.top1:
         return
     models = {"val": state["params"]} | ({"val_ema": state["ema"]} if "ema" in state else {})
-    results = evaluate(
-        models,
-        run.test_batches(),
-        run.steps.evaluate,
-        run.steps.no_eval_sums,
-        run.mesh,
-        stopped=lambda: stop.poll(step),
-    )
+    results = evaluate(models, run.test_batches(), run.steps.evaluate, run.mesh, stopped=lambda: stop.poll(step))
     if results is None:
         return
-    names = ("top1", "top5", "loss")
+    epoch, names = run.plan.epoch(step), ("top1", "top5", "loss")
     values = {f"{model}_{name}": results[model][name] for model in models for name in names}
     run.checkpoints.wait()  # the log must not describe weights that a full disk has lost
-    run.log.write(step, run.plan.epoch(step), values | run.attention_log(state["params"]))
+    run.log.write(step, epoch, values | run.attention_log(state["params"]))
     shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-    epoch = run.plan.epoch(step)
     run.progress.say(f"step {step}/{run.plan.total_steps}  epoch {epoch:.1f}  {shown}")
