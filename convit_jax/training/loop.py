@@ -45,7 +45,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
                 batch = put_batch(next(run.batches), run.mesh)
 
             # ---- Step --------------------------------------------------------------------------
-            with jax.transfer_guard("disallow"):  # the host must not send anything else
+            with jax.transfer_guard("disallow"):  # only put_batch may send anything to the device
                 state, sums = run.steps.train(state, sums, batch)
             del batch  # frees its memory when the step is done, not one step later
             step += 1
@@ -60,14 +60,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
                     run.checkpoints.save(step, {"state": state, "metrics": sums})
                     evaluate_if_due(run, state, step, stop)
 
-        # ---- The end: save the step at which a signal came -------------------------------------
+        # ---- The end; saves nothing if this step is saved --------------------------------------
         reports.finish(sums)
         run.checkpoints.save(step, {"state": state, "metrics": sums})
         run.checkpoints.wait()  # while signals are still handled
 
-    if stop.requested:
+    if stop.requested and run.plan.total_steps not in run.log.top1:  # else the signal came after the end
         where = f", saved in {run.workdir}" if step else ", before the first step"
-        run.progress.say(f"Stopped by {stop.requested} at step {step}{where}. The same command continues.")
+        run.progress.say(f"Stopped by {stop.requested} at step {step}{where}. Run the same command to continue.")
         return None
     return run.log.last
 

@@ -46,8 +46,8 @@ class Steps:
     """The compiled functions of a run and what they start from, with all arrays on the devices."""
 
     graphdef: nnx.GraphDef
-    train: Callable[[Any, Any, Any], tuple[Any, Any]]  # (state, sums, batch) -> (state, sums); donates the state
-    evaluate: Callable[[Any, Any, Any], Any]  # (parameters, sums, batch) -> sums
+    train: Callable[[State, Arrays, Arrays], tuple[State, Arrays]]  # of state, sums, batch; donates the state
+    evaluate: Callable[[Any, Arrays, Arrays], Arrays]  # parameters, sums, batch -> sums
     first: Callable[[Any], dict[str, Any]]  # parameters, or None for new ones -> {"state", "metrics"} of step 0
     shapes: Any  # and shardings of {"state", "metrics"}, the content of a checkpoint
     no_sums: Arrays  # of an empty window
@@ -93,7 +93,10 @@ def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
     with contextlib.ExitStack() as stack:
         start_from = _take_directory(config, workdir, plan, run_facts, stack)
 
-        # ---- The state: from the latest checkpoint, from init_from, or from the seed -------
+        # ---- The state; the first of these that exists -------------------------------------
+        # 1. The latest checkpoint in workdir: the same command continues a run.
+        # 2. config.init_from, which is not read once there is a checkpoint.
+        # 3. Random weights from config.seed.
         phase("opening the checkpoints")
         top1: dict[int, float] = {}  # of each evaluation: the log fills it, the checkpoints read it
         checkpoints = Checkpoints(workdir / "checkpoints", top1)
