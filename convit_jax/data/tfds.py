@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from convit_jax.data.class_names import IMAGENET_IMAGES
 from convit_jax.data.index import Arrays, Index, Indexed, cached_index, make_index
-from convit_jax.data.tfrecord import Describe, Description, TfRecords, damaged
+from convit_jax.data.tfrecord import Describe, Description, TfRecords, damaged_shard
 from convit_jax.errors import UserError, nearest
 
 FILE_NAMES = ("file_name", "filename", "image/filename", "id")  # features that may name the image
@@ -63,7 +63,7 @@ class TfdsImages(Indexed):
         try:
             stats = [(os.path.basename(path), os.stat(path)) for path in self.paths]
         except OSError as error:
-            raise damaged(error.filename, error) from error
+            raise damaged_shard(error.filename, error) from error
         facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
         self.index = cached_index(self.directory, info.name, facts, lambda: self._list(info))
 
@@ -132,7 +132,7 @@ class ArrayRecords:
         try:
             yield
         except (OSError, ValueError, IndexError, RuntimeError, DecodeError) as error:
-            raise damaged(self.paths[int(np.searchsorted(self.ends, record, side="right"))], error) from error
+            raise damaged_shard(self.paths[int(np.searchsorted(self.ends, record, side="right"))], error) from error
 
 
 def _parse_example(record: bytes) -> Any:

@@ -43,7 +43,7 @@ class TfRecords:
             if len(data) < length + CRC.size or masked_crc(data[:length]) != CRC.unpack(data[length:])[0]:
                 raise ValueError(f"wrong CRC of the record at byte {offset}")
         except (OSError, ValueError) as error:
-            raise damaged(self.paths[shard], error) from error
+            raise damaged_shard(self.paths[shard], error) from error
         return data[:length]
 
     def scan(
@@ -61,7 +61,7 @@ class TfRecords:
                 if len(records) != expected:
                     raise ValueError(f"{len(records)} records instead of the {expected} in dataset_info.json")
             except (OSError, ValueError, IndexError, DecodeError) as error:
-                raise damaged(path, error) from error
+                raise damaged_shard(path, error) from error
             progress(expected)
             places = np.array([place for place, _ in records], np.int64).reshape(-1, 2)
             return [description for _, description in records], places
@@ -73,7 +73,7 @@ class TfRecords:
         return list(itertools.chain(*described)), {"shard": shard, "offset": offset, "length": length}
 
 
-def damaged(path: str, reason: Exception) -> UserError:
+def damaged_shard(path: str, reason: Exception) -> UserError:
     """Returns the error to raise for a shard that cannot be read."""
     first = str(reason).split(";")[0].split("\n")[0].strip()
     return UserError(f"the shard {path} is missing, truncated or damaged ({first}): copy it again.")
