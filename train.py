@@ -45,5 +45,5 @@ if __name__ == "__main__":
         config="configs/digits.py",
         processes=True,
         # Outside the loop, or after a second Ctrl-C.
-        interrupted="interrupted; what was saved stays, the same command continues.",
+        interrupted="interrupted. Saved checkpoints are kept; run the same command to continue.",
     )

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from convit_jax.cli import launch
-from convit_jax.training import setup
+from convit_jax.training import evaluation, setup
 from convit_jax.training.loop import train
 from convit_jax.training.plan import make_plan
 from convit_jax.training.sharding import make_mesh, put_batch
@@ -59,7 +59,7 @@ def loop_rates(config):
         """Yields the batch, as a training or an evaluation batch."""
         yield from itertools.repeat({**batch, "valid": np.ones(batch_size, bool)}, stop - start)
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(setup, "batches", batches):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluation, "batches", batches):
         train(config, folder)
         lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
         return [line["images_per_second"] for line in lines if "images_per_second" in line]

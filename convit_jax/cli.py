@@ -128,8 +128,9 @@ def _define_processes() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
     flags.DEFINE_integer("num_processes", None, "Number of processes.")
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-    flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes.")
-    flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds of silence after which a process counts as lost.")
+    flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
+    silence = "Seconds of silence after which a process counts as lost."
+    flags.DEFINE_integer("heartbeat_timeout", 100, silence, lower_bound=1)
 
 
 def _run_with_others(main: Main, arguments: list[str]) -> int | None:

@@ -33,16 +33,15 @@ def _define_flags() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluates what the flags describe; the last line is "top-1 ...  top-5 ...  loss ...  images ..."."""
-    from convit_jax.training.distributed import agree_on_checkpoint, introduce, phase, say, several, together
-    from convit_jax.training.evaluation import evaluate_weights, match_images
+    """Evaluates what the flags describe."""
+    from convit_jax.training.distributed import agree_on_checkpoint, phase, say, several, together
+    from convit_jax.training.evaluation import evaluate_weights
     from convit_jax.training.setup import use_compilation_cache
     from convit_jax.training.sharding import make_mesh
     from convit_jax.weights.pretrained import describe_weights
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends also one of several processes: nothing to save
     values = flags.FLAGS
-    introduce()
     phase("reading the weights")
     which = agree_on_checkpoint(values.checkpoint, values.which, values.ema)
     with together():
@@ -52,11 +51,10 @@ def main(arguments: list[str]) -> None:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     if not several():  # see docs/clusters.md
         use_compilation_cache(config.compilation_cache)
-    images, labels = match_images(config, loaded, params)
     say(describe_weights(loaded))
     if changes:
         say(f"Changed for this evaluation: {'; '.join(changes)}")
-    result = evaluate_weights(config, loaded, params, images, labels, mesh)
+    result = evaluate_weights(config, loaded, params, mesh)
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
 
 
@@ -71,11 +69,8 @@ def _changed(params: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if values.gates:
         params = force_gates(params, values.gates, values.gpsa_layers)
         total = len(params["gpsa_blocks"]["attn"]["gating_param"])
-        sigma = {"position": 1, "content": 0}[values.gates]
-        changes.append(
-            f"gates of the first {values.gpsa_layers or total} of {total} GPSA layers set to "
-            f"{values.gates} only (sigma = {sigma})"
-        )
+        layers = f"the first {values.gpsa_layers or total} of {total} GPSA layers"
+        changes.append(f"gates of {layers} set to {values.gates} only (sigma = {int(values.gates == 'position')})")
     elif values.gpsa_layers is not None:
         raise UserError("--gpsa_layers needs --gates: add --gates=position or --gates=content.")
     return params, changes

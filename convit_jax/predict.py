@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from convit_jax.cli import define_weights, launch, load_weights
-from convit_jax.errors import UserError
+from convit_jax.errors import UserError, explained
 
 SHOWN = 5
 
@@ -68,14 +68,13 @@ def main(arguments: list[str]) -> int:
             answers = []
             for probability, label in zip(*best, strict=True):
                 name = loaded.class_name(label)
-                answer = {"label": int(label), "class": name, "words": words(name)}
-                answers.append({**answer, "probability": float(probability)})
+                answer = {"label": int(label), "class": name, "words": words(name), "probability": float(probability)}
+                answers.append(answer)
             _print_answers(path, answers)
     return int(failed)
 
 
 def _print_answers(path: str, answers: list[dict[str, Any]]) -> None:
-    """Prints the predictions of one image."""
     if flags.FLAGS.json:
         print(json.dumps({"image": path, "predictions": answers}), flush=True)
     else:
@@ -84,10 +83,7 @@ def _print_answers(path: str, answers: list[dict[str, Any]]) -> None:
 
 
 def find_images(arguments: list[str]) -> list[str]:
-    """Returns the paths of files, of images in folders and of matches of patterns.
-
-    What does not exist stays in the list, so that it is reported when it is read.
-    """
+    """Returns the paths of files, images in folders and matches of patterns, also of what does not exist."""
     from convit_jax.data.sources import IMAGE_SUFFIXES
 
     if not arguments:
@@ -106,12 +102,8 @@ def find_images(arguments: list[str]) -> list[str]:
 
 def read_image_file(path: str) -> bytes:
     """Returns the content of an image file. Raises UserError if it cannot be read."""
-    try:
+    with explained(path):
         return Path(path).expanduser().read_bytes()
-    except IsADirectoryError as error:
-        raise UserError(f"there is no image in the folder {path}: give another.") from error
-    except OSError as error:
-        raise UserError(f"cannot read the image {path} ({error.strerror}): check the path.") from error
 
 
 if __name__ == "__main__":

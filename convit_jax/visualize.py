@@ -29,8 +29,6 @@ from convit_jax.rundir import is_run
 if TYPE_CHECKING:
     from convit_jax.weights.formats import Preprocessing
 
-WEIGHT_FLAGS = {"checkpoint", "image_size", "heads", "which", "dtype", "ema"}
-
 
 def _define_flags() -> None:
     flags.DEFINE_bool("augmentations", False, "Draw training images after augmentation.")
@@ -44,39 +42,18 @@ def _define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     """Draws what the flags ask for and prints the paths."""
-    draw = {
-        "augmentations": visualize_augmentations,
-        "run": visualize_run,
-        "init": visualize_init,
-        "checkpoint": visualize_attention,
-    }[_choose_mode()]
-    if flags.FLAGS.output is None:
-        raise UserError("there is no place for the pictures: add --output=DIR.")
-    for path in draw(Path(flags.FLAGS.output).expanduser()):
-        print(path)
-
-
-def _choose_mode() -> str:
-    """The flag that says what to draw. Raises UserError for contradictions and flags without effect."""
     values = flags.FLAGS
-    modes = [mode for mode in ("augmentations", "init", "run") if values[mode].value]
-    if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} are different pictures: give one of them.")
-    if not modes and not (values.checkpoint and values.image):
+    draw = {"augmentations": visualize_augmentations, "init": visualize_init, "run": visualize_run}
+    modes = [mode for mode in draw if values[mode].value]
+    if len(modes) > 1 or not (modes or (values.checkpoint and values.image)):
         raise UserError(
-            "nothing to draw: give --checkpoint=PATH --image=IMAGE for attention maps, --init for the "
-            "convolutional init, --run=DIR for curves of a training, or --augmentations."
+            "give --checkpoint=PATH --image=IMAGE for attention maps, --init for the convolutional init, --run=DIR "
+            "for curves of a training, or --augmentations."
         )
-    mode = modes[0] if modes else "checkpoint"
-    with_config = mode == "augmentations" or (mode == "init" and not values.checkpoint)
-    used = {"image", "query"} if mode in ("init", "checkpoint") else set()
-    used |= WEIGHT_FLAGS if used and values.checkpoint else set()
-    used |= {"config"} if with_config or (used and _is_number(values.image)) else set()
-    for name in values:
-        of = name.partition(".")[0]
-        if values[name].present and of in WEIGHT_FLAGS | {"image", "query", "config"} and of not in used:
-            raise UserError(f"--{name} has no effect on what --{mode} draws: leave it out.")
-    return mode
+    if values.output is None:
+        raise UserError("there is no place for the pictures: add --output=DIR.")
+    for path in (draw[modes[0]] if modes else visualize_attention)(Path(values.output).expanduser()):
+        print(path)
 
 
 def visualize_augmentations(path: Path) -> list[Path]:
@@ -132,11 +109,7 @@ def visualize_init(directory: Path) -> list[Path]:
         preprocessing = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
     query = _read_query(settings)
     image, normalised = read_image(settings, preprocessing) if flags.FLAGS.image else (None, None)
-    alpha = settings["locality_strength"]
-    strengths = (alpha / 2, alpha, 2 * alpha)
-    content, positions = init_maps(settings, seed, query, strengths, normalised)
-    shown = strengths if settings["conv_init"] else None
-    return draw_init_maps(directory, content, positions, shown, image, query)
+    return draw_init_maps(directory, *init_maps(settings, seed, query, normalised), image, query)
 
 
 def _config_settings(config: Any) -> dict[str, Any]:
@@ -149,16 +122,12 @@ def _config_settings(config: Any) -> dict[str, Any]:
 
 def _read_query(settings: dict[str, Any]) -> tuple[int, int]:
     """(row, column) of --query, by default the centre."""
-    from convit_jax.analysis.maps import check_query
-
-    text, query = flags.FLAGS.query, None
-    if text is not None:
-        match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
-        if match is None:
-            raise UserError(f"--query is {text!r}: give ROW,COLUMN of a patch, as 3,4, counted from 0.")
-        query = int(match[1]), int(match[2])
     rows, columns = (side // settings["patch_size"] for side in settings["image_size"])
-    return check_query(query, (rows, columns))
+    match = re.fullmatch(r"(\d+),(\d+)", flags.FLAGS.query or f"{rows // 2},{columns // 2}")
+    row, column = map(int, match.groups()) if match else (rows, columns)
+    if row >= rows or column >= columns:
+        raise UserError(f"--query is {flags.FLAGS.query}: give ROW,COLUMN of a patch, 0,0 to {rows - 1},{columns - 1}.")
+    return row, column
 
 
 def read_image(settings: dict[str, Any], preprocessing: "Preprocessing") -> tuple[np.ndarray, np.ndarray]:
@@ -172,18 +141,14 @@ def read_image(settings: dict[str, Any], preprocessing: "Preprocessing") -> tupl
     if settings["in_chans"] != 3:
         raise UserError(f"the network takes images with {settings['in_chans']} channels: pictures have 3.")
     given, how = flags.FLAGS.image, preprocessing
-    record = _read_test_image(int(given)) if _is_number(given) else read_image_file(given)
+    is_number = given.isdigit() and not Path(given).exists()
+    record = _read_test_image(int(given)) if is_number else read_image_file(given)
     image = centre_crop(decode(record, given), settings["image_size"], how.crop_ratio, how.interpolation)
     return image, jax.device_get(normalize(jax.numpy.asarray(image[None]), how.mean, how.std))[0]
 
 
-def _is_number(image: str | None) -> bool:
-    """Whether --image is the number of an image."""
-    return image is not None and image.isdigit() and not Path(image).exists()
-
-
 def _read_test_image(number: int) -> Any:
-    """The record of an image of the test split."""
+    """The record of an image of the test split of the run's data or of --config."""
     from convit_jax.data.sources import open_source
 
     checkpoint = flags.FLAGS.checkpoint

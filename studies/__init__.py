@@ -28,11 +28,9 @@ def chosen(name, plans):
     return plans[name]
 
 
-def run(row, column, config, seeds, *overrides, paper=None):
-    """Returns an entry of `runs`; of several overrides the later ones win."""
-    merged = {name: value for changes in overrides for name, value in changes.items()}
-    entry = {"row": row, "column": column, "config": config, "overrides": merged, "seeds": seeds}
-    return entry | {"paper": paper or {}}
+def run(row, config, seeds, overrides, *, column=None, paper=None):
+    """Returns an entry of `runs`."""
+    return dict(row=row, column=column, config=config, seeds=seeds, overrides=overrides, paper=paper or {})
 
 
 def part_of_each_class(fraction, overrides):
@@ -51,12 +49,11 @@ def over_fractions(rows, fractions, seeds, overrides, paper):
     return [
         run(
             row,
-            column,
             config,
             seeds,
-            part_of_each_class(fraction, overrides),
-            own,
-            paper={metric: numbers[row][n] for metric, numbers in (paper or {}).items()},
+            part_of_each_class(fraction, overrides) | own,
+            column=column,
+            paper={metric: numbers[row][n] for metric, numbers in paper.items()},
         )
         for row, (config, own) in rows.items()
         for n, (column, fraction) in enumerate(fractions.items())
@@ -70,79 +67,81 @@ def models(data, config, width_divisor, seeds, overrides):
         kind, size, *plus = name.split("_")
         row = f"{'ConViT' if kind == 'convit' else 'DeiT'}-{PAPER_SIZES[size]}{'+' if plus else ''}"
         shape = {"model.embed_dim": width // width_divisor, "model.num_heads": heads}
-        runs.append(run(row, None, config, seeds, overrides, DEIT if kind == "deit" else {}, shape))
-    return {
-        "title": f"The twelve models on {data}",
-        "question": f"ConViT against DeiT, the paper's heads, 1/{width_divisor} of its widths (Table 1).",
-        "rows": "model",
-        "runs": runs,
-    }
+        runs.append(run(row, config, seeds, overrides | (DEIT if kind == "deit" else {}) | shape))
+    return dict(
+        title=f"The twelve models on {data}",
+        question=f"ConViT against DeiT, the paper's heads, 1/{width_divisor} of its widths (Table 1).",
+        rows="model",
+        runs=runs,
+    )
 
 
-def sample_efficiency(data, rows, fractions, seeds, overrides, *, paper=None):
+def sample_efficiency(data, rows, fractions, seeds, overrides, paper=None):
     """Table 2: a DeiT and a ConViT, {row: (config, overrides)}, on parts of each class.
 
     paper: {"top1": {row: [a number per fraction]}}.
     """
     baseline, model = rows
-    return {
-        "title": f"Sample efficiency on {data}",
-        "question": f"{model} against {baseline} on a part of each class, as many images shown (Table 2).",
-        "rows": "model",
-        "columns": "fraction of each class",
-        "scale": "fraction",
-        "baseline": baseline,
-        "metrics": list(paper) if paper else ["top1"],
-        "runs": over_fractions(rows, {float(f): f for f in fractions}, seeds, overrides, paper),
-    }
+    return dict(
+        title=f"Sample efficiency on {data}",
+        question=f"{model} against {baseline} on a part of each class, as many images shown (Table 2).",
+        rows="model",
+        columns="fraction of each class",
+        scale="fraction",
+        baseline=baseline,
+        metrics=list(paper or ["top1"]),
+        runs=over_fractions(rows, {float(f): f for f in fractions}, seeds, overrides, paper or {}),
+    )
 
 
-def ablations(data, rows, fractions, seeds, overrides, *, paper=None):
+def ablations(data, rows, fractions, seeds, overrides, paper=None):
     """Table 3: {letter: (config, overrides)} on {column: fraction} of each class."""
-    return {
-        "title": f"Ablations on {data}",
-        "question": "What each part of ConViT contributes (Table 3).",
-        "rows": "ablation",
-        "columns": "images of each class",
-        "labels": ABLATIONS,
-        "runs": over_fractions(rows, fractions, seeds, overrides, paper),
-    }
+    return dict(
+        title=f"Ablations on {data}",
+        question="What each part of ConViT contributes (Table 3).",
+        rows="ablation",
+        columns="images of each class",
+        labels=ABLATIONS,
+        runs=over_fractions(rows, fractions, seeds, overrides, paper or {}),
+    )
 
 
 def distillation(data, config, teacher, seeds, overrides):
     """Table 4: what a student learns from a teacher in addition to the labels."""
-    token = {**DEIT, "model.distilled": True}
+    token = DEIT | {"model.distilled": True}
     students = {"DeiT": DEIT, "DeiT with distillation token": token, "ConViT": {}}
     ways = {
         "labels only": {"distill.alpha": 0.0},  # has a teacher too: --config.distill.teacher is for all runs
         "hard": {"distill.kind": "hard"},
         "soft": {"distill.kind": "soft", "distill.temperature": 3.0},
     }
-    return {
-        "title": f"Distillation on {data}",
-        "question": "What a student learns from a teacher in addition to the labels (Table 4).",
-        "rows": "student",
-        "columns": "learns from",
-        "runs": [
-            run(row, column, config, seeds, overrides, {"distill.teacher": teacher}, student, way)
+    return dict(
+        title=f"Distillation on {data}",
+        question="What a student learns from a teacher in addition to the labels (Table 4).",
+        rows="student",
+        columns="learns from",
+        runs=[
+            run(row, config, seeds, overrides | {"distill.teacher": teacher} | student | way, column=column)
             for row, student in students.items()
             for column, way in ways.items()
             if (student, column) != (token, "labels only")  # its second head would learn nothing
         ],
-    }
+    )
 
 
 def locality(data, config, layers, seeds, overrides):
     """Fig. 8: each locality strength with each number of GPSA layers, and the model without GPSA."""
     cells = [("no GPSA", 0, {})]
     cells += [(a, n, {"model.locality_strength": a}) for a in (0.01, 0.1, 1.0) for n in layers]
-    return {
-        "title": f"Locality on {data}",
-        "question": "Locality strength of the convolutional init, and number of GPSA layers (Fig. 8).",
-        "rows": "locality strength",
-        "columns": "number of GPSA layers",
-        "runs": [run(row, n, config, seeds, overrides, {"model.local_up_to_layer": n}, own) for row, n, own in cells],
-    }
+    return dict(
+        title=f"Locality on {data}",
+        question="Locality strength of the convolutional init, and number of GPSA layers (Fig. 8).",
+        rows="locality strength",
+        columns="number of GPSA layers",
+        runs=[
+            run(row, config, seeds, overrides | {"model.local_up_to_layer": n} | own, column=n) for row, n, own in cells
+        ],
+    )
 
 
 def small_rows(config):

@@ -11,13 +11,19 @@ python -m convit_jax.study studies/imagenet.py:distillation --config.data.dir=IM
 from studies import ABLATIONS, ablations, chosen, locality, run, sample_efficiency
 
 SEEDS = (0,)
-TOP1 = {
-    "DeiT": {"Ti": 72.2, "Ti+": 75.9, "S": 79.8, "S+": 79.0, "B": 81.8, "B+": 77.5},
-    "ConViT": {"Ti": 73.1, "Ti+": 76.7, "S": 81.3, "S+": 82.2, "B": 82.4, "B+": 82.5},
-}
-TOP5 = {
-    "DeiT": {"Ti+": 93.2, "S+": 94.4, "B+": 93.5},
-    "ConViT": {"Ti": 91.7, "Ti+": 93.6, "S": 95.7, "S+": 95.9, "B": 95.9, "B+": 95.9},
+TABLE_1 = {
+    "DeiT-Ti": {"top1": 72.2},
+    "ConViT-Ti": {"top1": 73.1, "top5": 91.7},
+    "DeiT-Ti+": {"top1": 75.9, "top5": 93.2},
+    "ConViT-Ti+": {"top1": 76.7, "top5": 93.6},
+    "DeiT-S": {"top1": 79.8},
+    "ConViT-S": {"top1": 81.3, "top5": 95.7},
+    "DeiT-S+": {"top1": 79.0, "top5": 94.4},
+    "ConViT-S+": {"top1": 82.2, "top5": 95.9},
+    "DeiT-B": {"top1": 81.8},
+    "ConViT-B": {"top1": 82.4, "top5": 95.9},
+    "DeiT-B+": {"top1": 77.5, "top5": 93.5},
+    "ConViT-B+": {"top1": 82.5, "top5": 95.9},
 }
 FRACTIONS = (0.05, 0.1, 0.3, 0.5, 1)
 TABLE_2 = {
@@ -33,8 +39,8 @@ TABLE_3 = {  # all images, a tenth of each class
     "f": (78.6, 54.3),
     "g": (73.7, 44.8),
 }
-TABLE_4 = {"DeiT-S": 80.9, "DeiT-B": 83.0, "ConViT-S+": 82.9}  # with a RegNetY-16GF, which has no loader here
-TEACHER = "convit_base"
+TABLE_4 = {"DeiT-S": {"top1": 80.9}, "DeiT-B": {"top1": 83.0}, "ConViT-S+": {"top1": 82.9}}
+HARD = {"distill.teacher": "convit_base", "distill.kind": "hard"}  # a RegNetY-16GF has no loader here
 FIRST_100 = {"data.num_classes": 100}
 EARLY = {"steps": 20 * 100 * 1300 // 1024}  # 20 epochs in batches of 1,024; a class has at most 1,300 images
 
@@ -44,48 +50,25 @@ def config_of(row):
     return f"configs/{row.lower().replace('-', '_').replace('+', '_plus')}.py"
 
 
-def models():
-    """Table 1."""
-    runs = []
-    for size in TOP1["DeiT"]:
-        for kind in TOP1:
-            row = f"{kind}-{size}"
-            top5 = {"top5": TOP5[kind][size]} if size in TOP5[kind] else {}
-            runs.append(run(row, None, config_of(row), SEEDS, paper={"top1": TOP1[kind][size], **top5}))
-    return {
-        "title": "The twelve models on ImageNet",
-        "question": "ConViT against DeiT at six sizes (the paper's Table 1).",
-        "rows": "model",
-        "metrics": ["top1", "top5"],
-        "runs": runs,
-    }
-
-
-def distillation():
-    """Table 4; its first column, learning from labels only, is Table 1's."""
-    taught = {"distill.teacher": TEACHER, "distill.kind": "hard"}
-    return {
-        "title": "Distillation on ImageNet",
-        "question": "What a student learns from a teacher too (the paper's Table 4, with a RegNetY-16GF).",
-        "rows": "student",
-        "runs": [run(row, None, config_of(row), SEEDS, taught, paper={"top1": top1}) for row, top1 in TABLE_4.items()],
-    }
-
-
-def fig_8(data, overrides):
-    """Fig. 8, of ConViT-S: the size is our choice."""
-    return locality(data, "configs/convit_s.py", (3, 6, 9), SEEDS, overrides)
+def table(rows, title, question, paper, overrides, **keys):
+    """A study of one run per row of the paper's table."""
+    runs = [run(row, config_of(row), SEEDS, overrides, paper=numbers) for row, numbers in paper.items()]
+    return dict(title=f"{title} on ImageNet", question=question, rows=rows, runs=runs, **keys)
 
 
 def get_plan(name=""):
     rows = {row: (config_of(row), {}) for row in ("DeiT-S", "ConViT-S")}
     letters = {letter: (f"configs/ablations.py:{letter}", {}) for letter in ABLATIONS}
+    sizes = "ConViT against DeiT at six sizes (the paper's Table 1)."
+    taught = "What a student learns from a teacher too (the paper's Table 4, with a RegNetY-16GF)."
+    fig_8 = ("configs/convit_s.py", (3, 6, 9), SEEDS)  # the size is our choice
     plans = {
-        "models": models(),
-        "sample_efficiency": sample_efficiency("ImageNet", rows, FRACTIONS, SEEDS, {}, paper=TABLE_2),
-        "ablations": ablations("ImageNet", letters, {"all": 1.0, "10%": 0.1}, SEEDS, {}, paper={"top1": TABLE_3}),
-        "locality": fig_8("100 classes of ImageNet", FIRST_100),
-        "locality_early": fig_8("100 classes of ImageNet, 20 of 300 epochs", FIRST_100 | EARLY),
-        "distillation": distillation(),
+        "models": table("model", "The twelve models", sizes, TABLE_1, {}, metrics=["top1", "top5"]),
+        "sample_efficiency": sample_efficiency("ImageNet", rows, FRACTIONS, SEEDS, {}, TABLE_2),
+        "ablations": ablations("ImageNet", letters, {"all": 1.0, "10%": 0.1}, SEEDS, {}, {"top1": TABLE_3}),
+        "locality": locality("100 classes of ImageNet", *fig_8, FIRST_100),
+        "locality_early": locality("100 classes of ImageNet, 20 of 300 epochs", *fig_8, FIRST_100 | EARLY),
+        # the first column of Table 4, learning from labels only, is Table 1's
+        "distillation": table("student", "Distillation", taught, TABLE_4, HARD),
     }
     return chosen(name, plans)

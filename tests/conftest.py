@@ -5,7 +5,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Level 0 halves the time that compilation takes, the older code generator for fusions halves it again (it
 # may round a product and a sum once); XLA's own passes, which decide the arithmetic, still run. A run killed
-# five times, in training/test_resume.py, is compiled as a user's.
+# twice, in training/test_resume.py, is compiled as a user's.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
@@ -150,6 +150,13 @@ def assert_same(one, other, **tolerance):
             np.testing.assert_allclose(a, b, **tolerance)
         else:
             np.testing.assert_array_equal(a, b)
+
+
+def collect(example, **settings):
+    """The batches of an example, as copies in plain arrays: a loader worker reuses their memory."""
+    from convit_jax.data.loader import batches
+
+    return [{k: np.array(v) for k, v in batch.items()} for batch in batches(example, **settings)]
 
 
 def run_train(*arguments, **kwargs):

@@ -63,6 +63,7 @@ def main():
         for file_format in ("array_record", "tfrecord"):
             output = work / file_format
             assert run(tars, output, f"--format={file_format}", "--allow_incomplete") == 0
+            assert run(tars, output, f"--format={file_format}", "--allow_incomplete") == 1  # it exists already
             assert os.listdir(output) == ["imagenet2012"]
             made = output / "imagenet2012/5.1.0"
             assert records(made, "validation") == validation
@@ -72,17 +73,15 @@ def main():
                 assert wnid == train[name][0]
                 repaired = Image.open(io.BytesIO(image))
                 assert (repaired.mode, repaired.format, repaired.size) == ("RGB", "JPEG", (24, 16))
-                off = np.abs(np.asarray(repaired, int) - (200, 40, 90))
-                assert off.max() <= 8
+                assert np.abs(np.asarray(repaired, int) - (200, 40, 90)).max() <= 8
             assert found == {name: record for name, record in train.items() if name not in (CMYK, PNG)}
 
         # TFDS takes a truncated tar for a smaller one: the size is wrong, and so is the number of images.
         assert run(tars, work / "refused") == 1
         os.truncate(tars / TRAIN, 512 + 10240 + 512 + 10240)  # two of six classes
-        sizes = {name: (tars / name).stat().st_size for name in prepare.TARS}
-        with mock.patch.dict(prepare.TARS, sizes):
+        with mock.patch.dict(prepare.TARS, {name: (tars / name).stat().st_size for name in prepare.TARS}):
             assert run(tars, work / "refused") == 1
-        assert not any((work / "refused").iterdir())
+        assert not list(work.glob("refused/*/*"))
     print("test-prepare: all as expected")
 
 

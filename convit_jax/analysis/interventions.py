@@ -10,9 +10,6 @@ import numpy as np
 
 from convit_jax.errors import UserError
 
-# lambda whose sigmoid is exactly 1 or 0 in float32; a large number only comes near.
-FORCED = {"position": np.inf, "content": -np.inf}
-
 
 def mask_position_embedding(params: dict[str, Any]) -> dict[str, Any]:
     """Returns the parameters with the position embedding set to 0, also that of the tokens (Table 5)."""
@@ -36,8 +33,6 @@ def force_gates(params: dict[str, Any], to: str, layers: int | None = None) -> d
     gating = np.array(blocks["attn"]["gating_param"])
     count = len(gating) if layers is None else layers
     if not 1 <= count <= len(gating):
-        raise UserError(
-            f"gpsa_layers is {layers}, but the weights have {len(gating)} GPSA layers: give 1 to {len(gating)}."
-        )
-    gating[:count] = FORCED[to]
+        raise UserError(f"gpsa_layers is {layers}, but the weights have {len(gating)} GPSA layers: use 1 to that many.")
+    gating[:count] = np.inf if to == "position" else -np.inf  # any finite lambda gives sigma close to 1 or 0 only
     return {**params, "gpsa_blocks": {**blocks, "attn": {**blocks["attn"], "gating_param": gating}}}

@@ -58,17 +58,14 @@ def nonlocality(
       as_logged: compute what the original writes to its log, where every block's attention gets the raw patch
         embedding (no position, norm, earlier blocks or class token) instead of its true input.
     """
-    patches = model.grid[0] * model.grid[1]
     distances = patch_distances(model.grid)
+    patches = len(distances)
     weights = jnp.ones(len(images)) if valid is None else valid.astype(jnp.float32)
     weights = weights / jnp.sum(weights)
 
     def distance(attn: SelfAttention | GatedPositionalSelfAttention, x: jax.Array) -> jax.Array:
-        # Queries and keys depend on one token each: without the class token, the softmax is over patches
-        # alone.
-        maps = attn.attention_maps(x[:, -patches:])
-        # [B, H]; a sum instead of a matrix product, for full precision on every device
-        each = jnp.sum(maps * distances, axis=(2, 3)) / patches
+        maps = attn.attention_maps(x[:, -patches:])  # without the class token, the softmax is over patches
+        each = jnp.sum(maps * distances, axis=(2, 3)) / patches  # a sum has full precision on every device
         return jnp.sum(weights[:, None] * each, axis=0)
 
     if not as_logged:

@@ -14,11 +14,7 @@ import numpy as np
 from flax import nnx
 
 from convit_jax.errors import UserError
-from convit_jax.models.attention import (
-    GatedPositionalSelfAttention,
-    SelfAttention,
-    local_positional_weights,
-)
+from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention, local_positional_weights
 from convit_jax.models.variants import new_model
 from convit_jax.models.vit import VisionTransformer
 
@@ -28,32 +24,21 @@ class LayerMaps:
     """Attention in one layer for one image, float32, per head and over the grid of patches.
 
     T is the number of class and distillation tokens: 0 before they join, then 1 or 2.
-
-    Attributes:
-      query: from the chosen patch, [H, rows, columns].
-      query_tokens: from the chosen patch to the tokens, [H, T].
-      gates: sigma(lambda), [H]; None in plain layers, like the next two.
-      content, position: the two parts of `query`.
-      tokens: from the tokens, [T, H, rows, columns].
-      tokens_tokens: from the tokens to the tokens, [T, H, T].
     """
 
-    query: np.ndarray
-    query_tokens: np.ndarray
-    gates: np.ndarray | None
-    content: np.ndarray | None
+    query: np.ndarray  # from the chosen patch, [H, rows, columns]
+    query_tokens: np.ndarray  # from the chosen patch to the tokens, [H, T]
+    gates: np.ndarray | None  # sigma(lambda), [H]; None in plain layers, like the next two
+    content: np.ndarray | None  # the two parts of `query`
     position: np.ndarray | None
-    tokens: np.ndarray
-    tokens_tokens: np.ndarray
+    tokens: np.ndarray  # from the tokens, [T, H, rows, columns]
+    tokens_tokens: np.ndarray  # from the tokens to the tokens, [T, H, T]
 
 
 def layer_maps(model: VisionTransformer, image: jax.Array | np.ndarray, query: tuple[int, int]) -> list[LayerMaps]:
-    """Returns the attention maps of every layer.
+    """Returns the attention maps of every layer, for an image float32 [H, W, C], normalised, and a patch.
 
-    Args:
-      model: in evaluation mode.
-      image: float32 [H, W, C], normalised.
-      query: (row, column) of a patch.
+    The model must be in evaluation mode; the query is the (row, column) of the patch.
     """
     rows, columns = model.grid
     patches, patch = rows * columns, query[0] * columns + query[1]
@@ -83,43 +68,21 @@ def layer_maps(model: VisionTransformer, image: jax.Array | np.ndarray, query: t
     ]
 
 
-def check_query(query: tuple[int, int] | None, grid: tuple[int, int]) -> tuple[int, int]:
-    """Returns a (row, column) inside a grid of patches: the query, or the centre if it is None.
-
-    Raises:
-      UserError: the query is outside the grid.
-    """
-    rows, columns = grid
-    if query is None:
-        return rows // 2, columns // 2
-    row, column = query
-    if not (0 <= row < rows and 0 <= column < columns):
-        raise UserError(
-            f"query is {row},{column}, but the images have {rows} rows and {columns} columns of patches: "
-            f"give 0,0 to {rows - 1},{columns - 1}."
-        )
-    return query
-
-
 def init_maps(
-    settings: dict[str, Any],
-    seed: int,
-    query: tuple[int, int],
-    strengths: tuple[float, ...],
-    image: jax.Array | np.ndarray | None = None,
-) -> tuple[np.ndarray | None, list[np.ndarray]]:
+    settings: dict[str, Any], seed: int, query: tuple[int, int], image: jax.Array | np.ndarray | None = None
+) -> tuple[np.ndarray | None, dict[float | None, np.ndarray]]:
     """Returns the attention of the first GPSA layer before training (Fig. 3).
 
     Args:
       settings: of VisionTransformer.
       seed: of the weights.
       query: (row, column) of a patch.
-      strengths: locality strengths of the convolutional init.
-      image: as of layer_maps, or None.
+      image: float32 [H, W, C], normalised, or None.
 
     Returns:
-      (content, [position for each strength]), float32 [H, rows, columns] each. Content is None without an
-      image. With conv_init=False there is one position, that of the ordinary init.
+      (content, position by locality strength), float32 [H, rows, columns] each. Content is None without an
+      image. The strengths are half the model's, its own and twice it; with conv_init=False only None, the
+      ordinary init.
 
     Raises:
       UserError: the model has no GPSA layer.
@@ -128,20 +91,15 @@ def init_maps(
         raise UserError("this model has no GPSA layer, so nothing starts as a convolution: use a ConViT.")
     model = new_model(settings, seed)
     rows, columns = model.grid
-    patch = query[0] * columns + query[1]
     content = None if image is None else layer_maps(model, image, query)[0].content
     attn = model.blocks[0].attn
     assert isinstance(attn, GatedPositionalSelfAttention)
-
-    def position() -> np.ndarray:
-        maps = attn.positional_probabilities()
-        return jax.device_get(maps[:, patch]).reshape(-1, rows, columns)
-
-    if not settings["conv_init"]:
-        return content, [position()]
-    kernel, positions = attn.pos_proj.kernel[...], []
-    for strength in strengths:
-        local = local_positional_weights(settings["num_heads"], strength)
-        attn.pos_proj.kernel = nnx.Param(kernel.at[:, : local.shape[1]].set(local))
-        positions.append(position())
+    kernel, alpha = attn.pos_proj.kernel[...], settings["locality_strength"]
+    positions: dict[float | None, np.ndarray] = {}
+    for strength in (alpha / 2, alpha, 2 * alpha) if settings["conv_init"] else (None,):
+        if strength is not None:
+            local = local_positional_weights(settings["num_heads"], strength)
+            attn.pos_proj.kernel = nnx.Param(kernel.at[:, : local.shape[1]].set(local))
+        maps = attn.positional_probabilities()[:, query[0] * columns + query[1]]
+        positions[strength] = jax.device_get(maps).reshape(-1, rows, columns)
     return content, positions

@@ -14,26 +14,22 @@ from ml_collections import ConfigDict
 from convit_jax.data import image_ops
 from convit_jax.data.randaugment import randaugment
 
-LARGEST_ERASED = 1 / 3  # share of the image's area
-LONGEST_ERASED = 1 / 0.3  # ratio of the sides of an erased box
+LARGEST_ERASED = 1 / 3  # share of the image
+LONGEST_ERASED = 1 / 0.3  # ratio of the sides
 
 
 def augment(
     images: jax.Array, key: jax.Array, settings: ConfigDict, *, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
-    """Returns training images as the model sees them, except for mixup and cutmix.
+    """Returns training images as the model sees them, except for mixup and cutmix: float32 [B, H, W, 3].
 
     The order of timm's `transforms_imagenet_train`. The host has already done the random resized crop.
 
     Args:
       images: uint8 [B, H, W, 3].
-      key: PRNG key of the step.
+      key: of the step.
       settings: config.augment.
-      mean: of each channel, for pixels in 0..1.
-      std: the same.
-
-    Returns:
-      float32 [B, H, W, 3], normalised.
+      mean, std: of each channel, for pixels in 0..1.
     """
     keys = stage_keys(key)
     if settings.crop == "pad" and settings.padding > 0:
@@ -69,11 +65,8 @@ def random_shift(images: jax.Array, padding: int, key: jax.Array) -> jax.Array:
     """Returns random crops of the black-padded images [B, H, W, C] (torchvision's `RandomCrop`)."""
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
-
-    def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])
-
-    return jax.vmap(cut)(padded, corners)
+    cut = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:]))
+    return cut(padded, corners)
 
 
 def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
@@ -83,10 +76,7 @@ def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def three_augment(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns each image grey, solarized from 128 or blurred with sigma 0.1 to 2 pixels.
-
-    The 3-Augment of DeiT III (arXiv 2204.07118, `new_data_aug_generator`). uint8 [B, H, W, 3].
-    """
+    """Returns each image, uint8 [B, H, W, 3], grey, solarized or blurred (3-Augment, DeiT III, arXiv 2204.07118)."""
     choice_key, sigma_key = jax.random.split(key)
     choice = jax.random.randint(choice_key, (images.shape[0], 1, 1, 1), 0, 3)
     sigma = jax.random.uniform(sigma_key, (images.shape[0],), minval=0.1, maxval=2.0)
@@ -97,9 +87,9 @@ def three_augment(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def color_jitter(images: jax.Array, key: jax.Array, strength: float) -> jax.Array:
-    """Returns the images uint8 [B, H, W, 3] with brightness, contrast and saturation changed in random order.
+    """Changes brightness, contrast and saturation in random order (torchvision's `ColorJitter` without hue).
 
-    The factors are uniform in 1 +- strength (torchvision's `ColorJitter` without hue).
+    The factors are uniform in 1 +- strength. uint8 [B, H, W, 3].
     """
     order_key, factor_key = jax.random.split(key)
     shape = (images.shape[0], 3)
@@ -115,10 +105,7 @@ def color_jitter(images: jax.Array, key: jax.Array, strength: float) -> jax.Arra
 
 
 def random_erasing(images: jax.Array, key: jax.Array, prob: float) -> jax.Array:
-    """Returns the images float32 [B, H, W, C], a share `prob` of them with a box of N(0, 1) noise.
-
-    timm's `RandomErasing` in mode "pixel".
-    """
+    """Puts a box of N(0, 1) noise into a share `prob` of the images [B, H, W, C] (timm's `RandomErasing`, "pixel")."""
     box_key, noise_key = jax.random.split(key)
     rows, height, width, channels = images.shape
     boxes = erasing_boxes(box_key, rows, height, width, prob)
@@ -133,10 +120,10 @@ def random_erasing(images: jax.Array, key: jax.Array, prob: float) -> jax.Array:
 
 
 def erasing_boxes(key: jax.Array, rows: int, height: int, width: int, prob: float) -> tuple[jax.Array, ...]:
-    """Returns boxes as timm's `RandomErasing` draws them: (top, bottom, left, right), int32 [rows] each.
+    """Returns timm's boxes: (top, bottom, left, right), int32 [rows] each, empty where nothing is erased.
 
     A box is the first of ten that is smaller than the image. Its area is 2 % to 1/3 of the image, its
-    height / width log-uniform in 0.3 to 1 / 0.3, its place uniform. It is empty where nothing is erased.
+    height / width log-uniform in 0.3 to 1 / 0.3, its place uniform.
     """
     on_key, area_key, aspect_key, y_key, x_key = jax.random.split(key, 5)
     tries = (rows, 10)

@@ -3,15 +3,18 @@
 Training is a sequence of slots: slot = step * batch_size + row. The image in a slot and its random crop are a
 pure function of (seed, slot). A run therefore continues exactly from any step, with any number of loader
 workers, and several processes can share the rows of a step.
+
+The arrays of a batch are "image" uint8 [n, height, width, 3], "label" int32 [n] and "unreadable" int64 [n], the
+index of the image that could not be read, or -1; in evaluation also "valid" bool [n].
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from convit_jax.data.images import Picture, centre_crop, decode, random_resized_crop
+from convit_jax.data.images import Picture, centre_crop, crop_resize, decode, random_resized_crop_box, width_height
 from convit_jax.data.sources import Source
 from convit_jax.errors import UserError
 
@@ -20,7 +23,7 @@ TRIES = 10  # images tried in place of an unreadable one before the run fails
 Batch = dict[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Slots:
     """The order of training images: the subset, reshuffled every epoch.
 
@@ -50,12 +53,9 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TrainExample:
-    """Makes the training rows of given slots, as a pure function of (seed, slot).
-
-    An unreadable image is replaced by the next readable one of the subset, usually of the same class.
-    """
+    """Makes training rows. The next readable image of the subset, usually of its class, replaces an unreadable one."""
 
     source: Source
     slots: Slots
@@ -63,16 +63,8 @@ class TrainExample:
     crop: str  # "resized": random resized crop; "pad": the centre, which the device shifts later
 
     def __call__(self, slots: Sequence[int]) -> Batch:
-        """Returns one row for each slot.
-
-        Returns:
-          "image": uint8 [n, height, width, 3]. "label": int32 [n]. "unreadable": int64 [n], the index of the
-          image that had to be replaced, or -1.
-
-        Raises:
-          UserError: `TRIES` images in a row are unreadable.
-        """
-        batch = empty_batch(len(slots), self.size)
+        """Returns one row for each slot; raises UserError if `TRIES` images in a row are unreadable."""
+        batch = _black(len(slots), self.size)
         wanted = None
         for row, slot in enumerate(slots):
             index = self.slots.example(slot)
@@ -81,7 +73,8 @@ class TrainExample:
                 image, shown = self._readable(wanted)
             if self.crop == "resized":
                 rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
-                batch["image"][row] = random_resized_crop(image, self.size, rng)
+                box = random_resized_crop_box(*width_height(image), rng)
+                batch["image"][row] = crop_resize(image, self.size, box)
             else:
                 batch["image"][row] = centre_crop(image, self.size, 1.0)
             batch["label"][row] = self.source.labels[shown]
@@ -95,15 +88,18 @@ class TrainExample:
         for attempt in range(TRIES):
             index = int(subset[(start + attempt) % len(subset)])
             try:
-                return decode(self.source[index], self.source.names[index]), index
+                return _read(self.source, index), index
             except UserError as error:
                 reason = error
         raise reason
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class EvalExample:
-    """Makes the rows of an evaluation: slot i shows the centre of the i-th image of the subset."""
+    """Makes the rows of an evaluation: slot i shows the centre of the i-th image of the subset.
+
+    Slots past the end and unreadable images give black rows that are not valid.
+    """
 
     source: Source
     indices: np.ndarray  # of the subset in the source
@@ -112,18 +108,14 @@ class EvalExample:
     interpolation: str = "bicubic"  # a Pillow filter
 
     def __call__(self, slots: Sequence[int]) -> Batch:
-        """Returns one row for each slot, as `TrainExample`, and "valid": bool [n].
-
-        Slots past the end and unreadable images give black rows that are not valid.
-        """
-        batch = empty_batch(len(slots), self.size)
-        batch["valid"] = np.zeros(len(slots), bool)
+        """Returns one row for each slot."""
+        batch = _black(len(slots), self.size) | {"valid": np.zeros(len(slots), bool)}
         for row, slot in enumerate(slots):
             if slot >= len(self.indices):
                 continue
             index = int(self.indices[slot])
             try:
-                image = decode(self.source[index], self.source.names[index])
+                image = _read(self.source, index)
             except UserError:
                 batch["unreadable"][row] = index
                 continue
@@ -133,41 +125,37 @@ class EvalExample:
         return batch
 
 
-def empty_batch(rows: int, size: tuple[int, int]) -> Batch:
-    """Returns a batch of black images of size (height, width) with label 0."""
-    return {
-        "image": np.zeros((rows, *size, 3), np.uint8),
-        "label": np.zeros(rows, np.int32),
-        "unreadable": np.full(rows, -1, np.int64),
-    }
-
-
 class Unreadable:
-    """Reports each unreadable image of a source once with `say`, and stops the run after `limit` images.
-
-    `seen` holds their indices.
-    """
+    """Reports each unreadable image of a source once with `say`, and stops the run after `limit` images."""
 
     def __init__(self, source: Source, limit: int, say: Callable[[str], None]) -> None:
         self.source, self.limit, self.say = source, limit, say
-        self.seen: set[int] = set()
+        self.seen: set[int] = set()  # indices
 
     def take(self, batch: Batch) -> Batch:
-        """Returns a batch without its entry "unreadable", after reporting the images in it.
-
-        Raises:
-          UserError: more than `limit` images are unreadable.
-        """
+        """Returns a batch without "unreadable"; raises UserError if more than `limit` images are unreadable."""
         batch = dict(batch)
         for index in sorted({*batch.pop("unreadable").tolist()} - {-1} - self.seen):
             self.seen.add(index)
-            name = self.source.names[index]
             try:
-                decode(self.source[index], name)
-                reason = f"the image {name} could be read only at the second attempt: check the disk."
+                _read(self.source, index)
+                reason = f"the image {self.source.names[index]} could be read only the second time: check the disk."
             except UserError as error:
                 reason = str(error)
             if len(self.seen) > self.limit:
                 raise UserError(f"{reason} That is one more than data.max_unreadable={self.limit} allows.")
             self.say(f"{reason} The run continues ({len(self.seen)} of at most {self.limit} such images).")
         return batch
+
+
+def _read(source: Source, index: int) -> Picture:
+    return decode(source[index], source.names[index])
+
+
+def _black(rows: int, size: tuple[int, int]) -> Batch:
+    """A batch of black images with label 0."""
+    return {
+        "image": np.zeros((rows, *size, 3), np.uint8),
+        "label": np.zeros(rows, np.int32),
+        "unreadable": np.full(rows, -1, np.int64),
+    }

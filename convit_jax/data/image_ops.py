@@ -2,7 +2,8 @@
 
 Each operation rounds, truncates and clips as Pillow's C code does, so tables and blends give exactly its
 pixels. The warp uses float32 where Pillow uses double. Images are uint8 [B, H, W, 3]. Settings have one row
-for each image, and the cost does not depend on their values.
+for each image, and the cost does not depend on their values. Tables, uint8 [B, 256, 3], map each value of each
+channel to its new value.
 """
 
 import math
@@ -10,8 +11,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-
-# ---- Lookup tables: uint8 [B, 256, 3] maps each value of each channel to its new value ---------------------
 
 
 def look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
@@ -38,7 +37,12 @@ def autocontrast_tables(images: jax.Array) -> jax.Array:
 
 def equalize_tables(images: jax.Array) -> jax.Array:
     """Returns tables that flatten the histogram of each channel (`ImageOps.equalize`)."""
-    counts = _histograms(images)
+
+    def histogram(image: jax.Array) -> jax.Array:
+        values = image.reshape(-1, 3).astype(jnp.int32)
+        return jnp.zeros((256, 3), jnp.int32).at[values, jnp.arange(3)].add(1, mode="promise_in_bounds")
+
+    counts = jax.vmap(histogram)(images)
     darker = jnp.cumsum(counts, axis=1) - counts  # pixels below each value
     # Pillow excludes the pixels of the brightest value from its step.
     step = jnp.max(jnp.where(counts > 0, darker, 0), axis=1, keepdims=True) // 255
@@ -46,29 +50,14 @@ def equalize_tables(images: jax.Array) -> jax.Array:
     return jnp.where(step > 0, equalized, jnp.arange(256)[:, None]).astype(jnp.uint8)
 
 
-def _histograms(images: jax.Array) -> jax.Array:
-    """Pixels of each value of each channel: int32 [B, 256, 3]."""
-
-    def count(image: jax.Array) -> jax.Array:
-        values = image.reshape(-1, 3).astype(jnp.int32)
-        return jnp.zeros((256, 3), jnp.int32).at[values, jnp.arange(3)].add(1, mode="promise_in_bounds")
-
-    return jax.vmap(count)(images)
-
-
-# ---- Affine warp -------------------------------------------------------------------------------------------
-
-
 def warp(images: jax.Array, matrices: jax.Array, fill: Sequence[int]) -> jax.Array:
     """Returns the images after `Image.transform(AFFINE, BICUBIC)`.
 
-    The pixel at (x, y) is taken from (a x + b y + c, d x + e y + f) by Pillow's cubic, Keys' with a = -1. The
-    border is repeated outside, and the result is truncated.
-
     Args:
       images: uint8 [B, H, W, 3].
-      matrices: [[a, b, c], [d, e, f]] for x and y in pixels from the centre, float32 [B, 2, 3].
-      fill: three values in 0..255 for pixels that come from outside the image.
+      matrices: [[a, b, c], [d, e, f]], float32 [B, 2, 3]. The pixel at (x, y) is taken from (a x + b y + c,
+        d x + e y + f), in pixels from the centre, by Pillow's cubic: Keys' with a = -1, border repeated, truncated.
+      fill: colour, 0..255, of pixels that come from outside the image.
     """
     height, width = images.shape[1:3]
     # One 32-bit word for a pixel: the sixteen lookups then fetch all channels at once.
@@ -102,14 +91,10 @@ def _cubic(values: Sequence[jax.Array], d: jax.Array) -> jax.Array:
     return v2 + d * ((v3 - v1) + d * ((2 * (v1 - v2) + v3 - v4) + d * (v2 - v1 + v4 - v3)))
 
 
-# ---- Blends ------------------------------------------------------------------------------------------------
-
-
 def blend(degenerate: jax.Array | int, images: jax.Array, factor: jax.Array) -> jax.Array:
     """Returns `Image.blend(degenerate, image, factor)`, on which `ImageEnhance` is built.
 
-    Factors are float32 [B]: 0 gives the degenerate image, integers that broadcast against the images; 1 gives
-    the image; above 1 extrapolates.
+    degenerate: integers that broadcast against the images; factor: float32 [B], 1 gives the image.
     """
     images, degenerate = images.astype(jnp.int32), jnp.asarray(degenerate).astype(jnp.int32)
     difference = images - degenerate
@@ -134,10 +119,7 @@ def mean_grey(images: jax.Array) -> jax.Array:
 
 
 def smooth(images: jax.Array) -> jax.Array:
-    """Returns the images after `ImageFilter.SMOOTH`, int32 [B, H, W, 3].
-
-    A pixel has weight 5 and its eight neighbours weight 1. Pixels on the border do not change.
-    """
+    """Returns the images after `ImageFilter.SMOOTH`, int32: weight 5, neighbours 1; the border does not change."""
     height, width = images.shape[1:3]
     images = images.astype(jnp.int32)
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -148,10 +130,7 @@ def smooth(images: jax.Array) -> jax.Array:
 
 
 def gaussian_blur(images: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Returns the images after a Gaussian blur with sigma in pixels, float32 [B].
-
-    The weights of each pixel are normalised over the pixels inside the image.
-    """
+    """Blurs images with sigma in pixels, float32 [B]; weights are normalised over the pixels inside the image."""
 
     def weights(size: int) -> jax.Array:
         pixels = jnp.arange(size, dtype=jnp.float32)
@@ -163,9 +142,6 @@ def gaussian_blur(images: jax.Array, sigma: jax.Array) -> jax.Array:
     blurred = jnp.einsum("byi,bixc->byxc", weights(height), images.astype(jnp.float32), precision=exact)
     blurred = jnp.einsum("bxj,byjc->byxc", weights(width), blurred, precision=exact)
     return jnp.round(blurred).astype(jnp.uint8)
-
-
-# ---- Work on some rows of a batch --------------------------------------------------------------------------
 
 
 def some_rows(function: Callable[..., jax.Array], wanted: jax.Array, *batch: jax.Array) -> jax.Array:

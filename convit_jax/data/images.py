@@ -12,21 +12,14 @@ Picture = Image.Image | np.ndarray  # RGB, or uint8 [H, W, 3]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 AREA = (0.08, 1.0)  # of a random crop, share of the image
-ASPECT = (3 / 4, 4 / 3)  # of a random crop, width / height
+NARROWEST, WIDEST = 3 / 4, 4 / 3  # of a random crop, width / height
 
 
 def decode(record: bytes | np.ndarray, name: str) -> Picture:
-    """Returns a record of a source as an RGB image.
+    """Returns the content of an image file as RGB, and pixels as they are; raises UserError if it is damaged.
 
     As in timm and torchvision, alpha is dropped and the EXIF orientation is ignored. 16-bit images keep their
     upper eight bits.
-
-    Args:
-      record: content of an image file, or uint8 [H, W, 3], which is returned as it is.
-      name: of the image, for the error message.
-
-    Raises:
-      UserError: the file is not an image or is damaged.
     """
     if isinstance(record, np.ndarray):
         return record
@@ -47,29 +40,21 @@ def decode(record: bytes | np.ndarray, name: str) -> Picture:
         raise UserError(f"cannot decode the image {name} ({reason}): replace or remove the file.") from error
 
 
-def random_resized_crop(image: Picture, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Returns a random part of an image, resized to (height, width): uint8 [height, width, 3]."""
-    return crop_resize(image, size, random_resized_crop_box(*width_height(image), rng))
-
-
 def random_resized_crop_box(width: int, height: int, rng: np.random.Generator) -> Box:
     """Draws the box of a random resized crop, as torchvision's `RandomResizedCrop` and timm's.
 
-    The area is uniform in `AREA` and the aspect log-uniform in `ASPECT`. If none of ten draws fits into the
-    image of width x height pixels, the box is the largest central one with an aspect in `ASPECT`.
+    The area and the logarithm of the aspect are uniform. If none of ten draws fits into the image of width x
+    height pixels, the box is the largest central one with an allowed aspect.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*AREA)
-        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        aspect = math.exp(rng.uniform(math.log(NARROWEST), math.log(WIDEST)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    w, h = width, height
-    if width / height < ASPECT[0]:
-        h = round(width / ASPECT[0])
-    elif width / height > ASPECT[1]:
-        w = round(height * ASPECT[1])
+    h = round(width / NARROWEST) if width / height < NARROWEST else height
+    w = round(height * WIDEST) if width / height > WIDEST else width
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
@@ -79,15 +64,7 @@ def centre_crop(image: Picture, size: tuple[int, int], crop_ratio: float, interp
 
     Sizes are rounded as torchvision's `Resize` and `CenterCrop` round them. Resampling only the box that
     remains would be a third faster but gives other pixels, because Pillow orders its two passes by cost.
-
-    Args:
-      image: the whole image.
-      size: (height, width) of the result.
-      crop_ratio: share of the resized short side that remains.
-      interpolation: a Pillow filter, in lower case.
-
-    Returns:
-      uint8 [height, width, 3].
+    size is (height, width) of the result, uint8 [height, width, 3].
     """
     (h, w), (width, height) = size, width_height(image)
     short_h, short_w = math.floor(h / crop_ratio), math.floor(w / crop_ratio)
@@ -113,5 +90,4 @@ def crop_resize(image: Picture, size: tuple[int, int], box: Box, interpolation: 
 
 
 def width_height(image: Picture) -> tuple[int, int]:
-    """Returns (width, height) in pixels."""
     return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size

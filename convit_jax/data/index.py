@@ -5,38 +5,35 @@ the user's cache folder. They are memory-mapped: loader workers share them.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 FORMAT = "convit_jax index 2"
 FACTS = "index.json"
 
+Arrays = dict[str, np.ndarray]
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False)
 class Names:
-    """A sequence of strings in two arrays, which take less memory than a list and can be mapped.
+    """A sequence of strings in two arrays, which take less memory than a list and can be mapped."""
 
-    Attributes:
-      text: all strings in UTF-8, uint8 [bytes].
-      starts: where each string starts in `text`, and the end, int64 [n + 1].
-    """
-
-    text: np.ndarray
-    starts: np.ndarray
+    text: np.ndarray  # all strings in UTF-8, uint8 [bytes]
+    starts: np.ndarray  # where each string starts, and the end, int64 [n + 1]
 
     @staticmethod
     def pack(names: Sequence[bytes]) -> "Names":
         """Returns the Names of encoded strings."""
-        starts = np.zeros(len(names) + 1, np.int64)
-        np.cumsum([len(name) for name in names], out=starts[1:])
+        starts = np.cumsum([0, *map(len, names)], dtype=np.int64)
         return Names(np.frombuffer(b"".join(names), np.uint8), starts)
 
     def __len__(self) -> int:
@@ -50,24 +47,16 @@ class Names:
         return map(self.__getitem__, range(len(self)))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Index:
-    """Arrays with one entry per record, in the order (label, name).
+    """Arrays with one entry per record, in the order (label, name). It pickles as its path if it has one."""
 
-    Attributes:
-      arrays: "labels" int32 [n], "text" and "starts" (see Names), and the place of each record.
-      path: the directory that the arrays are mapped from; None: they are in memory.
-      fingerprint: of the data.
-    """
-
-    arrays: dict[str, np.ndarray]
-    path: Path | None = None
-    fingerprint: str = ""
+    arrays: Arrays  # "labels" int32 [n], "text" and "starts" of the Names, and the place of each record
+    path: Path | None = None  # directory that the arrays are mapped from
+    fingerprint: str = ""  # of the data
 
     def __reduce__(self) -> tuple:
-        if self.path is None:
-            return Index, (self.arrays,)
-        return _read, (self.path, self.fingerprint)
+        return (Index, (self.arrays,)) if self.path is None else (_read, (self.path, self.fingerprint))
 
 
 class Indexed:
@@ -77,58 +66,42 @@ class Indexed:
 
     @property
     def labels(self) -> np.ndarray:
-        """Class of each image, int32 [n]."""
         return self.index.arrays["labels"]
 
     @property
     def names(self) -> Names:
-        """Name of each image, CLASS/FILE."""
         return Names(self.index.arrays["text"], self.index.arrays["starts"])
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def make_index(labels: Sequence[int], names: Sequence[str], **arrays: np.ndarray) -> Index:
-    """Returns the Index of records that are given in any order.
-
-    Args:
-      labels: class of each record.
-      names: name of each record, unique.
-      **arrays: further arrays with one entry per record.
-    """
+def make_index(labels: Sequence[int], names: Sequence[str], **places: np.ndarray) -> Index:
+    """Returns the Index of records in any order; names are unique, `places` have one entry per record."""
     encoded = np.array([os.fsencode(name) for name in names], np.bytes_)
     order = np.lexsort((encoded, np.asarray(labels)))  # bytes of UTF-8 sort as their characters
     packed = Names.pack(encoded[order].tolist())
-    return Index(
-        {
-            "labels": np.asarray(labels, np.int32)[order],
-            "text": packed.text,
-            "starts": packed.starts,
-            **{name: array[order] for name, array in arrays.items()},
-        }
-    )
+    arrays = {"labels": np.asarray(labels, np.int32)[order], "text": packed.text, "starts": packed.starts}
+    return Index(arrays | {name: array[order] for name, array in places.items()})
 
 
 def cached_index(
     directory: Path,
     name: str,
-    fingerprint: str,
+    facts: Any,
     build: Callable[[], Index],
-    keep: Callable[[dict[str, np.ndarray]], bool] = lambda arrays: True,
+    keep: Callable[[Arrays], bool] = lambda arrays: True,
 ) -> Index:
-    """Returns the index with this name and fingerprint, built only if it was not kept.
+    """Returns an index, built only if it was not kept: mapped from disk, or in memory if it cannot be kept.
 
     Args:
       directory: of the data. The index goes there or into the user's cache folder.
       name: of the index, unique within the directory.
-      fingerprint: of the data. An index with another one is replaced.
+      facts: about the data, for JSON. An index of other facts is replaced.
       build: makes the index.
       keep: whether an index with these arrays is worth keeping.
-
-    Returns:
-      The Index, mapped from disk, or in memory if it could not be kept.
     """
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     places = [directory / f".convit_jax-{name}-index", cache / f"convit_jax/indices/{key}-{name}"]
@@ -146,7 +119,7 @@ def cached_index(
     return index
 
 
-def _write(path: Path, fingerprint: str, arrays: dict[str, np.ndarray]) -> None:
+def _write(path: Path, fingerprint: str, arrays: Arrays) -> None:
     """Writes a directory with one .npy file per array; it appears under its name when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = tempfile.mkdtemp(prefix=path.name, suffix=".unfinished", dir=path.parent)
@@ -169,8 +142,5 @@ def _read(path: Path, fingerprint: str) -> Index:
     facts = json.loads((path / FACTS).read_text())
     if facts["format"] != FORMAT or facts["fingerprint"] != fingerprint:
         raise ValueError(f"{path} is not the index of {fingerprint}")
-    # As plain arrays: every access to a np.memmap is slower.
-    arrays = {
-        name: np.asarray(np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in facts["arrays"]
-    }
-    return Index(arrays, path, fingerprint)
+    files = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in facts["arrays"]}
+    return Index({name: np.asarray(array) for name, array in files.items()}, path, fingerprint)  # memmaps are slower

@@ -31,15 +31,8 @@ def batches(
 
     Args:
       example: a TrainExample or EvalExample.
-      batch_size: rows of a batch over all processes.
-      start: the first step.
-      stop: the step after the last one.
+      batch_size: rows of a batch, which all `processes` share equally.
       workers: loader processes; 0 loads in two threads. The batches do not depend on it.
-      process: index of this process.
-      processes: processes that share each batch.
-
-    Yields:
-      Arrays with a leading axis of batch_size / processes.
     """
     local = batch_size // processes
 
@@ -47,9 +40,9 @@ def batches(
         first = step * batch_size + process * local
         return example(range(first, first + local))
 
-    dataset = grain.MapDataset.range(stop).map(rows)[start:]
     threads, ahead = (1, 1) if workers else (2, 4)
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    dataset = grain.MapDataset.range(stop).map(rows)[start:].to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which a notebook never parses
             flags.FLAGS.mark_as_parsed()

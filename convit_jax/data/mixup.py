@@ -13,9 +13,8 @@ def mix_batch(
     Args:
       images: float32 [B, H, W, C].
       labels: int32 [B].
-      key: PRNG key.
-      settings: config.augment; reads mixup (arXiv 1710.09412), cutmix (arXiv 1905.04899), mix_prob,
-        mix_switch_prob and label_smoothing.
+      key: of the step.
+      settings: config.augment, for mixup (arXiv 1710.09412), cutmix (arXiv 1905.04899) and label smoothing.
       num_classes: length of the soft labels.
 
     Returns:
@@ -60,9 +59,6 @@ def cutmix_box(key: jax.Array, lam: jax.Array, height: int, width: int) -> tuple
     side = jnp.sqrt(1.0 - lam)
     half_h, half_w = (height * side).astype(jnp.int32) // 2, (width * side).astype(jnp.int32) // 2
     y, x = jax.random.randint(y_key, (), 0, height), jax.random.randint(x_key, (), 0, width)
-    return (
-        jnp.clip(y - half_h, 0, height),
-        jnp.clip(y + half_h, 0, height),
-        jnp.clip(x - half_w, 0, width),
-        jnp.clip(x + half_w, 0, width),
-    )
+    top_bottom = (jnp.clip(edge, 0, height) for edge in (y - half_h, y + half_h))
+    left_right = (jnp.clip(edge, 0, width) for edge in (x - half_w, x + half_w))
+    return (*top_bottom, *left_right)

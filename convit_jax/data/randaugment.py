@@ -17,6 +17,7 @@ which for Sharpness is a smoothed one.
 """
 
 import enum
+import functools
 import math
 from collections.abc import Sequence
 
@@ -25,9 +26,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from convit_jax.data import image_ops
-
-APPLY_PROB = 0.5  # of each drawn operation
-
 
 # The operations in timm's order; NONE leaves an image unchanged.
 Op = enum.IntEnum(
@@ -39,13 +37,9 @@ Op = enum.IntEnum(
 
 
 def randaugment(images: jax.Array, key: jax.Array, settings: ConfigDict, fill: Sequence[int]) -> jax.Array:
-    """Returns each image after its random operations (timm's `rand_augment_transform`).
+    """Returns each image, uint8 [B, H, W, 3], after its random operations (timm's `rand_augment_transform`).
 
-    Args:
-      images: uint8 [B, H, W, 3].
-      key: PRNG key.
-      settings: config.augment; reads num_ops, magnitude and magnitude_std.
-      fill: three values in 0..255 for pixels that a warp takes from outside the image.
+    settings is config.augment; fill is the colour, 0..255, of pixels that a warp takes from outside the image.
     """
     draws = draw_operations(key, images.shape[0], settings)
 
@@ -62,7 +56,7 @@ def draw_operations(key: jax.Array, rows: int, settings: ConfigDict) -> tuple[ja
     op_key, apply_key, magnitude_key, sign_key = jax.random.split(key, 4)
     shape = (rows, settings.num_ops)
     ops = jax.random.randint(op_key, shape, 0, len(Op) - 1)
-    ops = jnp.where(jax.random.bernoulli(apply_key, APPLY_PROB, shape), ops, Op.NONE)
+    ops = jnp.where(jax.random.bernoulli(apply_key, 0.5, shape), ops, Op.NONE)
     noise = settings.magnitude_std * jax.random.normal(magnitude_key, shape)
     magnitudes = jnp.clip(settings.magnitude + noise, 0.0, 10.0)
     return ops, magnitudes, jax.random.rademacher(sign_key, shape, jnp.float32)
@@ -71,24 +65,12 @@ def draw_operations(key: jax.Array, rows: int, settings: ConfigDict) -> tuple[ja
 def apply_operation(
     images: jax.Array, op: jax.Array, magnitude: jax.Array, sign: jax.Array, fill: Sequence[int]
 ) -> jax.Array:
-    """Returns each image after one operation (timm's `AugmentOp`).
-
-    Args:
-      images: uint8 [B, H, W, 3].
-      op: member of `Op` for each image, int32 [B].
-      magnitude: 0 to 10, float32 [B].
-      sign: +1 or -1, float32 [B].
-      fill: three values in 0..255.
-    """
+    """Returns each image after one operation (timm's `AugmentOp`); draws are [B], as of `draw_operations`."""
     level = magnitude / 10.0
     # An image has one operation at most, so the order of the kernels does not matter.
     warps = (op == Op.ROTATE) | (op >= Op.SHEAR_X)
     matrices = _affine_matrices(op, sign * level, *images.shape[1:3])
-
-    def warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
-        return image_ops.warp(images, matrices, fill)
-
-    warped = image_ops.some_rows(warp, warps, images, matrices)
+    warped = image_ops.some_rows(functools.partial(image_ops.warp, fill=fill), warps, images, matrices)
     images = jnp.where(warps[:, None, None, None], warped, images)
     images = image_ops.look_up(images, _tables(images, op, level))
     return _enhance(images, op, sign * magnitude)

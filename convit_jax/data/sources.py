@@ -17,15 +17,11 @@ from convit_jax.data.tfds import TfdsImages
 from convit_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
-TEST_DIGITS_PER_CLASS = 36
 LARGE_FOLDER = 10_000  # images; a smaller folder is quickly listed again
 
 
 class Source(Protocol):
-    """Labelled images by number, in the order (label, name).
-
-    A source can be pickled: the workers of the loader hold a copy.
-    """
+    """Labelled images by number, in the order (label, name). It can be pickled, for the workers of the loader."""
 
     class_names: tuple[str, ...]
 
@@ -46,8 +42,8 @@ class Source(Protocol):
 class Digits:
     """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, grey, as uint8 [8, 8, 3].
 
-    The test split has 360 of them: 36 per class, evenly spaced in scikit-learn's order, so that both splits
-    have digits of every writer. The training split has the other 1,437.
+    The test split has 36 of each class, evenly spaced in scikit-learn's order, so that both splits have digits of
+    every writer. The training split has the other 1,437.
     """
 
     class_names = tuple(str(digit) for digit in range(10))
@@ -59,15 +55,14 @@ class Digits:
         in_test = np.zeros(len(labels), bool)
         for digit in range(10):
             of_class = np.flatnonzero(labels == digit)
-            positions = np.linspace(0, len(of_class) - 1, TEST_DIGITS_PER_CLASS).round().astype(int)
+            positions = np.linspace(0, len(of_class) - 1, 36).round().astype(int)
             in_test[of_class[positions]] = True
         chosen = np.flatnonzero(~in_test if split == "train" else in_test)
         chosen = chosen[np.argsort(labels[chosen], kind="stable")]
         grey = np.round(images[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
         self.images = np.repeat(grey, 3, axis=3)
         self.labels = labels[chosen].astype(np.int32)
-        names = [f"{label}/{number:04d}" for label, number in zip(self.labels, chosen, strict=True)]
-        self.names = Names.pack([name.encode() for name in names])
+        self.names = Names.pack([b"%d/%04d" % pair for pair in zip(self.labels, chosen, strict=True)])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,14 +76,7 @@ class ImageFolder(Indexed):
 
     The classes are the sorted folders of the training split, or of the test split if it is the only one. The
     files of a class may be in subfolders. The list of a large folder is kept (see index.py) until a class
-    folder changes.
-
-    Args:
-      directory: that contains the splits.
-      split: "train" or "test".
-
-    Raises:
-      UserError: a folder is missing or empty, or the test split has other classes.
+    folder changes. Raises UserError if a folder is missing or empty, or if the test split has other classes.
     """
 
     def __init__(self, directory: str | Path, split: str) -> None:
@@ -96,20 +84,18 @@ class ImageFolder(Indexed):
         self.root = _split_folder(parent, split)
         test_only = split != "train" and not (parent / "train").is_dir()
         train_root = self.root if test_only else _split_folder(parent, "train")
-        self.class_names = tuple(_folders(train_root))
-        if not self.class_names:
-            raise UserError(
-                f"{train_root} has no class folders: put the images of each class into {train_root}/CLASS/."
-            )
+        self.class_names = _folders(train_root)
         if unknown := sorted({*_folders(self.root)} - {*self.class_names}):
             raise UserError(
                 f"{self.root} has {len(unknown)} classes that {train_root} lacks, such as {unknown[0]!r}: "
                 "both must have the same class folders."
             )
+        # The times of the class folders change when a file directly in them comes or goes.
+        folders = [(name, self.root / name) for name in self.class_names if (self.root / name).is_dir()]
         self.index = cached_index(
             parent,  # not in a split's folder, whose folders are classes
             f"folder-{self.root.name}",
-            _fingerprint(self.root, self.class_names),
+            [self.class_names, [(name, os.stat(folder).st_mtime_ns) for name, folder in folders]],
             lambda: self._list(complete=self.root == train_root),
             keep=lambda arrays: len(arrays["flat"]) >= LARGE_FOLDER and bool(arrays["flat"].all()),
         )
@@ -127,31 +113,22 @@ class ImageFolder(Indexed):
         """Builds the index; if `complete`, every class must have an image."""
         names: list[str] = []
         labels: list[int] = []
-        flat: list[bool] = []
         progress = tqdm(self.class_names, "Listing", unit=" classes", disable=None, delay=2)
         for label, name in enumerate(progress):
-            files = _image_files(self.root / name)
-            if not files and complete:
+            for folder, _, files in os.walk(self.root / name, followlinks=True):
+                inside = os.path.relpath(folder, self.root)
+                names += [f"{inside}/{file}" for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+            if len(names) == len(labels) and complete:
                 raise UserError(
                     f"the class folder {self.root / name} holds no image ({', '.join(IMAGE_SUFFIXES)}): "
                     "add some or remove the folder."
                 )
-            names += [f"{name}/{file}" for file in files]
-            labels += [label] * len(files)
-            flat += [os.sep not in file for file in files]
-        return make_index(labels, names, flat=np.array(flat, bool))
+            labels += [label] * (len(names) - len(labels))
+        return make_index(labels, names, flat=np.array([name.count("/") == 1 for name in names], bool))
 
 
 def open_source(data: Any, split: str) -> Source:
-    """Returns the source of a config's `data` section.
-
-    Args:
-      data: has the fields name and dir.
-      split: "train" or "test".
-
-    Raises:
-      UserError: there is no such data, or it cannot be used.
-    """
+    """Returns the "train" or "test" split of a config's `data` section; raises UserError if it cannot be used."""
     if data.name == "digits":
         return Digits(split)
     if data.name == "folder":
@@ -169,35 +146,16 @@ def digest(source: Source) -> str:
     return whole.hexdigest()
 
 
-def _folders(directory: Path) -> list[str]:
-    """Lists the sorted names of the folders in a directory."""
-    return sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+def _folders(directory: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in os.scandir(directory) if entry.is_dir()))
 
 
 def _split_folder(directory: Path, split: str) -> Path:
-    """Returns DIRECTORY/train, or DIRECTORY/val or DIRECTORY/test."""
     names = ("train",) if split == "train" else ("val", "test")
     for name in names:
         if (directory / name).is_dir():
             return directory / name
-    if not directory.is_dir():
-        raise UserError(f"there is no folder {directory}: set --config.data.dir to the image folder.")
     raise UserError(
-        f"{directory} has no folder {' or '.join(names)}: data.name=folder expects "
-        f"{directory}/train/CLASS/*.jpg and {directory}/val/CLASS/*.jpg (or test/)."
+        f"{directory} has no folder {' or '.join(names)}: data.dir must contain {directory}/train/CLASS/*.jpg "
+        f"and {directory}/val/CLASS/*.jpg (or test/) if data.name is folder."
     )
-
-
-def _fingerprint(root: Path, class_names: tuple[str, ...]) -> str:
-    """Hashes the times of the class folders, which change when a file directly in them comes or goes."""
-    times = [(name, os.stat(root / name).st_mtime_ns) for name in class_names if (root / name).is_dir()]
-    return hashlib.sha256(json.dumps([class_names, times]).encode()).hexdigest()
-
-
-def _image_files(folder: Path) -> list[str]:
-    """Lists the image files in a folder and its subfolders, relative to it."""
-    found = []
-    for where, _, files in os.walk(folder, followlinks=True):
-        prefix = "" if where == str(folder) else os.path.relpath(where, folder)
-        found += [os.path.join(prefix, file) for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-    return found

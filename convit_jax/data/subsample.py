@@ -33,9 +33,7 @@ def select(
       labels: class of each image, int [n].
       names: name of each image, unique within a class.
       classes: number of classes in the data; None: the largest label + 1.
-      sampling_ratio: fraction f of each class, 0 < f <= 1.
-      num_classes: keep only the classes 0 to num_classes - 1; None: all.
-      rule: "first" or "random".
+      sampling_ratio, num_classes, rule: as data.* in configs/default.py.
       seed: of the random rule.
 
     Raises:

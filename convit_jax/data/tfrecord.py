@@ -5,18 +5,19 @@ the payload (uint32), all little-endian. One pass from header to header finds ev
 tf.train.Example, the pass reads only the few bytes around the image: a tenth of ImageNet's 150 GB.
 """
 
+import functools
 import itertools
 import os
 import struct
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
+from google.protobuf.message import DecodeError
 
-from convit_jax.data.index import Index
+from convit_jax.data.index import Arrays, Index
 from convit_jax.errors import UserError
 
 HEADER = struct.Struct("<QI")
@@ -32,70 +33,50 @@ class TfRecords:
     """The records of TFRecord files, found by an index with the arrays shard, offset and length."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = list(paths)
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple:
-        return TfRecords, (self.paths,)
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        self.paths = paths
 
     def read(self, index: Index, number: int) -> bytes:
-        """Returns the payload of a record.
-
-        Raises:
-          UserError: the file cannot be read, or the payload does not match its CRC.
-        """
+        """Returns the payload of a record; raises UserError if it cannot be read or has another CRC."""
         shard, offset, length = (int(index.arrays[name][number]) for name in ("shard", "offset", "length"))
-        path = self.paths[shard]
         try:
-            with self._lock:
-                if shard not in self._descriptors:
-                    self._descriptors[shard] = os.open(path, os.O_RDONLY)
-            data = os.pread(self._descriptors[shard], length + CRC.size, offset)
-        except OSError as error:
-            raise UserError(f"cannot read the shard {path} ({error.strerror}): check the disk.") from error
-        if len(data) < length + CRC.size or masked_crc(data[:length]) != CRC.unpack(data[length:])[0]:
-            raise UserError(f"the record at byte {offset} of {path} is damaged (wrong CRC): copy it again.")
+            data = os.pread(_opened(self.paths[shard]), length + CRC.size, offset)
+            if len(data) < length + CRC.size or masked_crc(data[:length]) != CRC.unpack(data[length:])[0]:
+                raise ValueError(f"wrong CRC of the record at byte {offset}")
+        except (OSError, ValueError) as error:
+            raise damaged_shard(self.paths[shard], error) from error
         return data[:length]
 
     def scan(
         self, shard_lengths: Sequence[int], describe: Describe, progress: Callable[[int], Any]
-    ) -> tuple[list[Description], dict[str, np.ndarray]]:
-        """Lists all records.
+    ) -> tuple[list[Description], Arrays]:
+        """Returns what `describe` returns for each record, and the arrays of the index.
 
-        Args:
-          shard_lengths: number of records that each file must have.
-          describe: gets the features of at most 4 KB; raises IndexError if one is missing.
-          progress: called with the number of records of each finished file.
-
-        Returns:
-          What `describe` returned for each record, and the arrays of the index.
-
-        Raises:
-          UserError: a file is missing, truncated or damaged, or has another number of records.
+        Raises UserError if a file is damaged or does not have the given number of records. `progress` is called
+        with the number of records of each finished file, `describe` with the features of at most 4 KB.
         """
 
         def list_shard(path: str, expected: int) -> tuple[list[Description], np.ndarray]:
-            records = list(_scan_file(path, describe))
-            if len(records) != expected:
-                raise UserError(
-                    f"the shard {path} holds {len(records)} records instead of the {expected} in "
-                    "dataset_info.json: copy it again."
-                )
+            try:
+                records = list(_scan_file(path, describe))
+                if len(records) != expected:
+                    raise ValueError(f"{len(records)} records instead of the {expected} in dataset_info.json")
+            except (OSError, ValueError, IndexError, DecodeError) as error:
+                raise damaged_shard(path, error) from error
             progress(expected)
-            places = np.array([(offset, length) for offset, length, _ in records], np.int64).reshape(-1, 2)
-            return [description for *_, description in records], places
+            places = np.array([place for place, _ in records], np.int64).reshape(-1, 2)
+            return [description for _, description in records], places
 
         with ThreadPoolExecutor(16) as pool:  # several reads at once, for network and parallel disks
             described, places = zip(*pool.map(list_shard, self.paths, shard_lengths), strict=True)
         offset, length = np.concatenate(places).T
         shard = np.repeat(np.arange(len(self.paths), dtype=np.int32), shard_lengths)
-        arrays = {"shard": shard, "offset": offset, "length": length}
-        return list(itertools.chain.from_iterable(described)), arrays
+        return list(itertools.chain(*described)), {"shard": shard, "offset": offset, "length": length}
+
+
+def damaged_shard(path: str, reason: Exception) -> UserError:
+    """Returns the error to raise for a shard that cannot be read."""
+    first = str(reason).split(";")[0].split("\n")[0].strip()
+    return UserError(f"the shard {path} is missing, truncated or damaged ({first}): copy it again.")
 
 
 def masked_crc(data: bytes) -> int:
@@ -104,9 +85,14 @@ def masked_crc(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _scan_file(path: str, describe: Describe) -> Iterator[tuple[int, int, Description]]:
-    """Yields (offset, length, description) of each record."""
-    from google.protobuf.message import DecodeError
+@functools.cache
+def _opened(path: str) -> int:
+    """The descriptor of a file, which stays open: opening takes long on network disks."""
+    return os.open(path, os.O_RDONLY)
+
+
+def _scan_file(path: str, describe: Describe) -> Iterator[tuple[tuple[int, int], Description]]:
+    """Yields ((offset, length), description) of each record."""
     from tensorflow_datasets.proto import tf_feature_pb2
 
     size = os.path.getsize(path)
@@ -115,26 +101,16 @@ def _scan_file(path: str, describe: Describe) -> Iterator[tuple[int, int, Descri
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead of images
         position = 0
         while position < size:
-            header = _read(file, position, HEADER.size)
-            if len(header) < HEADER.size:
-                raise UserError(f"the shard {path} is truncated within a record: copy it again.")
+            header = _read(file, position, HEADER.size).ljust(HEADER.size)  # if truncated, its CRC is wrong
             length, crc = HEADER.unpack(header)
             if masked_crc(header[:8]) != crc:
-                raise UserError(
-                    f"the shard {path} is damaged at byte {position} (wrong CRC of a length): copy it again."
-                )
+                raise ValueError(f"wrong CRC of a length at byte {position}")
             offset = position + HEADER.size
             position = offset + length + CRC.size
             if position > size:
-                raise UserError(f"the shard {path} is truncated within a record: copy it again.")
-            try:
-                features = tf_feature_pb2.Features.FromString(_small_features(file, offset, length))
-                yield offset, length, describe(features.feature)
-            except (DecodeError, IndexError) as error:
-                raise UserError(
-                    f"the record at byte {offset} of {path} is no labelled tf.train.Example: "
-                    "prepare the data set again."
-                ) from error
+                raise ValueError("it ends within a record")
+            features = tf_feature_pb2.Features.FromString(_small_features(file, offset, length))
+            yield (offset, length), describe(features.feature)
 
 
 def _read(file: BinaryIO, position: int, length: int) -> bytes:
@@ -162,11 +138,9 @@ def _small_features(file: BinaryIO, offset: int, length: int) -> bytes:
 def _body(file: BinaryIO, position: int) -> tuple[int, int]:
     """Returns the start and length of the length-delimited field 1 at a position."""
     head = _read(file, position, 11)  # a tag and a varint of at most ten bytes
-    if head[0] != 0x0A:
-        raise IndexError
     size = 0
-    for used, byte in enumerate(head[1:]):
+    for used, byte in enumerate(head[1:] if head[:1] == b"\n" else b""):
         size |= (byte & 0x7F) << (7 * used)
         if byte < 0x80:
             return position + 2 + used, size
-    raise IndexError
+    raise ValueError("a record is no tf.train.Example")

@@ -14,22 +14,12 @@ Pictures = list[list[tuple[np.ndarray, str]]]  # rows of images, in 0..1 or 0..2
 
 
 def draw_augmentations(path: Path, crops: Pictures, mixed: Pictures) -> list[Path]:
-    """Draws what augmentation makes of images.
-
-    Args:
-      path: of the picture; its ending is the format.
-      crops: a row per image.
-      mixed: a row per training step, of as many images.
-
-    Returns:
-      The path written.
-    """
+    """Draws what `preview_augmentation` returns into one file, whose ending is the format."""
     from matplotlib.figure import Figure
 
     size = 1.4 * len(crops[0]), 1.7 * (len(crops) + len(mixed))
     figure = Figure(figsize=size, layout="constrained")
-    heights = len(crops), len(mixed)
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(len(crops), len(mixed)))[:, 0]
     _draw_rows(above, "Images, and their crops after augmentation", "image", crops)
     _draw_rows(below, "The first steps with a batch of these crops, after mixing", "step", mixed)
     return save_figure(figure, path.parent, path.stem, [path.suffix[1:]])

@@ -22,15 +22,10 @@ PANELS_PER_ROW = 5
 
 
 def draw_locality(run: Path, directory: Path, model: Mapping[str, Any]) -> list[Path]:
-    """Draws what a run logged about its attention.
+    """Draws what a run logged about its attention, also while it trains; returns the paths.
 
-    Args:
-      run: the run directory; the training may still be going on.
-      directory: where to write nonlocality.png, gates.png and the same as PDF.
-      model: settings of the run's VisionTransformer.
-
-    Returns:
-      The paths written; no gates for a model without GPSA.
+    They are nonlocality.png, gates.png and the same as PDF; no gates without GPSA. `model` are the settings of
+    the run's VisionTransformer.
     """
     lines = read_metrics(run / "metrics.jsonl")
     paths = []
@@ -43,13 +38,7 @@ def draw_locality(run: Path, directory: Path, model: Mapping[str, Any]) -> list[
 
 
 def plot_nonlocality(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, Any]) -> "Figure":
-    """Returns the figure of non-locality, Eq. 8: one curve per layer, the mean over its heads.
-
-    Args:
-      epochs: of the evaluations.
-      values: [evaluations, layers, heads], in patches.
-      model: settings of the VisionTransformer.
-    """
+    """Returns the figure of non-locality [evaluations, layers, heads] in patches, Eq. 8: the mean of each layer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.75), layout="constrained")
@@ -61,9 +50,7 @@ def plot_nonlocality(epochs: Sequence[float], values: np.ndarray, model: Mapping
         axes.plot(epochs, means, ls=dashes, label=f"{layer + 1} {kind}", **_look(layer, layers, epochs))
     rows, columns = (side // model["patch_size"] for side in model["image_size"])
     axes.axhline(patch_distances((rows, columns)).mean(), color="0.45", lw=1, ls=":", label="uniform")
-    axes.set(xlabel="epoch", ylabel=f"non-locality (patches, of {rows} x {columns})")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="epoch", ylabel=f"non-locality (patches, of {rows} x {columns})", xlim=(0, None), ylim=(0, None))
     tidy_axes(axes)
     _add_legend(figure, axes, "layer")
     return figure
@@ -82,8 +69,7 @@ def plot_gates(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, 
         for head in range(heads):
             axes.plot(epochs, values[:, layer, head], label=f"{head + 1}", **_look(head, heads, epochs))
         axes.plot(epochs, values[:, layer].mean(axis=1), color="black", lw=1.6, ls=(0, (1, 2)), label="mean")
-        axes.set(ylim=(-0.02, 1.02), title=f"layer {layer + 1}")
-        axes.set_xlim(left=0)
+        axes.set(xlim=(0, None), ylim=(-0.02, 1.02), title=f"layer {layer + 1}")
         tidy_axes(axes)
     for number in range(layers, len(panels)):
         panels[number].remove()

@@ -8,7 +8,7 @@ Content attention before training is nearly uniform and has a linear scale inste
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -18,8 +18,8 @@ from convit_jax.figures.style import COLORS, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap, Normalize
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
 TITLES = {
     "query": "Attention of a patch",
@@ -28,11 +28,7 @@ TITLES = {
     "class_token": "Attention of the class token",
     "distillation_token": "Attention of the distillation token",
 }
-LEGEND = (
-    "GPSA: $\\sigma(\\lambda)$ softmax($v r$) + (1 - $\\sigma(\\lambda)$) softmax($q k / \\sqrt{d}$), "
-    "position and content.\ncls, dist: attention to the class token and the distillation token."
-)
-PIXELS, GAP, CAPTION = 112, 9, 22  # of the longer side of a map, between maps, and above a map
+GAP, CAPTION = 0.08, 0.2  # between maps and above a map, of the longer side of a map
 
 Query = tuple[int, int] | None
 Cells = Mapping[tuple[int, int], tuple[np.ndarray, str]]  # map and caption by row and column
@@ -42,17 +38,9 @@ Row = tuple[str, np.ndarray, Sequence[str]]  # layer, its maps [heads, rows, col
 def draw_attention_maps(
     directory: Path, layers: Sequence[LayerMaps], image: np.ndarray, query: tuple[int, int]
 ) -> list[Path]:
-    """Draws the attention of every layer and head.
+    """Draws the attention of every layer and head for a uint8 image [H, W, 3]; returns the paths.
 
-    Args:
-      directory: where to write the pages query, query_content, query_position, class_token and
-        distillation_token, as far as the model has them.
-      layers: maps of all layers.
-      image: uint8 [H, W, 3], as the network sees it.
-      query: (row, column) of the patch for which the maps were computed.
-
-    Returns:
-      The paths written.
+    They are those of TITLES, as far as the model has them. `query` is the (row, column) of the maps.
     """
     pages: dict[str, list[Row]] = {name: [] for name in TITLES}
     for number, layer in enumerate(layers, 1):
@@ -81,95 +69,61 @@ def _shares(attention: np.ndarray) -> list[str]:
 
 
 def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query) -> "Figure":
-    """The image, words and the colour bar, and below them the maps."""
+    """The image, and below it the maps."""
     from matplotlib.figure import Figure
 
     heads, *grid = rows[0][1].shape
-    step = _step(grid)
-    inch = min(1.3, max(0.78, min(9 / heads, 13 / len(rows)))) / PIXELS
-    width, height = max(0.7 + heads * step[1] * inch, 6.0), 0.3 + len(rows) * step[0] * inch
-    figure = Figure(figsize=(width, 1.6 + height), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.6, height))[:, 0]
-
-    photo, words = top.subplots(1, 2, width_ratios=(1.5, width - 1.5))
-    photo.imshow(image, extent=(0, grid[1], grid[0], 0))
-    photo.set_axis_off()
-    _frame(photo, 0, 0, 1, query)
-    words.set_axis_off()
-    words.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    start = f"From the framed patch, row {query[0]}, column {query[1]} (from 0).\n" if query else ""
-    style = {"fontsize": 7.5, "va": "top", "linespacing": 1.4}
-    words.text(0, 1, start + LEGEND, transform=words.transAxes, **style)
-    label = f"attention; the faded image: uniform (1/{math.prod(grid)}) or less"
-    bar = words.inset_axes((0, 0.25, 2.6 / (width - 1.6), 0.1))
-    _add_colorbar(top, _common_norm(grid), label, cax=bar)
-
-    axes = bottom.subplots()
-    cells = {
-        (n, head): (maps[head], captions[head]) for n, (_, maps, captions) in enumerate(rows) for head in range(heads)
-    }
+    down, across = _steps(grid)
+    inch = min(1.3, max(0.78, min(9 / heads, 13 / len(rows)))) / max(grid)
+    height = 0.3 + len(rows) * down * inch
+    figure = Figure(figsize=(max(0.7 + heads * across * inch, 4.0), 2.4 + height), layout="constrained")
+    figure.suptitle(
+        title + (f" (row {query[0]}, column {query[1]})" if query else ""), x=0.01, ha="left", weight="bold"
+    )
+    photo, axes = figure.subplots(2, 1, height_ratios=(1.4, height))
+    photo.set_anchor("W")
+    _draw_photo(photo, image, grid, query)
+    cells = {(n, head): (maps[head], texts[head]) for n, (_, maps, texts) in enumerate(rows) for head in range(heads)}
     _draw_maps(axes, cells, _common_norm(grid), query, image)
-    axes.set_xticks([n * step[1] + step[1] / 2 for n in range(heads)], [f"head {n + 1}" for n in range(heads)])
-    axes.set_yticks([n * step[0] + step[0] / 2 for n in range(len(rows))], [name for name, _, _ in rows])
+    axes.set_xticks([n * across + grid[1] / 2 for n in range(heads)], [f"head {n + 1}" for n in range(heads)])
+    axes.set_yticks([n * down + grid[0] / 2 for n in range(len(rows))], [name for name, _, _ in rows])
     axes.tick_params(length=0, labelsize=7.5, labeltop=True, labelbottom=False)
+    label = f"attention; the faded image: uniform (1/{math.prod(grid)}) or less"
+    _add_colorbar(figure, [axes], _common_norm(grid), label)
     return figure
 
 
 def draw_init_maps(
     directory: Path,
     content: np.ndarray | None,
-    positions: Sequence[np.ndarray],
-    strengths: Sequence[float] | None,
+    positions: Mapping[float | None, np.ndarray],
     image: np.ndarray | None,
     query: tuple[int, int],
 ) -> list[Path]:
-    """Draws the attention of a GPSA layer before training (Fig. 3).
+    """Draws what `init_maps` returns (Fig. 3), for a uint8 image [H, W, 3] or None; returns the paths.
 
     The heads are placed like the pixels of the k x k filter that they start as, any others below.
-
-    Args:
-      directory: where to write init.png and init.pdf.
-      content: [heads, rows, columns], or None.
-      positions: [heads, rows, columns] for each locality strength.
-      strengths: of the convolutional init; None if `positions` is one ordinary init.
-      image: uint8 [H, W, 3], as the network sees it, or None.
-      query: (row, column) of the patch for which the maps were computed.
-
-    Returns:
-      The paths written.
     """
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    heads, *grid = positions[0].shape
-    names = [rf"position, $\alpha$ = {a:g}" for a in strengths] if strengths else ["position, ordinary init"]
-    panels = int(image is not None) + int(content is not None) + len(positions)
+    heads, *grid = next(iter(positions.values())).shape
+    panels = (image is not None) + (content is not None) + len(positions)
     figure = Figure(figsize=(max(2.8 * panels, 3.4), 0.9 + 2.9 * grid[0] / grid[1]), layout="constrained")
     figure.suptitle(f"{heads} heads of a GPSA layer before training", x=0.01, ha="left", weight="bold")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     if image is not None:
-        photo = axes.pop(0)
-        photo.imshow(image, extent=(0, grid[1], grid[0], 0))
-        photo.set_title("image and query", fontsize=8.5)
-        photo.set_axis_off()
-        _frame(photo, 0, 0, 1, query)
+        _draw_photo(axes.pop(0), image, grid, query)
     if content is not None:
         norm = Normalize(content.min(), content.max())
-        _draw_maps(axes[0], _as_filter(content), norm, query)
         axes[0].set_title("content, untrained", fontsize=8.5)
-        _add_colorbar(figure, norm, "attention", ax=axes.pop(0), shrink=0.9)
-    for each, name, maps in zip(axes, names, positions, strict=True):
+        _draw_maps(axes[0], _as_filter(content), norm, query)
+        _add_colorbar(figure, [axes.pop(0)], norm, "attention")
+    for each, (strength, maps) in zip(axes, positions.items(), strict=True):
+        init = "ordinary init" if strength is None else rf"$\alpha$ = {strength:g}"
+        each.set_title(f"position, {init}", fontsize=8.5)
         _draw_maps(each, _as_filter(maps), _common_norm(grid), query)
-        each.set_title(name, fontsize=8.5)
-    _add_colorbar(
-        figure,
-        _common_norm(grid),
-        f"attention; white: uniform (1/{math.prod(grid)}) or less",
-        ax=axes,
-        shrink=0.9 / len(axes),
-    )
-    for each in figure.axes[:panels]:
-        each.set(xticks=[], yticks=[])
+    _add_colorbar(figure, axes, _common_norm(grid), f"attention; white: uniform (1/{math.prod(grid)}) or less")
     return save_figure(figure, directory, "init")
 
 
@@ -180,51 +134,55 @@ def _as_filter(maps: np.ndarray) -> Cells:
     return {place: (values, f"head {n}") for n, (place, values) in enumerate(zip(places, maps, strict=True), 1)}
 
 
+def _draw_photo(axes: "Axes", image: np.ndarray, grid: Sequence[int], query: Query) -> None:
+    axes.imshow(image, extent=(0, grid[1], grid[0], 0))
+    axes.set_axis_off()
+    _frame(axes, 0, 0, query)
+
+
 def _draw_maps(axes: "Axes", cells: Cells, norm: "Normalize", query: Query, image: np.ndarray | None = None) -> None:
-    """Draws maps into axes whose unit is a pixel, all in one picture because many are slow."""
+    """Draws maps into axes whose unit is a patch, all in one picture because many are slow."""
+    from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    grid = next(iter(cells.values()))[0].shape
-    patch, (step_y, step_x) = _patch(grid), _step(grid)
-    height, width = grid[0] * patch, grid[1] * patch
+    height, width = next(iter(cells.values()))[0].shape
+    down, across = _steps((height, width))
     rows, columns = (1 + max(each) for each in zip(*cells, strict=True))
-    pixels = np.full((rows * step_y, columns * step_x, 3), 255, np.uint8)
-    background = np.array(255)
-    if image is not None:  # black becomes a light grey
-        grey = Image.fromarray(image).convert("L").resize((width, height), Image.Resampling.BOX)
-        background = 204 + np.asarray(grey)[..., None] // 5
+    canvas = np.full((rows * down, columns * across), np.nan)
     for (row, column), (values, caption) in cells.items():
-        left, top = column * step_x, row * step_y
-        colors = _palette()(norm(values), bytes=True).repeat(patch, 0).repeat(patch, 1)
-        shown = np.where(colors[..., 3:] > 0, colors[..., :3], background)
-        pixels[top : top + height, left : left + width] = shown
+        left, top = column * across, row * down
+        canvas[top : top + height, left : left + width] = values
         axes.add_patch(Rectangle((left, top), width, height, fill=False, ec="0.6", lw=0.4))
-        axes.text(left + width / 2, top - 5, caption, fontsize=6.2, ha="center", in_layout=False)
-        _frame(axes, left, top, patch, query)
-    axes.imshow(pixels, extent=(0, columns * step_x, rows * step_y, 0), interpolation="none")
-    axes.set_ylim(rows * step_y, -CAPTION)
+        axes.text(left + width / 2, top - 0.3, caption, fontsize=6.2, ha="center", in_layout=False)
+        _frame(axes, left, top, query)
+    extent = (0, columns * across, rows * down, 0)
+    if image is not None:  # black becomes a light grey
+        faded = Image.fromarray(image).convert("L").resize((8 * width, 8 * height)).point(lambda grey: 204 + grey // 5)
+        cell = Image.new("L", (8 * across, 8 * down), 255)
+        cell.paste(faded)
+        axes.imshow(np.tile(np.asarray(cell), (rows, columns)), cmap="gray", vmin=0, vmax=255, extent=extent)
+    # Colours only get darker, for colour-blind readers and grey prints; transparent below the scale.
+    palette = colormaps["YlGnBu"].with_extremes(under=(1, 1, 1, 0))
+    axes.imshow(canvas, cmap=palette, norm=norm, extent=extent, interpolation="none")
+    axes.set(ylim=(rows * down, -max(1, round(CAPTION * max(height, width)))), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def _frame(axes: "Axes", left: float, top: float, patch: float, query: Query) -> None:
+def _frame(axes: "Axes", left: float, top: float, query: Query) -> None:
     """Marks the query, in a colour that the palette does not have."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
     if query is not None:
         outline = [withStroke(linewidth=1.8, foreground="white")]
-        corner = left + query[1] * patch, top + query[0] * patch
-        axes.add_patch(Rectangle(corner, patch, patch, fill=False, ec=COLORS[0], lw=0.9, path_effects=outline))
+        corner = left + query[1], top + query[0]
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, ec=COLORS[0], lw=0.9, path_effects=outline))
 
 
-def _patch(grid: Sequence[int]) -> int:
-    """Pixels of a patch."""
-    return max(1, PIXELS // max(grid))
-
-
-def _step(grid: Sequence[int]) -> tuple[int, int]:
-    """Pixels (down, across) from one map to the next."""
-    return grid[0] * _patch(grid) + CAPTION + GAP, grid[1] * _patch(grid) + GAP
+def _steps(grid: Sequence[int]) -> tuple[int, int]:
+    """Patches (down, across) from one map to the next."""
+    gap, caption = (max(1, round(share * max(grid))) for share in (GAP, CAPTION))
+    return grid[0] + caption + gap, grid[1] + gap
 
 
 def _common_norm(grid: Sequence[int]) -> "Normalize":
@@ -234,22 +192,19 @@ def _common_norm(grid: Sequence[int]) -> "Normalize":
     return LogNorm(1 / math.prod(grid), 1)
 
 
-def _palette() -> "Colormap":
-    """Colours that only get darker, for colour-blind readers and grey prints; transparent below the scale."""
-    from matplotlib import colormaps
-
-    return colormaps["YlGnBu"].with_extremes(under=(1, 1, 1, 0))
-
-
-def _add_colorbar(figure: "SubFigure | Figure", norm: "Normalize", label: str, **place: Any) -> None:
-    """Adds a horizontal colour bar in per cent of attention."""
+def _add_colorbar(figure: "Figure", axes: Sequence["Axes"], norm: "Normalize", label: str) -> None:
+    """Adds the horizontal colour bar of maps below them."""
     from matplotlib.cm import ScalarMappable
+    from matplotlib.ticker import PercentFormatter
 
-    low, high = float(norm.vmin or 0), float(norm.vmax or 1)
-    ticks = [low, *(value for value in (0.01, 0.1) if 1.5 * low < value < high), high]
-    scale = ScalarMappable(norm, _palette())
-    bar = figure.colorbar(scale, orientation="horizontal", ticks=ticks, **place)
-    bar.set_ticks(ticks, labels=[f"{100 * value:.3g} %" for value in ticks])
+    bar = figure.colorbar(
+        ScalarMappable(norm, "YlGnBu"),
+        ax=axes,
+        orientation="horizontal",
+        shrink=0.9 / len(axes),
+        aspect=40,
+        format=PercentFormatter(1),
+    )
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=6.5)
     bar.set_label(label, fontsize=7.5)

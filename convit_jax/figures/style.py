@@ -22,16 +22,7 @@ def tidy_axes(axes: "Axes") -> None:
 
 
 def save_figure(figure: "Figure", directory: Path, name: str, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
-    """Writes a figure in one or more formats.
-
-    Args:
-      figure: to be written. Fonts in a PDF are TrueType, as publishers require.
-      directory: made if it does not exist.
-      name: of the files, without ending.
-      kinds: endings of the files.
-
-    Returns:
-      The paths written, in the order of `kinds`.
+    """Writes directory/name.KIND for each kind; returns the paths.
 
     Raises:
       UserError: a file cannot be written, or Matplotlib does not know its format.

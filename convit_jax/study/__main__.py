@@ -9,8 +9,7 @@ or machine that sees DIR shares the work. --config.FIELD=VALUE changes a field o
 import functools
 import shlex
 import sys
-import time
-from collections.abc import Mapping
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -61,19 +60,30 @@ def main(arguments: list[str], changes: list[str]) -> int:
     with collect_signals() as signals:
         shared = run_study(study, output, signals)
         outcomes = write_results(study, output)
-    return _conclude(study, output, outcomes, shared, signals)
+    print((output / "table.md").read_text())
+    files = [name for name in ("table.md", "table.csv", "figure.pdf", "figure.png") if (output / name).exists()]
+    print(f"  results {output}/{', '.join(files)}")
+    states = [found.state for found in outcomes.values()]
+    left = len(states) - states.count("done")
+    if left and not signals and left <= shared:
+        print(f"  left    {left} of {len(states)} runs, in other commands")
+    elif left:
+        command = shlex.join(["python", "-m", "convit_jax.study", study.source, f"--output={output}", *study.changes])
+        words = f"{left} of {len(states)} runs, {states.count('failed')} failed"
+        print(f"  left    {words}; the same command continues:\n          {command}")
+        return 128 + signals[0] if signals else 1
+    return 0
 
 
 def run_study(study: Study, output: Path, signals: list[int]) -> int:
     """Trains until nothing is left or a signal arrives; returns how many runs other commands work on."""
-    at_start = read_outcomes(output, study)
-    states = [found.state for found in at_start.values()]
-    names = ("done", "begun", "failed", "to do")
-    counts = ", ".join(f"{states.count(name)} {name}" for name in names if name in states)
-    print(f"{study.title}\n{study.question}\n{len(states)} runs in {output}: {counts}", flush=True)
-    progress = Progress("runs", len(states), every=2)  # no lines in a file but those of `say`
-    progress.start(states.count("done"))
-    started, tried = time.monotonic(), set()
+    at_start, total = read_outcomes(output, study), len(study.runs)
+    counts = Counter(found.state for found in at_start.values())
+    words = ", ".join(f"{counts[state]} {state}" for state in ("done", "begun", "failed", "to do") if counts[state])
+    print(f"{study.title}\n{study.question}\n{total} runs in {output}: {words}", flush=True)
+    progress = Progress("runs", total, every=2)  # no lines in a file but those of `say`
+    progress.start(counts["done"])
+    tried: set[str] = set()
 
     def is_left(run: StudyRun) -> bool:
         """Whether to train a run; not if it was tried here or has failed in another command meanwhile."""
@@ -82,20 +92,15 @@ def run_study(study: Study, output: Path, signals: list[int]) -> int:
         return run.name not in tried and now.state != "done" and not failed_since
 
     def train(number: int, run: StudyRun) -> None:
-        """Trains a run and reports it."""
-        done = _count_done(read_outcomes(output, study))
-        began = time.monotonic()
+        done = sum(found.state == "done" for found in read_outcomes(output, study).values())
         now = run_training(run, output, signals, lambda line: progress.update(done, f"{run.name}: {line}"))
-        done = _count_done(write_results(study, output))
+        write_results(study, output)
+        text = "stopped; the same command continues it"
         if now.state == "done":
-            rate = (time.monotonic() - started) / (done - states.count("done"))
-            text = f"top-1 {now.last['top1']:.2f} in {tqdm.format_interval(time.monotonic() - began)}"
-            text += f", about {tqdm.format_interval(rate * (len(states) - done))} left" if done < len(states) else ""
+            text = f"top-1 {now.last['top1']:.2f} in {tqdm.format_interval(now.seconds)}"
         elif now.failure:
             text = f"failed: {now.failure} (its output: {run_directory(output, run)}/output.log)"
-        else:
-            text = "stopped; the same command continues it"
-        progress.say(f"[{number}/{len(states)}] {run.name}: {text}")
+        progress.say(f"[{number}/{total}] {run.name}: {text}")
 
     trained, shared = True, 0
     while trained and not signals:  # again, for runs that other commands have left
@@ -113,10 +118,6 @@ def run_study(study: Study, output: Path, signals: list[int]) -> int:
     return shared
 
 
-def _count_done(outcomes: Mapping[str, Outcome]) -> int:
-    return sum(found.state == "done" for found in outcomes.values())
-
-
 def write_results(study: Study, output: Path) -> dict[str, Outcome]:
     """Writes the tables and the figure of what there is; returns the outcome of each run by name."""
     with study_lock(output), disk_errors(output):
@@ -127,25 +128,6 @@ def write_results(study: Study, output: Path) -> dict[str, Outcome]:
         except Exception as error:  # whatever Matplotlib raises must not end a study that runs for hours
             print(f"cannot draw the figure ({error}); the tables are complete.", flush=True)
     return outcomes
-
-
-def _conclude(study: Study, output: Path, outcomes: Mapping[str, Outcome], shared: int, signals: list[int]) -> int:
-    """Prints the table and what is left; returns the exit status."""
-    print((output / "table.md").read_text().rstrip())
-    print(f"\n  table   {output}/table.md, table.csv")
-    if (output / "figure.png").exists():
-        print(f"  figure  {output}/figure.pdf, figure.png")
-    left = len(outcomes) - _count_done(outcomes)
-    if not left:
-        return 0
-    if not signals and left <= shared:
-        print(f"  left    {left} of {len(outcomes)} runs, in other commands")
-        return 0
-    failed = sum(found.state == "failed" for found in outcomes.values())
-    words = f"{left} of {len(outcomes)} runs" + (f", {failed} failed" if failed else "")
-    command = ["python", "-m", "convit_jax.study", study.source, f"--output={output}", *study.changes]
-    print(f"  left    {words}; the same command continues:\n          {shlex.join(command)}")
-    return 128 + signals[0] if signals else 1
 
 
 if __name__ == "__main__":

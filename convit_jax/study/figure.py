@@ -1,19 +1,18 @@
-"""The figure of a study: lines if the columns are numbers, otherwise a panel of dots per column.
+"""The figure of a study: a line per row if the columns are numbers, otherwise dots per row, a colour per column.
 
-Small points are seeds, large ones their mean with a bar of one standard deviation. Rows differ in colour and
-marker. The axis labels say what the bars mean.
+Bars are the standard deviation over seeds, those of a gap its standard error. The paper's numbers are dotted
+lines or diamonds.
 """
 
 import itertools
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convit_jax.figures.style import COLORS, save_figure, tidy_axes
-from convit_jax.study.plan import METRICS, Study
+from convit_jax.study.plan import METRICS, Study, is_number
 from convit_jax.study.runner import Outcome
-from convit_jax.study.table import Cells, collect_cells, relative_gap, sample_deviation
+from convit_jax.study.table import Cells, Estimate, collect_cells, mean_over_seeds, relative_gap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,117 +20,80 @@ if TYPE_CHECKING:
 
 
 def draw_study(study: Study, outcomes: Mapping[str, Outcome], output: Path) -> None:
-    """Draws figure.pdf and figure.png of a study into its directory; nothing if no run is done."""
-    cells = collect_cells(study, outcomes, study.metrics[0])
+    """Draws figure.pdf and figure.png of a study's first metric into its directory; nothing if no run is done."""
+    metric, columns = study.metrics[0], study.column_names()
+    cells = collect_cells(study, outcomes, metric)
+    paper: Cells = {cell: [numbers[metric]] for cell, numbers in study.paper.items() if metric in numbers}
     if any(cells.values()):
-        figure = _plot_lines(study, cells) if study.has_axis() else _plot_dots(study, cells)
+        plot = _plot_lines if len(columns) > 1 and all(map(is_number, columns)) else _plot_dots
+        figure = plot(study, cells, paper)
+        figure.suptitle(study.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
         save_figure(figure, output, "figure")
 
 
-def _plot_lines(study: Study, cells: Cells) -> "Figure":
-    """The metric over the columns, a line per row; next to it the gap to the baseline, if there is one."""
+def _plot_lines(study: Study, cells: Cells, paper: Cells) -> "Figure":
+    """The metric over the columns; next to it the gap to the baseline, if there is one."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
 
-    columns, gaps, metric = study.column_names(), study.baseline is not None, study.metrics[0]
-    paper: Cells = {cell: [found[metric]] for cell, found in study.paper.items() if metric in found}
+    columns, gaps = study.column_names(), study.baseline is not None
     figure = Figure(figsize=(9.6 if gaps else 6.2, 3.9), layout="constrained")
     panels = figure.subplots(1, 1 + gaps, squeeze=False, width_ratios=(3, 2)[: 1 + gaps])[0]
     for row, color, marker in zip(study.row_names(), itertools.cycle(COLORS), itertools.cycle("os^DvPX"), strict=False):
-        label = study.row_label(row, in_figure=True)
-        if sum(cell[0] == row for cell in cells) == 1:  # a level to compare with, as "no GPSA"
-            _plot_level(panels[0], next(cells[cell] for cell in cells if cell[0] == row), color, label)
-            continue
-        look = {"color": color, "marker": marker, "lw": 1.6, "label": label}
-        theirs = {"color": color, "ls": ":", "lw": 1.2, "label": f"{label}, paper"}
-        for source, style in ((cells, look), (paper, theirs)):
-            numbers = {column: source[row, column] for column in columns if source.get((row, column))}
-            _plot_means(panels[0], numbers, style)
+        label = f"{study.rows} {row:g}" if is_number(row) else study.row_label(row)
+        ours = {"color": color, "marker": marker, "label": label}
+        theirs = {"color": color, "ls": ":", "label": f"{label}, paper"}
+        for source, style in ((cells, ours), (paper, theirs)):
+            numbers = {column: source.get((row, column), []) for column in columns}
+            _plot_estimates(panels[0], {column: mean_over_seeds(numbers[column]) for column in columns}, style)
             if gaps and row != study.baseline:
-                points = [(c, relative_gap(numbers[c], source.get((study.baseline, c), []))) for c in numbers]
-                known = [(column, gap[0], gap[1]) for column, gap in points if gap is not None]
-                if known:
-                    places, values, errors = zip(*known, strict=True)
-                    bars = None if None in errors else errors
-                    panels[1].errorbar(places, values, bars, **{"capsize": 3, **style})
-    _label_columns(panels[0], study, "standard deviation over seeds", cells)
-    panels[0].set_title(study.title, loc="left", fontweight="bold", fontsize=11)
-    panels[0].set_ylabel(METRICS[metric])
+                baseline = {column: source.get((study.baseline, column), []) for column in columns}
+                gap = {column: relative_gap(numbers[column], baseline[column]) for column in columns}
+                _plot_estimates(panels[1], gap, style)
+    for axes in panels:
+        tidy_axes(axes)
+        axes.set_xscale("linear" if study.scale == "linear" else "log")
+        axes.xaxis.set_major_locator(FixedLocator(columns))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticklabels([study.column_label(column) for column in columns])
+        axes.set_xlabel(study.columns)
+    panels[0].set_ylabel(METRICS[study.metrics[0]])
     panels[0].legend(frameon=False, fontsize=8)
     if gaps:
-        _label_columns(panels[1], study, "standard error", cells)
-        panels[1].axhline(0, color="black", lw=0.8)
         panels[1].set_ylabel(f"relative gap to {study.row_label(study.baseline)} (%)")
     return figure
 
 
-def _label_columns(axes: "Axes", study: Study, bars: str, cells: Cells) -> None:
-    """Makes the columns the ticks of the x axis."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    tidy_axes(axes)
-    axes.margins(x=0.08)
-    axes.set_xscale("linear" if study.scale == "linear" else "log")
-    axes.xaxis.set_major_locator(FixedLocator(study.column_names()))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([study.column_label(column) for column in study.column_names()])
-    axes.set_xlabel(_label_bars(study.columns or "", bars, cells))
-
-
-def _label_bars(label: str, bars: str, cells: Cells) -> str:
-    """An axis label that also says what the bars are, if there are any."""
-    return label + (f"\nbars: {bars}" if any(len(numbers) > 1 for numbers in cells.values()) else "")
-
-
-def _plot_level(axes: "Axes", numbers: Sequence[float], color: str, label: str) -> None:
-    """A row of one number as a horizontal line with a band of one standard deviation."""
-    if numbers:
-        mean, deviation = statistics.fmean(numbers), sample_deviation(numbers) or 0.0
-        axes.axhline(mean, color=color, ls="--", lw=1, label=label)
-        axes.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.15, lw=0)
-
-
-def _plot_dots(study: Study, cells: Cells) -> "Figure":
-    """A panel per column, with a line of dots per row."""
+def _plot_dots(study: Study, cells: Cells, paper: Cells) -> "Figure":
     from matplotlib.figure import Figure
 
-    rows, columns, metric = study.row_names(), study.column_names(), study.metrics[0]
-    size = (3.0 + 3.2 * len(columns), 1.3 + 0.33 * len(rows))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
-    handles: list[Any] = []
-    look = {"color": COLORS[1], "marker": "o", "ls": ""}
-    for axes, column in zip(panels, columns, strict=True):
-        for place, row in enumerate(rows):
-            numbers, paper = cells.get((row, column)), study.paper.get((row, column), {}).get(metric)
-            if numbers:
-                _plot_means(axes, {place: numbers}, look, across=True)
-            if paper is not None:
-                handles = axes.plot(paper, place, "D", mfc="none", mec=COLORS[0], ms=6, label="paper")
-        axes.set_yticks(range(len(rows)), [study.row_label(row, in_figure=True) for row in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel(_label_bars(METRICS[metric], "standard deviation over seeds", cells))
-        tidy_axes(axes)
-        if study.columns:
-            axes.set_title(f"{study.columns}: {study.column_label(column)}", fontsize=10)
-    figure.suptitle(study.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
-    if handles:
-        handles += panels[0].plot([], [], **look, label="this code")
-        figure.legend(handles=handles, frameon=False, loc="upper right", borderaxespad=0, ncols=2)
+    rows = study.row_names()
+    figure = Figure(figsize=(6.2, 1.8 + 0.33 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for column, color in zip(study.column_names(), itertools.cycle(COLORS), strict=False):
+        of = f"{study.columns}: {study.column_label(column)}, " if study.columns else ""
+        ours = {"color": color, "marker": "o", "ls": "", "label": f"{of}this code"}
+        theirs = {"color": color, "marker": "D", "mfc": "none", "ls": "", "label": f"{of}paper"}
+        for source, style in ((cells, ours), (paper, theirs)):
+            points = {place: mean_over_seeds(source.get((row, column), [])) for place, row in enumerate(rows)}
+            _plot_estimates(axes, points, style, across=True)
+    tidy_axes(axes)
+    axes.set_yticks(range(len(rows)), [study.row_label(row) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(METRICS[study.metrics[0]])
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
-def _plot_means(
-    axes: "Axes", cells: Mapping[Any, Sequence[float]], look: Mapping[str, Any], *, across: bool = False
+def _plot_estimates(
+    axes: "Axes", points: Mapping[Any, Estimate | None], style: Mapping[str, Any], *, across: bool = False
 ) -> None:
-    """Means over seeds with bars of a standard deviation, and the seeds; across: along x instead of y."""
-    if not cells:
-        return
-    means = [statistics.fmean(numbers) for numbers in cells.values()]
-    seeds = [(place, number) for place, numbers in cells.items() for number in numbers]
-    several = len(seeds) > len(means)
-    bars = [sample_deviation(numbers) or 0.0 for numbers in cells.values()] if several else None
-    points = (means, list(cells), None, bars) if across else (list(cells), means, bars)
-    axes.errorbar(*points, **{"capsize": 3, **look})
-    if several:
-        x, y = zip(*(seed[::-1] if across else seed for seed in seeds), strict=True)
-        axes.scatter(x, y, s=12, color="white", ec=look["color"], lw=0.8, zorder=3)
+    """Values with error bars, along x instead of y if `across`; places without a value are left out."""
+    known = [(place, *found) for place, found in points.items() if found]
+    if known:
+        places, values, errors = zip(*known, strict=True)
+        bars = None if None in errors else errors
+        if across:
+            axes.errorbar(values, places, xerr=bars, capsize=3, **style)
+        else:
+            axes.errorbar(places, values, yerr=bars, capsize=3, **style)

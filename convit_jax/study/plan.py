@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import re
 import runpy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,6 @@ from convit_jax.training.plan import Plan, check_run, make_plan, model_arguments
 from convit_jax.weights.hub import fetch
 
 METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss"}
-SCALES = ("linear", "log", "fraction")
-RUN_KEYS = ("row", "column", "config", "overrides", "seeds", "paper")
 
 Name = Any  # of a row or column: a string or a number; None: the study has no columns
 
@@ -54,22 +52,15 @@ class StudyRun:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study: what its file says, with one entry in `runs` per training.
+    """A study as its file describes it (top of this module), with one entry in `runs` per training."""
 
-    Attributes:
-      source: FILE.py:NAME.
-      changes: flags for all runs, as "--config.epochs=5".
-      paper: the paper's numbers, {(row, column): {"top1": 47.8}}.
-      The others are described at the top of this module.
-    """
-
-    source: str
-    changes: tuple[str, ...]
+    source: str  # FILE.py:NAME
+    changes: tuple[str, ...]  # flags for all runs, as "--config.epochs=5"
+    runs: tuple[StudyRun, ...]
+    paper: dict[tuple[Name, Name], dict[str, float]]  # the paper's numbers, {(row, column): {"top1": 47.8}}
     title: str
     question: str
     rows: str
-    runs: tuple[StudyRun, ...]
-    paper: dict[tuple[Name, Name], dict[str, float]]
     columns: str | None = None
     scale: str = "linear"
     labels: dict[Name, str] = dataclasses.field(default_factory=dict)
@@ -84,117 +75,93 @@ class Study:
         """Returns the columns in the order of the file."""
         return list(dict.fromkeys(run.column for run in self.runs))
 
-    def row_label(self, row: Name, *, in_figure: bool = False) -> str:
-        """Returns a row as it is printed; a figure also says what a number means."""
-        if is_number(row):
-            return f"{self.rows} {row:g}" if in_figure else f"{row:g}"
-        return self.labels.get(row, str(row))
+    def row_label(self, row: Name) -> str:
+        """Returns a row as it is printed."""
+        return self.labels.get(row, f"{row:g}" if is_number(row) else str(row))
 
     def column_label(self, column: Name) -> str:
         """Returns a column as it is printed."""
-        if is_number(column):
-            return f"{100 * column:g}%" if self.scale == "fraction" else f"{column:g}"
-        return str(column)
-
-    def has_axis(self) -> bool:
-        """Whether the columns are numbers, so that a figure can have them as an axis."""
-        return len(self.column_names()) > 1 and all(map(is_number, self.column_names()))
+        if self.scale == "fraction":
+            return f"{100 * column:g}%"
+        return f"{column:g}" if is_number(column) else str(column)
 
 
 def is_number(value: Any) -> bool:
     """Whether a row or column is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float)
 
 
 def read_study(source: str, changes: Sequence[str] = ()) -> Study:
-    """Reads a study and loads the config of each run.
-
-    Args:
-      source: FILE.py or FILE.py:NAME.
-      changes: flags for all runs, as ["--config.data.dir=DIR"].
+    """Reads a study, FILE.py or FILE.py:NAME, and loads the config of each run.
 
     Raises:
       UserError: there is no such study, or something in it is wrong.
     """
     if any(re.match(r"--?config\.seed\b", change) for change in changes):
         raise UserError("--config.seed is not possible here: the seeds are in the study's file.")
-    given = _call_get_plan(source)
-    known = [field.name for field in dataclasses.fields(Study)[2:] if field.name != "paper"]
-    _check_keys(f"the plan {source}", given, known, ("title", "question", "rows", "runs"))
-    needed = ("row", "config", "seeds", *(["column"] if given.get("columns") else []))
-    by_entry, paper = [], {}
-    for entry in given.pop("runs"):
-        _check_keys(f"a run in the plan {source}", entry, RUN_KEYS, needed)
-        by_entry.append(_make_runs(given["rows"], entry, changes))
-        paper[entry["row"], entry.get("column")] = entry.get("paper", {})
-    # Seed by seed: the whole table is there early, with one seed.
-    runs = tuple(run for of_seed in itertools.zip_longest(*by_entry) for run in of_seed if run)
-    study = Study(source=source, changes=tuple(changes), runs=runs, paper=paper, **given)
-    _check_values(study)
-    return study
-
-
-def _call_get_plan(source: str) -> dict[str, Any]:
-    """The dict of a study's file."""
     path, _, name = source.partition(":")
     if not Path(path).is_file():
         files = [f"studies/{file.name}" for file in sorted(ROOT.glob("studies/[!_]*.py"))]
         raise UserError(f"there is no plan {path!r}{nearest(path, files)} The plans are: {', '.join(files)}.")
     try:
-        module = runpy.run_path(path)
-        return dict(module["get_plan"](*[name] if name else []))
+        plan = dict(runpy.run_path(path)["get_plan"](*[name] if name else []))
+        entries = plan.pop("runs")
+        by_entry = [_expand_run(plan["rows"], changes, **entry) for entry in entries]
+        paper = {(entry["row"], entry.get("column")): entry.get("paper", {}) for entry in entries}
+        # Seed by seed: the whole table is there early, with one seed.
+        runs = tuple(run for of_seed in itertools.zip_longest(*by_entry) for run in of_seed if run)
+        study = Study(source=source, changes=tuple(changes), runs=runs, paper=paper, **plan)
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"cannot read the plan {source} ({type(error).__name__}: {error}).") from error
+    except Exception as error:  # of any kind: the file is the user's code
+        raise UserError(
+            f"cannot read the plan {source} ({type(error).__name__}: {error}): convit_jax/study/plan.py lists all keys."
+        ) from error
+    _check_choices(study)
+    return study
 
 
-def _check_keys(what: str, given: Mapping[str, Any], known: Sequence[str], needed: Collection[str]) -> None:
-    """Raises UserError for the first unknown or missing key."""
-    for name in given:
-        if name not in known:
-            raise UserError(f"{what} sets {name!r}{nearest(name, known)} It may have {', '.join(known)}.")
-    for name in needed:
-        if name not in given:
-            raise UserError(f"{what} lacks {name!r}. It must have {', '.join(needed)}.")
-
-
-def _check_values(study: Study) -> None:
-    """Raises UserError for values that contradict each other."""
-    for what, values, choices in (
-        ("metric", study.metrics, tuple(METRICS)),
-        ("scale", [study.scale], SCALES),
-        ("baseline", [study.baseline], [None, *study.row_names()]),
-    ):
-        for value in values:
-            if value not in choices:
-                known = ", ".join(str(choice) for choice in choices)
-                raise UserError(f"the plan {study.source} has the {what} {value!r}: choose from {known}.")
-    names: set[str] = set()
-    for run in study.runs:
-        if run.name in names:
-            raise UserError(f"the plan {study.source} has two runs {run.name}: list each row and column once.")
-        names.add(run.name)
-        if study.columns and study.scale != "linear" and not (is_number(run.column) and run.column > 0):
-            raise UserError(
-                f"the plan {study.source} has the scale {study.scale!r} and the column {run.column!r}: "
-                'use numbers above 0, or leave out "scale".'
-            )
-
-
-def _make_runs(rows: str, entry: Mapping[str, Any], changes: Sequence[str]) -> list[StudyRun]:
-    """The runs of one entry, one per seed."""
+def _expand_run(
+    rows: str,
+    changes: Sequence[str],
+    *,
+    row: Name,
+    config: str,
+    seeds: Sequence[int],
+    column: Name = None,
+    overrides: Mapping[str, Any] | None = None,
+    paper: Mapping[str, float] | None = None,
+) -> list[StudyRun]:
+    """The runs of one entry of a study's file, one per seed."""
+    words = [rows] if is_number(row) else []
+    words += [f"{part:g}" if is_number(part) else part for part in (row, column) if part is not None]
+    start = "-".join(re.sub(r"[^\w.+]+", "-", word).strip("-").lower() for word in words)
     runs = []
-    overrides = [f"--config.{field}={value}" for field, value in entry.get("overrides", {}).items()]
-    for seed in entry["seeds"]:
-        row, column = entry["row"], entry.get("column")
-        parts = [*([rows] if is_number(row) else []), row, column, f"seed{seed}"]
-        words = [f"{part:g}" if is_number(part) else part for part in parts if part is not None]
-        name = "-".join(re.sub(r"[^\w.+]+", "-", word).strip("-").lower() for word in words)
-        flags = (f"--config={entry['config']}", *overrides, *changes, f"--config.seed={seed}")
+    for seed in seeds:
+        flags = [f"--config={config}", *(f"--config.{field}={value}" for field, value in (overrides or {}).items())]
+        flags += [*changes, f"--config.seed={seed}"]
+        name = f"{start}-seed{seed}"
         with _named_errors(name):
-            runs.append(StudyRun(name, row, column, seed, flags, load_config(flags)))
+            runs.append(StudyRun(name, row, column, seed, tuple(flags), load_config(flags)))
     return runs
+
+
+def _check_choices(study: Study) -> None:
+    choices: tuple[tuple[str, Sequence[Name], Sequence[Name]], ...] = (
+        ("metric", study.metrics, list(METRICS)),
+        ("scale", [study.scale], ["linear", "log", "fraction"]),
+        ("baseline", [study.baseline], [None, *study.row_names()]),
+    )
+    for what, values, known in choices:
+        for value in values:
+            if value not in known:
+                raise UserError(f"the plan {study.source} has the {what} {value!r}: choose from {known}.")
+    if study.scale != "linear" and not all(is_number(run.column) and run.column > 0 for run in study.runs):
+        raise UserError(f"the plan {study.source} has the scale {study.scale!r}: all columns must be numbers above 0.")
+    names = [run.name for run in study.runs]
+    for name in set(names):
+        if names.count(name) > 1:
+            raise UserError(f"the plan {study.source} has two runs {name}: list each row and column once.")
 
 
 def run_identity(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -210,30 +177,24 @@ def check_study(study: Study) -> None:
       UserError: names the first run that cannot work.
     """
     plans: dict[str, Plan] = {}
-    seen: set[str] = set()
-
-    def is_new(*what: Any) -> bool:
-        """Whether a check is new: runs share data, models and teachers."""
-        before = len(seen)
-        seen.add(str(what))
-        return len(seen) > before
-
+    checked: set[str] = set()
     for run in study.runs:
         config, flat = run.config, flatten(run.config)
         with _named_errors(run.name):
             check_run(config, devices=1)
-            model_settings(**model_arguments(config, config.data.num_classes or 1000))
-            if config.init_from and is_new(config.init_from):
-                fetch(config.init_from)
             data = str([(name, flat[name]) for name in flat if name.startswith("data.") or "num_classes" in name])
             if data not in plans:
                 plans[data] = make_plan(config, devices=1)
             model = model_settings(**model_arguments(config, plans[data].model["num_classes"]))
-            if config.optim.frozen and is_new(model, config.optim.frozen):
-                frozen_mask(abstract_model(model)[1], config.optim.frozen)
-            inputs = [model[name] for name in ("image_size", "in_chans", "num_classes")]
-            if config.distill.teacher and is_new(config.distill.teacher, data, inputs):
-                load_teacher(config, dataclasses.replace(plans[data], model=model))
+            weights = str((data, model, config.init_from, config.optim.frozen, config.distill.teacher))
+            if weights not in checked:
+                checked.add(weights)
+                if config.init_from:
+                    fetch(config.init_from)
+                if config.optim.frozen:
+                    frozen_mask(abstract_model(model)[1], config.optim.frozen)
+                if config.distill.teacher:
+                    load_teacher(config, dataclasses.replace(plans[data], model=model))
 
 
 @contextlib.contextmanager

@@ -14,9 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from convit_jax.config import ROOT, compare_configs
 from convit_jax.errors import UserError
@@ -35,27 +34,16 @@ LOCK = "study.lock"  # of a study's directory while it is written, of a run whil
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run has reached so far.
+    """What a run has reached so far."""
 
-    Attributes:
-      state: "done", "failed", "begun" or "to do".
-      step: last logged step.
-      steps: length of the run, once it has begun.
-      last: top1, top5 and loss of the last evaluation of a run that is done.
-      best: best top-1 of all evaluations, in per cent.
-      seconds: spent on it so far.
-      failure: why it failed.
-      ended_at: when its last process ended, in seconds since 1970.
-    """
-
-    state: str
-    step: int = 0
-    steps: int | None = None
-    last: dict[str, float] = dataclasses.field(default_factory=dict)
-    best: float | None = None
-    seconds: float = 0.0
-    failure: str | None = None
-    ended_at: float | None = None
+    state: str  # "done", "failed", "begun" or "to do"
+    step: int = 0  # last logged
+    steps: int | None = None  # length of the run, once it has begun
+    last: dict[str, float] = dataclasses.field(default_factory=dict)  # top1, top5 and loss at the end, if done
+    best: float | None = None  # top-1 of all evaluations, in per cent
+    seconds: float = 0.0  # spent on it so far
+    failure: str | None = None  # why it failed
+    ended_at: float | None = None  # when its last process ended, in seconds since 1970
 
 
 def run_directory(output: Path, run: StudyRun) -> Path:
@@ -96,40 +84,28 @@ def claim_study(output: Path, study: Study) -> None:
     """
     if (output / "config.json").exists():
         raise UserError(f"{output} is a run directory of train.py, not of a study: use another --output.")
+    runs = {run.name: run_identity(run.config) for run in study.runs}
     with study_lock(output), disk_errors(output):
         saved = read_json(output / "study.json")
-        if different := _compare_runs(study, saved.get("runs", {})):
+        different = []
+        for name, fields in saved.get("runs", {}).items():
+            if name in runs:
+                different += compare_configs(runs[name], run_identity(fields), ())
+            else:
+                different.append(f"it has no run {name}")
+        if different:
             theirs = " ".join([saved["plan"], *saved["changes"]])
             raise UserError(
-                f"{output} holds another study, {theirs} ({'; '.join(different)}): "
+                f"{output} holds another study, {theirs} ({'; '.join(list(dict.fromkeys(different))[:5])}): "
                 "use another --output, or the old study to continue it."
             )
-        for run in study.runs:  # also after study.json was lost
-            config = read_json(run_directory(output, run) / "config.json")
-            identity = run_identity(config) if config else run_identity(run.config)
-            if different := compare_configs(run_identity(run.config), identity, ()):
-                raise UserError(
-                    f"{run_directory(output, run)} holds a run with another config ({'; '.join(different)}): "
-                    "use another --output."
-                )
-        runs = {run.name: run_identity(run.config) for run in study.runs}
         record = {"plan": study.source, "changes": study.changes, "title": study.title, "runs": runs}
         write_json(output / "study.json", record)
 
 
-def _compare_runs(study: Study, saved: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The first differences between a study and the runs in study.json, which may have fewer."""
-    runs = {run.name: run for run in study.runs}
-    differences = [f"it has no run {name}" for name in saved if name not in runs]
-    for name in saved.keys() & runs.keys():
-        differences += compare_configs(run_identity(runs[name].config), run_identity(saved[name]), ())
-    return list(dict.fromkeys(differences))[:5]
-
-
-def train_command(run: StudyRun, output: Path, python: str = "python") -> list[str]:
+def train_command(run: StudyRun, output: Path) -> list[str]:
     """Returns the command of a run."""
-    script = os.path.relpath(ROOT / "train.py")
-    return [python, script, *run.flags, f"--workdir={run_directory(output, run)}"]
+    return ["python", os.path.relpath(ROOT / "train.py"), *run.flags, f"--workdir={run_directory(output, run)}"]
 
 
 @contextlib.contextmanager
@@ -149,10 +125,10 @@ def lock_run(output: Path, run: StudyRun) -> Iterator[bool]:
         try:
             stack.callback(lock_directory(run_directory(output, run), LOCK).release)
             lock_directory(run_directory(output, run)).release()  # train.py's, perhaps of a killed command
-            locked = True
         except DirectoryLocked:
-            locked = False
-        yield locked
+            yield False
+        else:
+            yield True
 
 
 @contextlib.contextmanager
@@ -169,23 +145,19 @@ def collect_signals() -> Iterator[list[int]]:
 
 
 def run_training(run: StudyRun, output: Path, signals: list[int], show: Callable[[str], None]) -> Outcome:
-    """Starts or continues a run as a process, waits for it and writes outcome.json.
+    """Starts or continues a run, locked by this command, as a process, waits for it and writes outcome.json.
 
-    Args:
-      run: locked by this command.
-      output: directory of the study.
-      signals: those that arrived; new ones are passed on, the first makes train.py save.
-      show: is called with the run's last line of output.
+    Signals that arrive are passed on; the first makes train.py save. `show` gets the last line of output.
     """
-    directory, began = run_directory(output, run), time.monotonic()
+    directory, command, began = run_directory(output, run), train_command(run, output), time.monotonic()
     seconds = read_json(directory / "outcome.json").get("seconds", 0.0)
     log_path = directory / "output.log"
     with disk_errors(log_path), log_path.open("a") as log:
-        log.write(f"$ {shlex.join(train_command(run, output))}\n")
+        log.write(f"$ {shlex.join(command)}\n")
         log.flush()
         start, passed_on = log.tell(), 0
         process = subprocess.Popen(
-            train_command(run, output, sys.executable),
+            [sys.executable, *command[1:]],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -27,16 +27,15 @@ DIGITS = 4  # decimals in the log
 def make_attention_log(
     graphdef: nnx.GraphDef, config: ConfigDict, plan: Plan, mesh: Mesh
 ) -> Callable[[Any], dict[str, Any]]:
-    """Returns a function that measures parameters (on the devices of the mesh), for the line of an
-    evaluation.
+    """Returns a function that measures parameters (on the devices of the mesh) for an evaluation's line.
 
     It returns lists over layers of lists over heads: "gates", "centre_x", "centre_y" and "span" of GPSA
     blocks, "nonlocality" of all blocks and, with locality.as_logged, "nonlocality_as_logged". What the model
     or the config does not have is left out. All processes call it together.
     """
-    batch = None
-    if count := image_count(config, len(plan.test.indices)):
-        batch = put_batch(spread_images(plan.test, count, mesh.size), mesh)
+    images = len(plan.test.indices)
+    count = min(-(-images // SHARE), MOST) if config.locality.images is None else min(config.locality.images, images)
+    batch = put_batch(spread_images(plan.test, count, mesh.size), mesh) if count else None
     whole = gather(mesh)
 
     def measure(params: Any, batch: dict[str, jax.Array] | None) -> dict[str, jax.Array]:
@@ -46,12 +45,10 @@ def make_attention_log(
             found["gates"], found["span"] = model.gpsa_blocks.attn.gates(), spans
             found["centre_x"], found["centre_y"] = centres[..., 0], centres[..., 1]
         if batch is not None:
-            images = normalize(batch["image"], tuple(config.data.mean), tuple(config.data.std))
-            found["nonlocality"] = locality.nonlocality(model, images, valid=batch["valid"])
+            images, valid = normalize(batch["image"], tuple(config.data.mean), tuple(config.data.std)), batch["valid"]
+            found["nonlocality"] = locality.nonlocality(model, images, valid=valid)
             if config.locality.as_logged:
-                found["nonlocality_as_logged"] = locality.nonlocality(
-                    model, images, valid=batch["valid"], as_logged=True
-                )
+                found["nonlocality_as_logged"] = locality.nonlocality(model, images, valid=valid, as_logged=True)
         return found
 
     compiled = jax.jit(measure, out_shardings=replicated(mesh))
@@ -63,18 +60,11 @@ def make_attention_log(
     return measured
 
 
-def image_count(config: ConfigDict, test_images: int) -> int:
-    """Returns the number of images to measure: locality.images, or by default a share of the test images."""
-    if config.locality.images is None:
-        return min(-(-test_images // SHARE), MOST)
-    return min(config.locality.images, test_images)
-
-
 def spread_images(example: EvalExample, count: int, devices: int) -> dict[str, np.ndarray]:
-    """Returns this process's rows of about `count` images: the first readable one of `count` equal parts.
+    """Returns this process's rows of a batch of the first readable image of each of `count` equal parts.
 
-    Every process reads all of them, so that all choose the same ones. A part without a readable image is left
-    out. Rows with "valid" False fill the batch up to a multiple of `devices`.
+    Every process reads all of them, so that all choose the same ones. Rows with "valid" False fill the batch up
+    to a multiple of `devices`.
     """
     edges = np.linspace(0, len(example.indices), count + 1).astype(int).tolist()
     parts = ((example([slot]) for slot in range(*part)) for part in itertools.pairwise(edges))

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from orbax.checkpoint import v1 as ocp
 
 from convit_jax.errors import UserError
@@ -18,39 +17,26 @@ SMALLEST_PART = 2**20  # bytes
 
 
 class LatestAndBest:
-    """Orbax's policy that keeps the latest checkpoint and the one with the best top-1 so far.
-
-    Attributes:
-      top1: {step: val_top1}, filled by the owner.
-    """
+    """Orbax's policy that keeps the latest checkpoint and the one with the best top-1 so far."""
 
     def __init__(self, top1: Mapping[int, float]) -> None:
         self.top1 = top1
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns whether to keep each checkpoint, given in order of their steps."""
+        """Returns whether to keep each checkpoint, given in order of their steps; called by Orbax."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         best = max(steps, key=lambda step: (self.top1.get(step, -1.0), step), default=None)
         return [step in (steps[-1], best) for step in steps]
 
 
 class Checkpoints:
-    """The checkpoints in a directory, each a folder named after its step.
+    """The checkpoints in a directory, each a folder that is named after its step when it is complete.
 
-    A checkpoint gets its name when it is complete. All processes call the methods together.
-
-    Attributes:
-      directory: absolute path.
-      latest: step of the latest complete checkpoint, or None.
+    All processes call the methods together. They raise UserError if a checkpoint could not be written.
     """
 
     def __init__(self, directory: Path, top1: Mapping[int, float]) -> None:
-        """Opens a directory, which is made if it does not exist.
-
-        Args:
-          directory: path.
-          top1: {step: val_top1}, which the owner keeps up to date; decides which checkpoint is the best.
-        """
+        """Opens or makes a directory; top1: {step: val_top1}, which the owner keeps up to date."""
         context = ocp.Context()
         context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_PART
         self.directory = directory.absolute()
@@ -64,15 +50,13 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
+        """Step of the latest complete checkpoint."""
         return self._orbax.latest and self._orbax.latest.step
 
     def save(self, step: int, tree: Any) -> None:
         """Starts to write a tree of arrays as the checkpoint of a step; does nothing if it is saved already.
 
         Waits for the checkpoint before this one only. The arrays may be donated as soon as this returns.
-
-        Raises:
-          UserError: the checkpoint before this one could not be written.
         """
         if step == self._saved:
             return
@@ -80,24 +64,13 @@ class Checkpoints:
             self._orbax.save_async(step, tree, force=True)
         self._saved = step
 
-    def restore(self, step: int, shapes: Any, shardings: Any) -> Any:
-        """Returns the tree saved at a step, placed by these shardings, whatever devices it was saved from.
-
-        Args:
-          step: of a checkpoint.
-          shapes: tree of jax.ShapeDtypeStruct.
-          shardings: tree of jax.sharding.Sharding, of the same structure.
-        """
-        wanted = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            shapes,
-            shardings,
-        )
+    def restore(self, step: int, wanted: Any) -> Any:
+        """Returns the tree saved at a step as a tree of ShapeDtypeStruct, with shardings, asks for it."""
         self._saved = step
         return self._orbax.load(step, wanted)
 
     def wait(self) -> None:
-        """Waits until everything is on the disk. Raises UserError if it could not be written."""
+        """Waits until everything is on the disk."""
         with self._storage_errors():
             self._orbax.wait()
 
@@ -108,7 +81,6 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
-        """Turns errors of the storage into one sentence."""
         try:
             yield
         except Exception as error:
@@ -117,9 +89,7 @@ class Checkpoints:
             if not full and not isinstance(error, OSError):
                 raise
             cause = "the disk is full" if full else text
-            steps = [int(path.name) for path in self.directory.iterdir() if path.name.isdigit()]
-            kept = f"continues from step {max(steps)}" if steps else "starts over, there is no checkpoint yet"
             raise UserError(
-                f"cannot write a checkpoint to {self.directory} ({cause}). Make room and start the same "
-                f"command again: it {kept}."
+                f"cannot write a checkpoint to {self.directory} ({cause}): make room and run the same command again. "
+                "It continues from the last checkpoint."
             ) from error

@@ -24,22 +24,13 @@ from convit_jax.weights.pretrained import describe_weights, fingerprint, load, m
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A teacher without its parameters, which a step takes as an argument.
+    """A teacher without its parameters, which a step takes as an argument."""
 
-    Attributes:
-      graphdef: of the network, in evaluation mode.
-      settings: config.distill.
-      columns: int32 [C], the teacher's label of each of the student's classes; None if they are the same.
-      renormalise: (scale, shift), float32 [3] each, from the student's inputs to the teacher's; None if they
-        are the same.
-      facts: for run.json.
-    """
-
-    graphdef: nnx.GraphDef
-    settings: ConfigDict
-    columns: np.ndarray | None
-    renormalise: tuple[np.ndarray, np.ndarray] | None
-    facts: dict[str, Any]
+    graphdef: nnx.GraphDef  # in evaluation mode
+    settings: ConfigDict  # config.distill
+    columns: np.ndarray | None  # int32 [C], its label of each of the student's classes; None: the same
+    renormalise: tuple[np.ndarray, np.ndarray] | None  # (scale, shift), float32 [3], to its inputs; None: the same
+    facts: dict[str, Any]  # for run.json
 
     def logits(self, params: Any, images: jax.Array) -> jax.Array:
         """Returns float32 [B, C] for the student's images, float32 [B, H, W, 3]."""
@@ -52,30 +43,17 @@ class Teacher:
     def loss(
         self, params: Any, student: VisionTransformer, images: jax.Array, targets: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns the loss of a student.
+        """Returns (loss of a student, D, logits [B, C] as in evaluation: the mean of the heads), float32.
 
-        Args:
-          params: of the teacher.
-          student: the model that learns.
-          images: float32 [B, H, W, 3], normalised.
-          targets: soft labels, float32 [B, C].
-          key: of the student's dropout and stochastic depth.
-
-        Returns:
-          (loss, the teacher's part D of it, logits [B, C] as in evaluation: the mean of the heads), float32.
+        params: of the teacher. images, targets: normalised float32 [B, H, W, 3], soft labels float32 [B, C].
         """
         if student.distilled:
             for_labels, for_teacher = student.both_logits(images, key=key)
         else:
             for_labels = for_teacher = student(images, key=key)
-        alpha = self.settings.alpha
+        alpha, kind, temperature = self.settings.alpha, self.settings.kind, self.settings.temperature
         base = jnp.mean(soft_cross_entropy(for_labels, targets))
-        distillation = distillation_loss(
-            for_teacher,
-            self.logits(params, images),
-            kind=self.settings.kind,
-            temperature=self.settings.temperature,
-        )
+        distillation = distillation_loss(for_teacher, self.logits(params, images), kind=kind, temperature=temperature)
         loss = (1 - alpha) * base + alpha * distillation
         return loss, distillation, (for_labels + for_teacher) / 2
 
@@ -85,66 +63,36 @@ def load_teacher(
 ) -> tuple[Teacher | None, dict[str, Any] | None]:
     """Loads the teacher of a run, with its position embedding resized to the student's images.
 
-    Args:
-      config: of the run; without distill.teacher there is no teacher.
-      plan: of the run.
-      which: checkpoint of a run directory, as of load_pretrained.
-
-    Returns:
-      (teacher, its parameters as a nested dict of numpy arrays), or (None, None).
-
-    Raises:
-      UserError: no usable weights, or a network that cannot teach this student.
+    Returns (teacher, its parameters as a nested dict of numpy arrays); (None, None) without distill.teacher.
+    Raises UserError for weights that cannot be read or cannot teach this student.
     """
     source, student = config.distill.teacher, plan.model
     if not source:
         return None, None
     names = plan.train.source.class_names[: config.data.num_classes]
-    if student["num_classes"] != len(names):
-        raise UserError(
-            f"model.num_classes is {student['num_classes']}, but a teacher knows only the {len(names)} "
-            "classes of the data: leave it out."
-        )
     try:
         loaded = load(source, image_size=student["image_size"], which=which)
         loaded = with_behaviour(loaded, dtype=student["dtype"], attention=student["attention"])
-        changes = list(loaded.changes)
-        columns, remarks = _columns(names, loaded)
-        if loaded.settings["in_chans"] != student["in_chans"]:
+        known, channels = loaded.settings["num_classes"], loaded.settings["in_chans"]
+        if student["num_classes"] != len(names) or not (loaded.class_names or known == len(names)):
             raise UserError(
-                f"{source} takes images of {loaded.settings['in_chans']} channels and the student of "
-                f"{student['in_chans']}: give another teacher."
+                f"the data has {len(names)} classes, the student {student['num_classes']} and {source} {known}: leave "
+                "model.num_classes out, and give a teacher of the same classes, or one that knows their names."
             )
+        if channels != student["in_chans"]:
+            raise UserError(f"{source} takes {channels} channels, the student {student['in_chans']}: give another one.")
+        columns, remark = match_classes(names, loaded)
         # Without the position embedding: it may have been resized, which rounds differently elsewhere.
         as_trained = {name: tensor for name, tensor in loaded.tensors.items() if name != "pos_embed"}
-        weights, params = fingerprint(as_trained), loaded.params()  # both read the file
+        weights, params, how = fingerprint(as_trained), loaded.params(), loaded.preprocessing  # reads the file
     except UserError as error:
         raise UserError(f"distill.teacher: {error}") from error
-    renormalise = _renormalisation(config.data, loaded.preprocessing)
-    if renormalise:
-        changes.append("images renormalised for it")
-    network, changes = describe_weights(loaded), changes + remarks
-    facts = {"source": source, "network": network, "changes": changes, "weights": weights}
-    return Teacher(loaded.network[0], config.distill, columns, renormalise, facts), params
-
-
-def _renormalisation(ours: Any, theirs: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """(scale, shift) from images normalised with our mean and std to theirs; None if these are the same."""
-    (mean, std), (to_mean, to_std) = ((np.array(s.mean), np.array(s.std)) for s in (ours, theirs))
-    if (mean == to_mean).all() and (std == to_std).all():
-        return None
-    # (x std + mean - to_mean) / to_std of a normalised x
-    return (std / to_std).astype(np.float32), ((mean - to_mean) / to_std).astype(np.float32)
-
-
-def _columns(names: tuple[str, ...], loaded: Any) -> tuple[np.ndarray | None, list[str]]:
-    """(the teacher's label of each class of the data, or None if they are the same; remarks)."""
-    known = loaded.settings["num_classes"]
-    if not loaded.class_names and known != len(names):
-        raise UserError(
-            f"{loaded.source} has {known} classes without names, but the data has {len(names)}: give a "
-            "teacher of the same classes."
-        )
-    columns, remark = match_classes(names, loaded)
+    mean, std, to_mean, to_std = map(np.array, (config.data.mean, config.data.std, how.mean, how.std))
+    renormalise = None
+    if (mean != to_mean).any() or (std != to_std).any():  # (x std + mean - to_mean) / to_std of a normalised x
+        renormalise = (std / to_std).astype(np.float32), ((mean - to_mean) / to_std).astype(np.float32)
+    notes = [*loaded.changes, "images renormalised for it" if renormalise else None, remark]
+    changes = [note for note in notes if note]
+    facts = {"source": source, "network": describe_weights(loaded), "changes": changes, "weights": weights}
     same = np.array_equal(columns, np.arange(known))
-    return None if same else columns, [remark] if remark else []
+    return Teacher(loaded.network[0], config.distill, None if same else columns, renormalise, facts), params

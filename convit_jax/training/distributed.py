@@ -28,7 +28,6 @@ from convit_jax.rundir import is_run
 
 Result = TypeVar("Result")
 
-COMMAND = Path(sys.argv[0]).name
 # Config fields that may differ between processes. Their images and teachers are compared, the paths are not.
 MAY_DIFFER = ("data.dir", "data.workers", "distill.teacher")
 MESSAGE_BYTES = 1000  # of an error, told to the other processes
@@ -59,13 +58,6 @@ def warn(text: str) -> None:
     print(f"process {jax.process_index()} of {jax.process_count()}: {text}", file=sys.stderr, flush=True)
 
 
-def introduce() -> None:
-    """Prints who takes part, if there are several processes."""
-    if several():
-        devices = f"{jax.local_device_count()} devices each, {jax.device_count()} in all"
-        say(f"{jax.process_count()} processes with {devices}")
-
-
 def phase(text: str) -> None:
     """Names what begins now where processes may wait for each other: the last line explains a hang."""
     if several():
@@ -76,49 +68,25 @@ def phase(text: str) -> None:
 
 
 def join(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    start_timeout: int = 300,
-    heartbeat: int = 100,
+    coordinator: str | None, num_processes: int | None, process_id: int | None, start_timeout: int, heartbeat: int
 ) -> None:
     """Joins the other processes, if there are any, before anything else uses JAX.
 
-    Then SIGTERM belongs to JAX's preemption service, see `stop.Stop`.
-
-    Args:
-      coordinator: "HOST:PORT" of process 0; None, as the next two, if JAX finds them (Slurm, Open MPI, ...).
-      num_processes: number of processes.
-      process_id: number of this process, from 0.
-      start_timeout: seconds to wait for the other processes.
-      heartbeat: seconds without a sign of life after which a process counts as lost.
-
-    Raises:
-      UserError: arguments that do not fit together, or processes that cannot connect.
+    The arguments are the flags of `cli`. Then SIGTERM belongs to JAX's preemption service, see `stop.Stop`.
+    Raises UserError for flags that do not fit together, and if the processes cannot connect.
     """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
-    for name, seconds in (("start_timeout", start_timeout), ("heartbeat_timeout", heartbeat)):
-        if seconds < 1:
-            raise UserError(f"--{name} is {seconds}: it must be at least 1 second.")
     starter: str | None = None
-    rank: int | None = process_id
-    if coordinator is not None and num_processes is not None and process_id is not None:
+    if (coordinator, num_processes, process_id) == (None, None, None):
+        if not (found := cluster(os.environ)):
+            return
+        starter, number = found
+        first, where = number == "0", f"the processes that {starter} has started"
+    else:
         _check_flags(coordinator, num_processes, process_id)
         if num_processes == 1:
             return
-        where = f"the {num_processes} processes at {coordinator}"
-    elif len(missing) < len(given):
-        raise UserError(
-            f"--{missing[0]} is missing: give --coordinator=HOST:PORT, --num_processes and --process_id "
-            "together, or none of them under Slurm, Open MPI, Kubernetes or on a TPU."
-        )
-    elif found := cluster(os.environ):
-        starter, rank = found
-        where = f"the processes that {starter} has started"
-    else:
-        return
-    if rank == 0:
+        first, where = process_id == 0, f"the {num_processes} processes at {coordinator}"
+    if first:
         print(f"... joining {where} (at most {start_timeout} s)", flush=True)
     jax.config.update("jax_enable_preemption_service", True)
     faulthandler.disable()  # its dump would hide the line with which JAX aborts when a process is lost
@@ -132,11 +100,9 @@ def join(
             initialization_timeout=start_timeout,
             heartbeat_timeout_seconds=heartbeat,
         )
-    except ValueError as error:
-        if starter == "the TPU":  # its library is installed, but there is no TPU
+    except (ValueError, RuntimeError) as error:
+        if starter == "the TPU" and isinstance(error, ValueError):  # its library is installed, but there is no TPU
             return
-        raise UserError(f"JAX cannot join {where}: {error}") from error
-    except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"cannot join {where} ({reason}): start all processes within {start_timeout} s, with the same "
@@ -144,38 +110,36 @@ def join(
         ) from error
 
 
-def _check_flags(coordinator: str, num_processes: int, process_id: int) -> None:
-    """Raises UserError for explicit flags that cannot be meant."""
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator is {coordinator!r}: give HOST:PORT of process 0, as node1:12345.")
-    if num_processes < 1 or not 0 <= process_id < num_processes:
-        raise UserError(
-            f"--process_id is {process_id} and --num_processes {num_processes}: ids count from 0 to one "
-            "less than the number of processes."
-        )
-    try:
-        socket.getaddrinfo(host.strip("[]"), int(port))
-    except OSError as error:
-        raise UserError(f"--coordinator names the unknown host {host!r}: give process 0's host.") from error
+def _check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    host, _, port = (coordinator or "").rpartition(":")
+    fits = bool(host) and port.isdigit() and 0 < int(port) < 65536 and process_id in range(num_processes or 0)
+    with contextlib.suppress(OSError):  # a host that nobody knows
+        if fits and socket.getaddrinfo(host.strip("[]"), int(port)):
+            return
+    raise UserError(
+        f"--coordinator is {coordinator}, --num_processes {num_processes} and --process_id {process_id}: give "
+        "HOST:PORT of process 0, the number of processes and the number of this one, counted from 0; or none of "
+        "the three under Slurm, Open MPI, Kubernetes or on a TPU."
+    )
 
 
-def cluster(environment: Mapping[str, str]) -> tuple[str, int | None] | None:
-    """Returns (what started several processes, this one's number or None if only JAX can tell), or None."""
+def cluster(environment: Mapping[str, str]) -> tuple[str, str | None] | None:
+    """Returns (what started several processes, this one's number if it says so), or None if nothing did.
+
+    JAX finds the same and more, but also joins where a process is alone, as in an interactive job.
+    """
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        return "Slurm", int(environment["SLURM_PROCID"])
+        return "Slurm", environment["SLURM_PROCID"]
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         if "OMPI_MCA_orte_hnp_uri" not in environment:
             raise UserError(
                 "Open MPI 5 does not say where process 0 is: add --coordinator=HOST:PORT "
                 "--num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK."
             )
-        return "Open MPI", int(environment["OMPI_COMM_WORLD_RANK"])
+        return "Open MPI", environment["OMPI_COMM_WORLD_RANK"]
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        return "Kubernetes", int(environment["JOB_COMPLETION_INDEX"])
-    if importlib.util.find_spec("libtpu"):
-        return "the TPU", None
-    return None
+        return "Kubernetes", environment["JOB_COMPLETION_INDEX"]
+    return ("the TPU", None) if importlib.util.find_spec("libtpu") else None
 
 
 # ---- Ending --------------------------------------------------------------------------------
@@ -196,8 +160,8 @@ def ends_all() -> Iterator[None]:
         if not several():
             raise
         if sentence := _sentence(error):
-            who = f"process {jax.process_index()} of {jax.process_count()}"
-            print(f"{COMMAND}: {who}: {sentence}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: ", end="", file=sys.stderr)
+            warn(sentence)
         else:
             traceback.print_exception(error)
         sys.stdout.flush()
@@ -244,9 +208,7 @@ def together() -> Iterator[None]:
             raise
         sentence = str(error).encode()[:MESSAGE_BYTES]
     if several():
-        mine = np.zeros(MESSAGE_BYTES, np.uint8)
-        mine[: len(sentence)] = np.frombuffer(sentence, np.uint8)
-        everyone = multihost_utils.process_allgather(mine)
+        everyone = multihost_utils.process_allgather(np.frombuffer(sentence.ljust(MESSAGE_BYTES, b"\0"), np.uint8))
         failed = np.flatnonzero(everyone[:, 0])
         if len(failed):
             text = everyone[failed[0]].tobytes().rstrip(b"\0").decode(errors="replace")
@@ -274,26 +236,19 @@ def check_same(facts: Mapping[str, Any], remedy: str = "start all processes with
 
 
 def comparable(config: ConfigDict) -> dict[str, Any]:
-    """Returns the fields of a config that all processes must share, {"optim.lr": 0.0005, ...}."""
+    """Returns the fields of a config that all processes must share, by name."""
     return {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
 
 
 def agree_on_checkpoint(source: str | None, which: str = "best", ema: bool = False) -> str | int:
-    """Returns which checkpoint of a source of weights all processes read: a step, if it is a run directory.
+    """Returns the checkpoint of a source of weights that all processes read, though its run may go on.
 
-    The run may go on, and another checkpoint be the best one a moment later.
-
-    Args:
-      source: of weights, as `load_pretrained` takes it, or None.
-      which: "best" or "latest".
-      ema: whether the moving average of the weights is read.
+    A step, if there are several processes and the source is a run directory, otherwise `which`.
     """
     from convit_jax.weights.run import find_step  # heavy
 
-    if not several():
-        return which
     step: str | int = which
     with together():
-        if is_first() and is_run(source):
+        if several() and is_first() and is_run(source):
             step = find_step(Path(str(source)).expanduser(), which, ema)
     return from_first(step)

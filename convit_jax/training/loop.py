@@ -15,6 +15,7 @@ from convit_jax.training.evaluation import evaluate
 from convit_jax.training.reports import Reports
 from convit_jax.training.setup import Training, set_up
 from convit_jax.training.sharding import put_batch
+from convit_jax.training.step import State
 from convit_jax.training.stop import Stop
 
 
@@ -44,7 +45,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
                 batch = put_batch(next(run.batches), run.mesh)
 
             # ---- Step --------------------------------------------------------------------------
-            with jax.transfer_guard("disallow"):  # the host must not send anything else
+            with jax.transfer_guard("disallow"):  # only put_batch may send anything to the device
                 state, sums = run.steps.train(state, sums, batch)
             del batch  # frees its memory when the step is done, not one step later
             step += 1
@@ -59,37 +60,29 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
                     run.checkpoints.save(step, {"state": state, "metrics": sums})
                     evaluate_if_due(run, state, step, stop)
 
-        # ---- The end: save the step at which a signal came -------------------------------------
+        # ---- The end; saves nothing if this step is saved --------------------------------------
         reports.finish(sums)
         run.checkpoints.save(step, {"state": state, "metrics": sums})
         run.checkpoints.wait()  # while signals are still handled
 
-    if stop.requested:
+    if stop.requested and run.plan.total_steps not in run.log.top1:  # else the signal came after the end
         where = f", saved in {run.workdir}" if step else ", before the first step"
-        run.progress.say(f"Stopped by {stop.requested} at step {step}{where}. The same command continues.")
+        run.progress.say(f"Stopped by {stop.requested} at step {step}{where}. Run the same command to continue.")
         return None
     return run.log.last
 
 
-def evaluate_if_due(run: Training, state: dict[str, Any], step: int, stop: Stop) -> None:
+def evaluate_if_due(run: Training, state: State, step: int, stop: Stop) -> None:
     """Evaluates and logs the weights and their moving average, if the plan says so; a signal ends it."""
     if step not in run.plan.eval_at or step in run.log.top1:
         return
     models = {"val": state["params"]} | ({"val_ema": state["ema"]} if "ema" in state else {})
-    results = evaluate(
-        models,
-        run.test_batches(),
-        run.steps.evaluate,
-        run.steps.no_eval_sums,
-        run.mesh,
-        stopped=lambda: stop.poll(step),
-    )
+    results = evaluate(models, run.test_batches(), run.steps.evaluate, run.mesh, stopped=lambda: stop.poll(step))
     if results is None:
         return
-    names = ("top1", "top5", "loss")
+    epoch, names = run.plan.epoch(step), ("top1", "top5", "loss")
     values = {f"{model}_{name}": results[model][name] for model in models for name in names}
     run.checkpoints.wait()  # the log must not describe weights that a full disk has lost
-    run.log.write(step, run.plan.epoch(step), values | run.attention_log(state["params"]))
+    run.log.write(step, epoch, values | run.attention_log(state["params"]))
     shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-    epoch = run.plan.epoch(step)
     run.progress.say(f"step {step}/{run.plan.total_steps}  epoch {epoch:.1f}  {shown}")

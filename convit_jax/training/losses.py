@@ -14,12 +14,6 @@ def distillation_loss(logits: jax.Array, teacher_logits: jax.Array, *, kind: str
 
     hard: cross-entropy with the class that the teacher predicts.
     soft: T^2 KL(softmax(teacher / T) || softmax(student / T)), divided by images x classes as in DeiT's code.
-
-    Args:
-      logits: of the student, [B, C].
-      teacher_logits: [B, C].
-      kind: "hard" or "soft".
-      temperature: T; used by "soft" only.
     """
     if kind == "hard":
         best = jax.nn.one_hot(jnp.argmax(teacher_logits, axis=-1), logits.shape[-1])

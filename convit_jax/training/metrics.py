@@ -17,12 +17,7 @@ SPEEDS = ("images_per_second", "data_wait", "mfu")  # fields of a line that depe
 
 
 class MetricsLog:
-    """DIR/metrics.jsonl and DIR/tensorboard of a run, and its evaluations so far.
-
-    Attributes:
-      evaluations: lines of metrics.jsonl with an evaluation, in order, on all processes.
-      top1: {step: val_top1} of these.
-    """
+    """DIR/metrics.jsonl and DIR/tensorboard of a run, and its evaluations so far; UserError if the disk is full."""
 
     def __init__(self, directory: Path | None, start_step: int, top1: dict[int, float]) -> None:
         """Opens a log and drops what an earlier start has written after `start_step`, or all at step 0.
@@ -30,10 +25,7 @@ class MetricsLog:
         Args:
           directory: run directory; None on the processes that write nothing.
           start_step: step at which the run continues.
-          top1: an empty dict, which is kept up to date.
-
-        Raises:
-          UserError: the files cannot be written.
+          top1: an empty dict, which is kept up to date: {step: val_top1}.
         """
         self.top1, self._directory = top1, directory
         lines = read_metrics(directory / "metrics.jsonl") if directory and start_step else []
@@ -41,8 +33,9 @@ class MetricsLog:
         if directory:
             with disk_errors(directory):
                 self._open(directory, start_step, lines)
-        self.evaluations: list[dict[str, Any]] = from_first([line for line in lines if "val_top1" in line])
-        top1.update({line["step"]: line["val_top1"] for line in self.evaluations})
+        evaluations = from_first([line for line in lines if "val_top1" in line])
+        top1.update({line["step"]: line["val_top1"] for line in evaluations})
+        self.last: dict[str, Any] | None = evaluations[-1] if evaluations else None  # line of the last evaluation
 
     def _open(self, directory: Path, start_step: int, lines: list[dict[str, Any]]) -> None:
         path = directory / "metrics.jsonl"
@@ -55,26 +48,11 @@ class MetricsLog:
         first = start_step + 1 if start_step else 0  # TensorBoard drops earlier events from this step on
         self._add_event(step=first, session_log=SessionLog(status=SessionLog.START))
 
-    @property
-    def last(self) -> dict[str, Any] | None:
-        """The line of the latest evaluation, or None."""
-        return self.evaluations[-1] if self.evaluations else None
-
     def write(self, step: int, epoch: float, values: dict[str, Any]) -> None:
-        """Writes one line for a step.
-
-        Args:
-          step: number of steps done.
-          epoch: epochs done, a fraction.
-          values: {name: float, or a list over layers of lists over heads}.
-
-        Raises:
-          UserError: the disk is full.
-        """
+        """Writes a line; values: {name: float, or a list over layers of lists over heads}."""
         line = {"step": step, "epoch": round(epoch, 4), **values}
         if "val_top1" in values:
-            self.evaluations.append(line)
-            self.top1[step] = values["val_top1"]
+            self.last, self.top1[step] = line, values["val_top1"]
         if self._directory is None:
             return
         with disk_errors(self._directory / "metrics.jsonl"):
@@ -84,15 +62,15 @@ class MetricsLog:
             self._add_event(step=step, summary=summary)
             self._board.flush()
 
+    def _add_event(self, **fields: Any) -> None:
+        self._board.write_event(Event(wall_time=time.time(), **fields))
+
     def close(self) -> None:
         """Closes both files; every line is already on the disk."""
         if self._directory:
             with contextlib.suppress(OSError):  # `write` has reported a full disk
                 self._file.close()
                 self._board.close()
-
-    def _add_event(self, **fields: Any) -> None:
-        self._board.write_event(Event(wall_time=time.time(), **fields))
 
 
 def _scalars(name: str, value: Any) -> list[tuple[str, float]]:

@@ -63,21 +63,19 @@ def dotted(path: tuple[Any, ...]) -> str:
 def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
     """Returns a tree of bool: which parameters have one of the patterns in their dotted name.
 
-    Empty patterns, as --config.optim.frozen= gives them, are ignored.
-
-    Raises:
-      UserError: a pattern that matches no parameter, or patterns that match all.
+    Raises UserError if a pattern matches no parameter, or the patterns match all.
     """
-    patterns = [pattern for pattern in patterns if pattern]
+    patterns = [pattern for pattern in patterns if pattern]  # --config.optim.frozen= gives an empty one
+    mask = jax.tree_util.tree_map_with_path(
+        lambda path, _: any(pattern in dotted(path) for pattern in patterns), params
+    )
     names = [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in patterns:
         if not any(pattern in name for name in names):
             raise UserError(f"optim.frozen has {pattern!r}, which matches no parameter. They are: {', '.join(names)}.")
-    if all(any(pattern in name for pattern in patterns) for name in names):
+    if all(jax.tree.leaves(mask)):
         raise UserError(f"optim.frozen is {patterns}, which leaves no parameter to train: freeze fewer.")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(pattern in dotted(path) for pattern in patterns), params
-    )
+    return mask
 
 
 def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.GradientTransformation:

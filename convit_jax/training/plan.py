@@ -17,26 +17,16 @@ from convit_jax.models.variants import model_settings
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything that a run needs to know about its config.
+    """Everything that a run needs to know about its config."""
 
-    Attributes:
-      model: settings of VisionTransformer.
-      train, test: examples by slot.
-      epochs: of the subset, for the schedule; may be fractional.
-      total_steps: of the run, which may end before the schedule.
-      eval_steps: of one evaluation.
-      eval_at: the steps after which to evaluate.
-      batch_size: global.
-    """
-
-    model: dict[str, Any]
+    model: dict[str, Any]  # settings of VisionTransformer
     train: TrainExample
     test: EvalExample
-    epochs: float
-    total_steps: int
-    eval_steps: int
-    eval_at: frozenset[int]
-    batch_size: int
+    epochs: float  # of the subset, for the schedule; may be fractional
+    total_steps: int  # of the run, which may end before the schedule
+    eval_steps: int  # of one evaluation
+    eval_at: frozenset[int]  # the steps after which to evaluate
+    batch_size: int  # global
 
     @functools.cached_property
     def image_lists(self) -> list[str]:
@@ -49,21 +39,16 @@ class Plan:
 
 
 def make_plan(config: ConfigDict, *, devices: int) -> Plan:
-    """Checks a config and works it out.
+    """Checks a config for this number of devices and works it out.
 
-    Args:
-      config: with the fields of configs/default.py.
-      devices: number of devices that share a batch.
-
-    Raises:
-      UserError: the config cannot work, or its data cannot be read.
+    Raises UserError if the config cannot work, or its data cannot be read.
     """
     check_run(config, devices=devices)
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
     indices = training_subset(config, source)
-    available = len(source.class_names)
-    test_indices = select(held_out.labels, held_out.names, classes=available, num_classes=config.data.num_classes)
-    classes = config.data.num_classes or available
+    available, wanted = len(source.class_names), config.data.num_classes
+    test_indices = select(held_out.labels, held_out.names, classes=available, num_classes=wanted)
+    classes = wanted or available
     model = model_settings(**model_arguments(config, classes))
     if model["num_classes"] < classes:
         raise UserError(
@@ -104,37 +89,25 @@ def model_arguments(config: ConfigDict, num_classes: int) -> dict[str, Any]:
 
 
 def check_run(config: ConfigDict, *, devices: int) -> None:
-    """Raises UserError for a config that cannot work with any data; arguments as of make_plan."""
+    """Raises UserError for a config that cannot work with any data."""
     check_config(config)
     for name, parts in (("batch_size", config.accumulate), ("eval_batch_size", 1)):
         share = devices * parts
         if config[name] % share:
-            lower, upper = config[name] // share * share, -(-config[name] // share) * share
-            near = f"{lower} or {upper}" if lower else f"{upper}"
-            micro = f" x {parts} micro-batches" if parts > 1 else ""
             raise UserError(
-                f"{name} is {config[name]}, which {devices} devices{micro} do not divide: use {near}, "
-                "or fewer devices with mesh.data."
+                f"{name} is {config[name]}, which {devices} devices x {parts} micro-batches do not divide: use a "
+                f"multiple of {share}, as {max(1, round(config[name] / share)) * share}, or fewer devices (mesh.data)."
             )
     for name in ("mean", "std"):
         if len(config.data[name]) != 3:
             raise UserError(f"data.{name} is {config.data[name]}: give 3 numbers, for red, green and blue.")
     if config.data.name == "digits" and config.data.dir:
         raise UserError("data.dir is set, but data.name=digits reads no files: set data.name=folder.")
-    _check_distillation(config.distill)
-
-
-def _check_distillation(distill: ConfigDict) -> None:
-    """Raises UserError for fields that would be ignored."""
-    if distill.kind == "hard" and distill.temperature != 1:
-        raise UserError(
-            f"distill.temperature is {distill.temperature}, but only distill.kind=soft uses it: "
-            "add distill.kind=soft, or leave it out."
-        )
-    if not distill.teacher:
-        for name, default in default_config().distill.items():
-            if distill[name] != default:
-                raise UserError(
-                    f"distill.{name} is {distill[name]!r}, but there is no teacher: add distill.teacher or "
-                    "leave it out."
-                )
+    for name, default in default_config().distill.items():
+        value, needs = config.distill[name], None
+        if not config.distill.teacher:
+            needs = "distill.teacher"
+        elif name == "temperature" and config.distill.kind == "hard":
+            needs = "distill.kind=soft"
+        if value != default and needs:
+            raise UserError(f"distill.{name} is {value!r}, which only {needs} uses: add that, or leave it out.")

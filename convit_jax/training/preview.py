@@ -20,11 +20,10 @@ STEPS = 4
 
 
 def preview_augmentation(config: ConfigDict, plan: Plan) -> tuple[Pictures, Pictures]:
-    """Returns what augmentation makes of the first images of a training.
+    """Returns what augmentation makes of the first images of a training, as rows of (crops, mixed).
 
-    Returns:
-      (crops, mixed): a row per image, with the whole image, then its crops before mixing and RandAugment's
-      operations; and a row per step, with images after mixup and cutmix and their soft labels.
+    A row of crops is an image, then its crops before mixing with RandAugment's operations. A row of mixed is a
+    step, with images after mixup and cutmix and their soft labels.
     """
     slots, repeats = plan.train.slots, config.data.repeats
     source: Any = plan.train.source
@@ -41,14 +40,8 @@ def preview_augmentation(config: ConfigDict, plan: Plan) -> tuple[Pictures, Pict
     spread = np.linspace(0, len(before) - 1, 1 + VERSIONS).astype(int)
     labels = batch["label"]
     mixed = [
-        [
-            (
-                images[n],
-                format_shares(targets[n], labels[[n, -1 - n]], source.class_names),
-            )  # n's partner: -1 - n
-            for n in spread
-        ]
-        for images, targets in steps
+        [(images[n], format_shares(targets[n], labels[[n, -1 - n]], source.class_names)) for n in spread]
+        for images, targets in steps  # the partner of n is -1 - n
     ]
     return crops, mixed
 
@@ -57,13 +50,13 @@ def augment_batch(
     config: ConfigDict, batch: Mapping[str, np.ndarray], num_classes: int
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
     """Returns images [B, H, W, 3] in 0..1: step 0 before mixing, and (images, soft labels) of each step."""
-    mixed, unmixed = config, config.copy_and_resolve_references()
+    unmixed = config.copy_and_resolve_references()
     unmixed.augment.update(mixup=0.0, cutmix=0.0)
 
     @jax.jit
     def run(batch: dict[str, jax.Array], step: int) -> list[tuple[jax.Array, jax.Array]]:
         keys = step_keys(config.seed, step)
-        return [augmented(batch, keys, each, num_classes) for each in (unmixed, mixed)]
+        return [augmented(batch, keys, each, num_classes) for each in (unmixed, config)]
 
     def to_visible(images: np.ndarray) -> np.ndarray:
         return np.clip(images * np.float32(config.data.std) + np.float32(config.data.mean), 0, 1)
@@ -78,8 +71,7 @@ def list_operations(config: ConfigDict, rows: int) -> list[str]:
     aug = config.augment
     if aug.policy != "randaugment":
         return [""] * rows
-    key = stage_keys(step_keys(config.seed, 0)[0])["policy"]
-    ops, _, _ = jax.device_get(draw_operations(key, rows, aug))
+    ops = jax.device_get(draw_operations(stage_keys(step_keys(config.seed, 0)[0])["policy"], rows, aug)[0])
     names = [[Op(op).name.title().replace("_", "") for op in row if op != Op.NONE] for row in ops]
     return ["\n".join(row) for row in names]
 

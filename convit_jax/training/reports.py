@@ -11,10 +11,8 @@ import jax
 from convit_jax.training.distributed import Everywhere
 from convit_jax.training.evaluation import AHEAD
 from convit_jax.training.setup import Training
-from convit_jax.training.step import FINE
+from convit_jax.training.step import FINE, Arrays
 from convit_jax.training.summary import peak_flops
-
-Sums = dict[str, jax.Array]  # of the steps of a window, see step.train_metrics
 
 
 class Clock:
@@ -25,7 +23,7 @@ class Clock:
 
     def restart(self) -> None:
         """Starts a window now."""
-        self._since, self._waited, self._images = time.monotonic(), 0.0, 0
+        self._since, self._waited, self.images = time.monotonic(), 0.0, 0  # images that the device has finished
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -41,14 +39,10 @@ class Clock:
         yield
         self._since += time.monotonic() - start
 
-    def count(self, images: int) -> None:
-        """Adds images that the device has finished."""
-        self._images += images
-
     def read(self) -> dict[str, float]:
-        """Returns the window's "images_per_second" and "data_wait" (a share), and starts the next one."""
+        """Returns the rates of the window, and starts the next one."""
         seconds = max(time.monotonic() - self._since, 1e-9)
-        rates = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        rates = {"images_per_second": self.images / seconds, "data_wait": self._waited / seconds}
         self.restart()
         return rates
 
@@ -58,33 +52,22 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
 
     The device always has AHEAD steps to do: `add` waits for the step before these, and logs a window whose
     last step is done. Leaving the context waits for the device, which may use the loader's memory.
-
-    Attributes:
-      clock: of the open window.
     """
 
     def __init__(self, run: Training) -> None:
-        self.clock = Clock()
+        self.clock = Clock()  # of the open window
         self._run = run
         self._start = time.monotonic()
-        self._under_way: collections.deque[Sums] = collections.deque()  # of the steps that may not be done
-        self._windows: collections.deque[tuple[int, Sums, dict[str, float]]] = collections.deque()
+        self._under_way: collections.deque[Arrays] = collections.deque()  # metrics of steps that may not be done
+        self._windows: collections.deque[tuple[int, Arrays, dict[str, float]]] = collections.deque()
 
     def __exit__(self, *exception: object) -> None:
         jax.block_until_ready(list(self._under_way))
 
-    def add(self, step: int, sums: Sums) -> Sums:
-        """Takes note of a step that was given to the device.
+    def add(self, step: int, sums: Arrays) -> Arrays:
+        """Takes note of the step that was just given to the device; returns the sums that the next one adds to.
 
-        Args:
-          step: number of steps given so far.
-          sums: of the open window with this step, on the devices.
-
-        Returns:
-          The sums that the next step adds to.
-
-        Raises:
-          UserError: the loss of an earlier window is not finite, or the log cannot be written.
+        Raises UserError if the loss of an earlier window is not finite, or the log cannot be written.
         """
         run = self._run
         self._under_way.append(sums)
@@ -102,7 +85,7 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
             self._report(*self._windows.popleft())
         return run.steps.no_sums if full else sums  # a short last window goes on if the run gets more steps
 
-    def finish(self, sums: Sums) -> None:
+    def finish(self, sums: Arrays) -> None:
         """Waits for the device, logs all windows and checks the open one's sums; raises as `add` does."""
         self._wait(0)
         while self._windows:
@@ -113,28 +96,32 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
         """Waits until at most this many steps are under way."""
         while len(self._under_way) > most:
             jax.block_until_ready(self._under_way.popleft())
-            self.clock.count(self._run.config.batch_size)
+            self.clock.images += self._run.config.batch_size
 
-    def _report(self, step: int, on_devices: Sums, rates: dict[str, float]) -> None:
+    def _report(self, step: int, on_devices: Arrays, rates: dict[str, float]) -> None:
         """Logs a window whose last step is done."""
         run, sums = self._run, jax.device_get(on_devices)
         self._check_finite(sums)
-        images = int(sums["images"])
+        epoch, images = run.plan.epoch(step), int(sums["images"])
         values = {
             "train_loss": float(sums["loss"]) / images,
             "train_top1": 100 * int(sums["correct"]) / images,
             "lr": float(sums["lr"]),
             **rates,
         }
+        # What a narrow terminal cuts off comes last.
+        shown = "loss {train_loss:.4f}  top-1 {train_top1:.1f}  {images_per_second:.0f} img/s  "
         if peak := peak_flops(run.facts["device_kind"], run.facts["dtype"]):
             flops = 3 * run.facts["flops"] * rates["images_per_second"]
             values["mfu"] = flops / (peak * run.mesh.size)
+            shown += "MFU {mfu:.0%}  "
+        shown += "epoch {epoch:.1f}  lr {lr:.2e}  data {data_wait:.0%}"
         if "distill_loss" in sums:
             values["train_distill_loss"] = float(sums["distill_loss"]) / images
         if run.unreadable.seen:
             values["unreadable_images"] = len(run.unreadable.seen)
-        run.log.write(step, run.plan.epoch(step), values)
-        run.progress.update(step, _line(run.plan.epoch(step), values))
+        run.log.write(step, epoch, values)
+        run.progress.update(step, shown.format(epoch=epoch, **values))
 
     def _check_finite(self, sums: Any) -> None:
         """Stops a run whose loss or gradient was not finite, before that state is saved."""
@@ -143,18 +130,7 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
             return
         latest, directory = self._run.checkpoints.latest, self._run.checkpoints.directory
         kept = f"step {latest} is saved" if latest else "no checkpoint was saved before it"
-        again = "Start again with another --workdir and" if latest else "Start again with"
         raise Everywhere(
-            f"the loss or its gradient is not finite at step {bad_step + 1}; {kept} in {directory}. "
-            f"{again} a lower optim.lr, optim.clip_norm=1, or model.dtype=float32."
+            f"the loss or its gradient is not finite at step {bad_step + 1}; {kept} in {directory}. Start again with "
+            "another --workdir and a lower optim.lr, optim.clip_norm=1, or model.dtype=float32."
         )
-
-
-def _line(epoch: float, values: dict[str, float]) -> str:
-    """The text of a window for the progress display, which a narrow terminal cuts off at its end."""
-    mfu = f"MFU {values['mfu']:.0%}  " if "mfu" in values else ""
-    return (
-        f"loss {values['train_loss']:.4f}  top-1 {values['train_top1']:.1f}  "
-        f"{values['images_per_second']:.0f} img/s  {mfu}epoch {epoch:.1f}  lr {values['lr']:.2e}  "
-        f"data {values['data_wait']:.0%}"
-    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,35 +15,28 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from convit_jax.data.examples import Unreadable
+from convit_jax.data.examples import Batch, Unreadable
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.progress import Progress
 from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, wait_for_owner
+from convit_jax.training import distributed
 from convit_jax.training.attention_log import make_attention_log
 from convit_jax.training.checkpoint import Checkpoints
 from convit_jax.training.distill import Teacher, load_teacher
-from convit_jax.training.distributed import (
-    Everywhere,
-    agree_on_checkpoint,
-    check_same,
-    comparable,
-    ends_all,
-    first_then_others,
-    from_first,
-    introduce,
-    is_first,
-    phase,
-    say,
-    several,
-    together,
-    warn,
-)
+from convit_jax.training.distributed import agree_on_checkpoint, check_same, from_first, is_first, phase, say, together
 from convit_jax.training.evaluation import our_batches
 from convit_jax.training.metrics import MetricsLog
 from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.plan import Plan, make_plan
 from convit_jax.training.sharding import gather, make_mesh, put_same, replicated, state_shardings
-from convit_jax.training.step import eval_metrics, make_eval_step, make_train_step, new_state, train_metrics
+from convit_jax.training.step import (
+    Arrays,
+    State,
+    make_eval_step,
+    make_train_step,
+    new_state,
+    train_metrics,
+)
 from convit_jax.training.summary import describe_run, facts
 from convit_jax.weights.pretrained import fingerprint, load_into
 
@@ -52,13 +46,11 @@ class Steps:
     """The compiled functions of a run and what they start from, with all arrays on the devices."""
 
     graphdef: nnx.GraphDef
-    train: Callable[[Any, Any, Any], tuple[Any, Any]]  # (state, sums, batch) -> (state, sums); donates the state
-    evaluate: Callable[[Any, Any, Any], Any]  # (parameters, sums, batch) -> sums
+    train: Callable[[State, Arrays, Arrays], tuple[State, Arrays]]  # of state, sums, batch; donates the state
+    evaluate: Callable[[Any, Arrays, Arrays], Arrays]  # parameters, sums, batch -> sums
     first: Callable[[Any], dict[str, Any]]  # parameters, or None for new ones -> {"state", "metrics"} of step 0
-    shapes: Any  # of {"state", "metrics"}, the content of a checkpoint
-    shardings: Any
-    no_sums: dict[str, jax.Array]  # of an empty window
-    no_eval_sums: dict[str, jax.Array]  # before the first batch of an evaluation
+    shapes: Any  # and shardings of {"state", "metrics"}, the content of a checkpoint
+    no_sums: Arrays  # of an empty window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,55 +63,45 @@ class Training:
     plan: Plan
     facts: dict[str, Any]  # content of run.json
     steps: Steps
-    state: dict[str, Any]  # {"step", "params", "opt_state"} and perhaps "ema", after first_step steps
-    sums: dict[str, jax.Array]  # of the open window of log_every steps
+    state: State  # after first_step steps
+    sums: Arrays  # of the open window of log_every steps
     first_step: int
-    batches: Iterator[dict[str, np.ndarray]]  # this process's rows, from first_step on
+    batches: Iterator[Batch]  # this process's rows, from first_step on
+    test_batches: Callable[[], Iterator[Batch]]  # starts an evaluation; this process's rows
     unreadable: Unreadable  # training images
-    unreadable_test: Unreadable
     attention_log: Callable[[Any], dict[str, Any]]  # parameters -> values for an evaluation's line of the log
     checkpoints: Checkpoints
     log: MetricsLog
     progress: Progress
-
-    def test_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Starts an evaluation; returns this process's rows of its batches."""
-        rows = our_batches(self.plan.test, self.config.eval_batch_size, 0, self.plan.eval_steps, self.config)
-        return map(self.unreadable_test.take, rows)
 
 
 @contextlib.contextmanager
 def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
     """Builds the training of a config; leaving the context ends the writers, the loader and the lock.
 
-    All processes call this together, and each checks that the others have the same.
-
-    Args:
-      config: fields of configs/default.py.
-      workdir: run directory, made if it does not exist.
-
-    Raises:
-      UserError: a config, data, teacher, weights or run directory that cannot be used.
+    All processes call this together, and each checks that the others have the same. Raises UserError for a
+    config, data, teacher, weights or run directory that cannot be used.
     """
-    if not several():
+    if not distributed.several():
         use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    introduce()
     plan, teacher, teacher_params = _agree_on_plan(config, workdir, mesh)
     steps = make_steps(config, plan, mesh, teacher, teacher_params)
     del teacher_params  # their memory
-    device_kind = jax.devices()[0].device_kind
-    run_facts = facts(config, plan, steps.shapes["state"]["params"], mesh.shape, device_kind, teacher)
+    run_facts = facts(config, plan, steps.shapes["state"]["params"], mesh, teacher)
 
     with contextlib.ExitStack() as stack:
         start_from = _take_directory(config, workdir, plan, run_facts, stack)
 
-        # ---- The state: from the latest checkpoint, from init_from, or from the seed -------
+        # ---- The state; the first of these that exists -------------------------------------
+        # 1. The latest checkpoint in workdir: the same command continues a run.
+        # 2. config.init_from, which is not read once there is a checkpoint.
+        # 3. Random weights from config.seed.
         phase("opening the checkpoints")
         top1: dict[int, float] = {}  # of each evaluation: the log fills it, the checkpoints read it
         checkpoints = Checkpoints(workdir / "checkpoints", top1)
         stack.callback(checkpoints.close)
-        stack.enter_context(ends_all())  # closing would wait for the other processes
+        stack.enter_context(distributed.ends_all())  # closing would wait for the other processes
         tree = _restore(checkpoints, steps, plan.total_steps) or steps.first(start_from)
         del start_from
         first_step = int(tree["state"]["step"])
@@ -129,9 +111,11 @@ def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
         stack.callback(log.close)
         progress = Progress("step", plan.total_steps, enabled=is_first())
         stack.callback(progress.close)
-        tell = progress.say if is_first() else warn
-        unreadable = Unreadable(plan.train.source, config.data.max_unreadable, tell)
-        rows = our_batches(plan.train, config.batch_size, first_step, plan.total_steps, config)
+        tell = progress.say if is_first() else distributed.warn
+        unreadable, unreadable_test = (
+            Unreadable(example.source, config.data.max_unreadable, tell) for example in (plan.train, plan.test)
+        )
+        rows = our_batches(plan.train, unreadable, config, config.batch_size, first_step, plan.total_steps)
         stack.callback(rows.close)
         attention_log = make_attention_log(steps.graphdef, config, plan, mesh)
         phase("the first step, which is compiled")
@@ -145,9 +129,11 @@ def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
             state=tree["state"],
             sums=tree["metrics"],
             first_step=first_step,
-            batches=map(unreadable.take, rows),
+            batches=rows,
+            test_batches=lambda: our_batches(
+                plan.test, unreadable_test, config, config.eval_batch_size, 0, plan.eval_steps
+            ),
             unreadable=unreadable,
-            unreadable_test=Unreadable(plan.test.source, config.data.max_unreadable, tell),
             attention_log=attention_log,
             checkpoints=checkpoints,
             log=log,
@@ -157,9 +143,9 @@ def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
 
 def _agree_on_plan(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Plan, Teacher | None, Any]:
     """The plan, the teacher and its parameters (None without one), the same on all processes."""
-    check_same({"workdir": str(workdir), **comparable(config)})
+    check_same({"workdir": str(workdir), **distributed.comparable(config)})
     phase("reading the lists of images")
-    plan = first_then_others(lambda: make_plan(config, devices=mesh.size))
+    plan = distributed.first_then_others(lambda: make_plan(config, devices=mesh.size))
     check_same(
         {
             "the number of training images": len(plan.train.slots.indices),
@@ -181,46 +167,34 @@ def _agree_on_plan(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Plan,
 def make_steps(
     config: ConfigDict, plan: Plan, mesh: Mesh, teacher: Teacher | None = None, teacher_params: Any = None
 ) -> Steps:
-    """Returns the functions of a run; each is compiled when it is first called.
-
-    Args:
-      config: fields of configs/default.py.
-      plan: what it amounts to.
-      mesh: devices.
-      teacher: network to learn from, or None.
-      teacher_params: its parameters, numpy arrays.
-    """
+    """Returns the functions of a run, compiled when they are first called; teacher_params: numpy arrays."""
     graphdef, abstract_params = abstract_model(plan.model)
     schedule = run_schedule(config, plan)
     optimizer = make_optimizer(config.optim, schedule, abstract_params)
     seed = jax.device_put(np.uint32(config.seed), replicated(mesh))
     teacher_params = put_same(teacher_params, state_shardings(mesh, teacher_params))
 
-    def no_sums() -> dict[str, jax.Array]:
-        return train_metrics(distilled=teacher is not None)
+    no_sums = functools.partial(train_metrics, distilled=teacher is not None)
 
     def first(seed: jax.Array, params: Any = None) -> dict[str, Any]:
         params = initial_params(plan.model, seed) if params is None else params
         state = new_state(params, optimizer, ema=config.optim.ema_decay > 0)
         return {"state": state, "metrics": no_sums()}
 
-    shapes = jax.eval_shape(first, seed)
-    shardings = state_shardings(mesh, shapes)
+    shardings = state_shardings(mesh, jax.eval_shape(first, seed))
+    start = jax.jit(first, out_shardings=shardings)
     train = jax.jit(
         make_train_step(graphdef, optimizer, schedule, config, plan.model["num_classes"], gather(mesh), teacher),
         donate_argnums=0,
         out_shardings=(shardings["state"], shardings["metrics"]),
     )
-    empty, empty_eval = jax.jit(lambda: (no_sums(), eval_metrics()), out_shardings=replicated(mesh))()
     return Steps(
         graphdef=graphdef,
         train=lambda state, sums, batch: train(state, sums, batch, seed, teacher_params),
         evaluate=jax.jit(make_eval_step(graphdef, config, gather(mesh)), out_shardings=replicated(mesh)),
-        first=lambda params: jax.jit(first, out_shardings=shardings)(seed, params),
-        shapes=shapes,
-        shardings=shardings,
-        no_sums=empty,
-        no_eval_sums=empty_eval,
+        first=lambda params: start(seed, params),
+        shapes=jax.eval_shape(start, seed),
+        no_sums=jax.jit(no_sums, out_shardings=replicated(mesh))(),
     )
 
 
@@ -236,9 +210,11 @@ def _take_directory(
     with together():
         if not is_first():
             wait_for_owner(workdir, owner)
-    if several() and config.compilation_cache:  # one folder for all, see docs/clusters.md
+    if distributed.several() and config.compilation_cache:  # one folder for all, see docs/clusters.md
         use_compilation_cache(workdir / "compiled")
-    start_from = _agree_on_weights(config, plan, workdir)
+    start_from = None
+    if config.init_from and not from_first(bool(checkpoint_steps(workdir))):
+        start_from = _agree_on_weights(config, plan)
     with together():
         if is_first():
             claim_run(workdir, config, run_facts)
@@ -246,10 +222,8 @@ def _take_directory(
     return start_from
 
 
-def _agree_on_weights(config: ConfigDict, plan: Plan, workdir: Path) -> Any:
-    """The parameters in config.init_from for a run that starts, the same on all processes, or None."""
-    if not config.init_from or from_first(bool(checkpoint_steps(workdir))):
-        return None
+def _agree_on_weights(config: ConfigDict, plan: Plan) -> Any:
+    """The parameters in config.init_from, the same on all processes."""
     phase("reading init_from")
     which = agree_on_checkpoint(config.init_from)
     with together():
@@ -261,17 +235,17 @@ def _agree_on_weights(config: ConfigDict, plan: Plan, workdir: Path) -> Any:
 
 
 def _restore(checkpoints: Checkpoints, steps: Steps, total_steps: int) -> dict[str, Any] | None:
-    """The tree of the latest checkpoint, or None if there is none."""
+    """The tree of the latest checkpoint, or None."""
     latest = from_first(checkpoints.latest)
     phase("making the first weights" if latest is None else f"reading the checkpoint of step {latest}")
     if latest is None:
         return None
     if latest > total_steps:
-        raise Everywhere(
+        raise distributed.Everywhere(
             f"the run in {checkpoints.directory.parent} is at step {latest:,}, beyond its end at "
             f"{total_steps:,}: raise steps or leave it out, or give another --workdir."
         )
-    tree = checkpoints.restore(latest, steps.shapes, steps.shardings)
+    tree = checkpoints.restore(latest, steps.shapes)
     say(f"Continuing at step {latest}")
     return tree
 

@@ -18,39 +18,23 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     """Returns a mesh of data x fsdp devices.
 
     The devices of one process are neighbours and those of process 0 come first, as do their rows of a batch.
-
-    Args:
-      data: -1 takes all devices.
-      fsdp: devices that also share the state.
-
-    Raises:
-      UserError: the devices cannot be arranged like this.
+    data=-1 takes all devices. Raises UserError if the devices cannot be arranged like this.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    if fsdp < 1 or (data < 1 and data != -1):
-        raise UserError(f"mesh.data is {data} and mesh.fsdp is {fsdp}: give numbers of devices (mesh.data=-1 for all).")
-    if data == -1:
-        if len(devices) % fsdp:
-            raise UserError(f"mesh.fsdp is {fsdp}, which does not divide the {len(devices)} devices.")
-        data = len(devices) // fsdp
-    if data * fsdp > len(devices):
+    counts = collections.Counter(device.process_index for device in devices)
+    rows = len(devices) // max(fsdp, 1) if data == -1 else data
+    all_take_part = rows * fsdp == len(devices)
+    if rows < 1 or fsdp < 1 or rows * fsdp > len(devices) or (data == -1 and not all_take_part):
         raise UserError(
-            f"mesh.data x mesh.fsdp is {data} x {fsdp} devices, but there are {len(devices)}: "
-            "lower them, or set mesh.data=-1 to take all."
+            f"mesh.data is {data} and mesh.fsdp is {fsdp}, which does not fit {len(devices)} devices: set "
+            "mesh.data=-1 to take all, and mesh.fsdp to a number that divides them."
         )
-    if jax.process_count() > 1 and data * fsdp != len(devices):
+    if len(counts) > 1 and not (all_take_part and len({*counts.values()}) == 1):
         raise UserError(
-            f"mesh.data x mesh.fsdp is {data} x {fsdp}, but the {jax.process_count()} processes have "
-            f"{len(devices)} devices, which must all take part: set mesh.data=-1."
+            f"the processes have {[*counts.values()]} devices, and mesh.data x mesh.fsdp is {rows} x {fsdp}: give "
+            "each process the same number, and set mesh.data=-1 so that all take part."
         )
-    counts = collections.Counter(device.process_index for device in devices).most_common()
-    (most_process, most), (fewest_process, fewest) = counts[0], counts[-1]
-    if most != fewest:
-        raise UserError(
-            f"process {fewest_process} has {fewest} devices and process {most_process} has {most}: "
-            "give each process the same number."
-        )
-    grid = np.array(devices[: data * fsdp]).reshape(data, fsdp)
+    grid = np.array(devices[: rows * fsdp]).reshape(rows, fsdp)
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

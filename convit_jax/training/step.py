@@ -27,16 +27,12 @@ Whole = Callable[[Any], Any]
 
 
 class State(TypedDict):
-    """What a run continues from.
+    """What a run continues from."""
 
-    step: int32 []. params: nested dict of float32 arrays. opt_state: of the optimizer. ema: moving average of
-    params, with optim.ema_decay only.
-    """
-
-    step: jax.Array
-    params: Any
+    step: jax.Array  # int32 []
+    params: Any  # nested dict of float32 arrays
     opt_state: Any
-    ema: NotRequired[Any]
+    ema: NotRequired[Any]  # moving average of params, with optim.ema_decay
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation, *, ema: bool) -> State:
@@ -48,12 +44,7 @@ def new_state(params: Any, optimizer: optax.GradientTransformation, *, ema: bool
 
 
 def step_keys(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
-    """Returns a step's keys [3]: of augmentation, of mixup and cutmix, of stochastic depth and dropout.
-
-    Args:
-      seed: below 2^32; an int or uint32 [].
-      step: int32 [].
-    """
+    """Returns a step's keys [3]: of augmentation, of mixup and cutmix, of stochastic depth and dropout."""
     seed_key = jax.random.fold_in(jax.random.key(seed), TRAIN_STREAM)
     return jax.random.split(jax.random.fold_in(seed_key, step), 3)
 
@@ -66,7 +57,7 @@ def train_metrics(*, distilled: bool = False) -> Arrays:
     """
     zero, none = jnp.float32(0), jnp.int32(0)
     sums = {"loss": zero, "correct": none, "images": none, "lr": zero, "bad_step": jnp.int32(FINE)}
-    return {**sums, "distill_loss": zero} if distilled else sums
+    return sums | ({"distill_loss": zero} if distilled else {})
 
 
 def eval_metrics() -> Arrays:
@@ -76,10 +67,7 @@ def eval_metrics() -> Arrays:
 
 
 def augmented(batch: Arrays, keys: jax.Array, config: ConfigDict, num_classes: int) -> tuple[jax.Array, jax.Array]:
-    """Returns images float32 [B, H, W, 3] and soft labels float32 [B, num_classes] to train on.
-
-    batch: as of make_train_step. keys: of step_keys.
-    """
+    """Returns images float32 [B, H, W, 3] and soft labels float32 [B, num_classes] to train on."""
     aug, mean, std = config.augment, tuple(config.data.mean), tuple(config.data.std)
     images = augment(batch["image"], keys[0], aug, mean=mean, std=std)
     return mix_batch(images, batch["label"], keys[1], aug, num_classes)
@@ -97,18 +85,23 @@ def make_train_step(
     """Returns step(state, metrics, batch, seed, teacher_params=None) -> (state, metrics), to be compiled.
 
     batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. seed: uint32 [], an argument so that runs that
-    differ in it alone share a compiled program.
-
-    Args:
-      graphdef: of the model, in evaluation mode.
-      optimizer: its learning rate included.
-      schedule: for the metrics.
-      config: of the run.
-      num_classes: of the model.
-      whole: gathers parameters that are sharded over devices (sharding.gather).
-      teacher: of a distillation; the step then needs its parameters.
+    differ in it alone share a compiled program. graphdef: of the model, in evaluation mode. schedule: for the
+    metrics. whole: gathers parameters that are sharded over devices (sharding.gather).
     """
-    loss_fn = _make_loss(graphdef, whole, teacher)
+
+    def loss_fn(
+        params: Any, images: jax.Array, targets: jax.Array, key: jax.Array, teacher_params: Any
+    ) -> tuple[jax.Array, Arrays]:
+        model, sums = nnx.merge(graphdef, whole(params)), {}
+        if teacher is None:
+            logits = model(images, key=key)
+            loss = jnp.mean(soft_cross_entropy(logits, targets))
+        else:
+            loss, part, logits = teacher.loss(whole(teacher_params), model, images, targets, key)
+            sums["distill_loss"] = part * images.shape[0]
+        sums["correct"] = jnp.sum(jnp.argmax(logits, -1) == jnp.argmax(targets, -1))
+        return loss, sums
+
     grad_fn = _accumulated(jax.value_and_grad(loss_fn, has_aux=True), config.accumulate)
 
     def step(
@@ -140,27 +133,6 @@ def make_train_step(
     return step
 
 
-def _make_loss(
-    graphdef: nnx.GraphDef, whole: Whole, teacher: Teacher | None
-) -> Callable[..., tuple[jax.Array, Arrays]]:
-    """A function that returns the mean loss and sums over the images."""
-
-    def loss_fn(
-        params: Any, images: jax.Array, targets: jax.Array, key: jax.Array, teacher_params: Any
-    ) -> tuple[jax.Array, Arrays]:
-        model, sums = nnx.merge(graphdef, whole(params)), {}
-        if teacher is None:
-            logits = model(images, key=key)
-            loss = jnp.mean(soft_cross_entropy(logits, targets))
-        else:
-            loss, part, logits = teacher.loss(whole(teacher_params), model, images, targets, key)
-            sums["distill_loss"] = part * images.shape[0]
-        sums["correct"] = jnp.sum(jnp.argmax(logits, -1) == jnp.argmax(targets, -1))
-        return loss, sums
-
-    return loss_fn
-
-
 def _accumulated(grad_fn: Callable[..., Any], parts: int) -> Callable[..., Any]:
     """grad_fn as a mean over micro-batches; each takes rows from every device's share of the batch."""
     if parts == 1:
@@ -186,7 +158,7 @@ def _accumulated(grad_fn: Callable[..., Any], parts: int) -> Callable[..., Any]:
 def make_eval_step(
     graphdef: nnx.GraphDef, config: ConfigDict, whole: Whole = lambda tree: tree
 ) -> Callable[[Any, Arrays, Arrays], Arrays]:
-    """Returns step(params, metrics, batch) -> metrics, not compiled yet; arguments as of make_train_step.
+    """Returns step(params, metrics, batch) -> metrics, to be compiled; arguments as of make_train_step.
 
     The loss is the cross-entropy with the label. Rows whose batch["valid"] (bool [B]) is False do not count.
     With C < 5 classes top-5 is top-C.

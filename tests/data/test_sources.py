@@ -1,9 +1,7 @@
 """Sources: the digits' fixed split, image folders as torchvision reads them, messages about unusable ones."""
 
-import io
 import os
 import pickle
-import re
 import shutil
 from types import SimpleNamespace
 
@@ -51,24 +49,20 @@ def test_the_split_of_the_digits_is_fixed_and_complete():
     np.testing.assert_array_equal(np.concatenate([train.labels, test.labels]), labels[numbers])
     shown = np.concatenate([train.images, test.images])
     assert np.abs(shown - (pixels[numbers] * 255 / 16).reshape(-1, 8, 8, 1)).max() <= 0.5
-    assert (shown.min(), shown.max()) == (0, 255)
-    assert train[5].dtype == np.uint8
-    assert train[5].shape == (8, 8, 3)
-    assert train.labels.dtype == np.int32
-    assert train.class_names == tuple("0123456789")
+    assert (train[5].dtype, train[5].shape) == (np.uint8, (8, 8, 3))
+    assert (train.labels.dtype, train.class_names) == (np.int32, tuple("0123456789"))
     assert all(int(name[0]) == label for name, label in zip(train.names, train.labels, strict=True))
 
 
 def test_a_folder_is_read_in_the_order_of_classes_and_names(folder):
-    for split, part in (("train", "train"), ("test", "val")):
+    for split, part in (("test", "val"), ("train", "train")):
         source = ImageFolder(str(folder), split)
-        assert source.class_names == ("B", "a", "c")
-        assert list(source.names) == FILES[part]
-        assert source.labels.tolist() == LABELS[part]
-        assert source.labels.dtype == np.int32
-        for number, name in enumerate(source.names):
-            assert source[number] == (folder / part / name).read_bytes()
-            assert Image.open(io.BytesIO(source[number])).size == (6, 4)
+        assert (source.class_names, source.labels.dtype) == (("B", "a", "c"), np.int32)
+        assert (list(source.names), source.labels.tolist()) == (FILES[part], LABELS[part])
+        assert all(source[number] == (folder / part / name).read_bytes() for number, name in enumerate(source.names))
+    (folder / "train/B/10.png").unlink()
+    with pytest.raises(UserError, match=f"cannot read the image {folder}/train/B/10.png"):
+        source[1]
 
 
 def test_the_test_images_are_in_val_or_test_and_may_be_the_only_ones(folder):
@@ -100,11 +94,6 @@ def test_a_digest_depends_on_every_label_name_and_class_but_not_on_the_listing()
     assert len({of(labels, names), *others}) == 4
 
 
-def empty_class(root):
-    (root / "train/dog").mkdir()
-    (root / "train/dog/notes.txt").write_text("not an image")
-
-
 def no_class(root):
     shutil.rmtree(root / "train")
     write_image(root / "train/1.jpg")
@@ -116,48 +105,36 @@ def empty_val(root):
 
 
 @pytest.mark.parametrize(
-    ("damage", "split", "message", "remedy"),
+    ("damage", "split", "message"),
     [
-        (shutil.rmtree, "train", "no folder {root}", "data.dir"),
-        (
-            lambda root: shutil.rmtree(root / "train"),
-            "train",
-            "{root} has no folder train",
-            "/train/CLASS/*.jpg",
-        ),
-        (lambda root: shutil.rmtree(root / "val"), "test", "no folder val or test", "{root}/val/CLASS/*.jpg"),
-        (no_class, "train", "{root}/train has no class folders", "{root}/train/CLASS/"),
-        (empty_class, "train", "{root}/train/dog holds no image", "remove the folder"),
-        (lambda root: write_image(root / "val/dog/1.jpg"), "test", "'dog'", "same class folders"),
-        (empty_val, "test", "{root}/val holds no image", "{root}/val/CLASS/*.jpg"),
+        (shutil.rmtree, "train", r"{root} has no folder train: data\.dir must contain {root}/train/CLASS/"),
+        (lambda root: shutil.rmtree(root / "train"), "train", "has no folder train: "),
+        (lambda root: shutil.rmtree(root / "val"), "test", "has no folder val or test: "),
+        (no_class, "train", "{root}/train holds no image: expected {root}/train/CLASS/"),
+        (lambda root: (root / "train/dog").mkdir(), "train", "dog holds no image .* remove the folder"),
+        (lambda root: write_image(root / "val/dog/1.jpg"), "test", "'dog': both must have the same class folders"),
+        (empty_val, "test", "{root}/val holds no image: expected {root}/val/CLASS/"),
     ],
     ids=["nothing", "train", "val", "classes", "empty class", "unknown class", "empty val"],
 )
-def test_an_unusable_folder_is_named_with_the_remedy(damage, split, message, remedy, folder):
+def test_an_unusable_folder_is_named_with_the_remedy(damage, split, message, folder):
     damage(folder)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=f"^.*{message.format(root=folder)}.*\\.$"):
         ImageFolder(folder, split)
-    assert message.format(root=folder) in str(caught.value)
-    assert remedy.format(root=folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
-def test_an_image_that_disappeared_is_named(folder):
-    source = ImageFolder(folder, "train")
-    (folder / "train/B/10.png").unlink()
-    with pytest.raises(UserError, match=re.escape(str(folder / "train/B/10.png"))):
-        source[1]
-
-
-def test_a_folder_needs_data_dir():
-    with pytest.raises(UserError, match=r"data\.dir is empty: add --config\.data\.dir=FOLDER"):
-        open_source(SimpleNamespace(name="folder", dir=None), "train")
-
-
-@pytest.mark.parametrize(("typed", "meant"), [("digit", "digits"), ("Folder", "folder"), ("imagenet", "imagenet2012")])
-def test_a_mistyped_data_name_is_answered_with_the_nearest(typed, meant, tmp_path):
-    with pytest.raises(UserError, match=rf"data\.name is '{typed}', did you mean '{meant}'\? there is no"):
-        open_source(SimpleNamespace(name=typed, dir=str(tmp_path)), "train")
+@pytest.mark.parametrize(
+    ("name", "directory", "message"),
+    [
+        ("folder", None, r"data\.dir is empty: add --config\.data\.dir=FOLDER"),
+        ("digit", "", r"data\.name is 'digit', did you mean 'digits'\? there is no"),
+        ("imagenet", "", r"data\.name is 'imagenet', did you mean 'imagenet2012'\? there is no"),
+    ],
+)
+def test_a_wrong_data_section_is_answered_with_the_remedy(name, directory, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        open_source(SimpleNamespace(name=name, dir=directory), "train")
 
 
 def test_the_list_of_a_large_flat_folder_is_kept_until_a_file_comes_or_goes(folder, monkeypatch):

@@ -11,29 +11,20 @@ import time
 import pytest
 from conftest import QUICK, ROOT, says
 
-PLAN = """
-TINY = {{
-    "batch_size": 80, "epochs": 100, "steps": 120, "log_every": 5, "mesh.data": 1, "optim.warmup_epochs": 0.0,
-    "model.embed_dim": 16, "model.num_heads": 4, "model.depth": 3, "model.local_up_to_layer": 2,
-}}
-
-def get_plan():
-    rows = {{"first": {{}}, "broken": {{"init_from": "{file}"}}, "last": {{}}}}
-    return {{
-        "title": "Three", "question": "Do they run?", "rows": "model",
-        "runs": [
-            {{"row": row, "config": "configs/digits.py", "overrides": {{**TINY, **own}}, "seeds": [0]}}
-            for row, own in rows.items()
-        ],
-    }}
-"""
+TINY = {"batch_size": 80, "steps": 120, "log_every": 5, "mesh.data": 1, "optim.warmup_epochs": 0.0} | {
+    "model.embed_dim": 16,
+    "model.num_heads": 4,
+    "model.depth": 3,
+    "model.local_up_to_layer": 2,
+}
 
 
 @pytest.fixture
-def plan(tmp_path):
-    file = tmp_path / "three.py"
-    file.write_text(PLAN.format(file=file))  # a plan is no checkpoint
-    return file
+def plan(make_study, tmp_path):
+    """The file of a study of three runs, of which the second fails: a plan is no checkpoint."""
+    rows = {"first": {}, "broken": {"init_from": str(tmp_path / "mine.py")}, "last": {}}
+    make_study(*({"row": row, "overrides": TINY | own, "seeds": [0]} for row, own in rows.items()))
+    return tmp_path / "mine.py"
 
 
 def start(*arguments):
@@ -46,11 +37,7 @@ def start(*arguments):
 def pretend_done(run):
     run.mkdir(parents=True, exist_ok=True)
     line = {"step": 120, "epoch": 1.0, "val_top1": 50.0, "val_top5": 90.0, "val_loss": 1.0}
-    for name, value in (
-        ("metrics.jsonl", line),
-        ("run.json", {"steps": 120}),
-        ("outcome.json", {"status": 0}),
-    ):
+    for name, value in {"metrics.jsonl": line, "run.json": {"steps": 120}, "outcome.json": {"status": 0}}.items():
         (run / name).write_text(json.dumps(value) + "\n")
 
 

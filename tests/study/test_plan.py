@@ -1,6 +1,7 @@
 """The studies of the repository, and what a mistake in a study's file leads to."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT
@@ -13,20 +14,12 @@ from convit_jax.study.runner import train_command
 from convit_jax.training.plan import model_arguments
 
 GOLDEN = ROOT / "tests/golden/convit_golden.pth"
-ENTRY = {"row": "a", "config": "configs/digits.py", "seeds": [0, 1]}
-WHOLE = {"title": "Two", "question": "Do they differ?", "rows": "model", "runs": [ENTRY]}
-COLUMNS = WHOLE | {"columns": "x", "scale": "log"}
-
-
-@pytest.fixture
-def make_study(tmp_path):
-    """Makes a Study of a dict, through a file."""
-
-    def make(plan=WHOLE, changes=()):
-        (tmp_path / "mine.py").write_text(f"def get_plan():\n    return {plan!r}\n")
-        return read_study(str(tmp_path / "mine.py"), list(changes))
-
-    return make
+SMALL = {"models": 12, "sample_efficiency": 2 * 5, "ablations": 7 * 2, "locality": 10, "distillation": 8}
+STUDIES = {
+    "digits.py": {name: 5 * runs for name, runs in SMALL.items()},
+    "cifar10.py": {name: 3 * runs for name, runs in SMALL.items()} | {"sample_efficiency_cpu": 18, "ablations_cpu": 21},
+    "imagenet.py": SMALL | {"locality_early": 10, "distillation": 3},
+}
 
 
 def settings(config):
@@ -37,66 +30,39 @@ def by_row(source):
     return {run.row: run.config for run in read_study(f"studies/{source}").runs}
 
 
-@pytest.mark.parametrize(
-    ("source", "runs"),
-    [
-        ("digits.py:sample_efficiency", 2 * 5 * 5),
-        ("digits.py:ablations", 7 * 2 * 5),
-        ("digits.py:locality", 10 * 5),
-        ("digits.py:models", 12 * 5),
-        ("digits.py:distillation", 8 * 5),
-        ("cifar10.py:sample_efficiency", 2 * 5 * 3),
-        ("cifar10.py:sample_efficiency_cpu", 2 * 3 * 3),
-        ("cifar10.py:ablations", 7 * 2 * 3),
-        ("cifar10.py:ablations_cpu", 7 * 3),
-        ("cifar10.py:locality", 10 * 3),
-        ("cifar10.py:models", 12 * 3),
-        ("cifar10.py:distillation", 8 * 3),
-        ("imagenet.py:models", 12),
-        ("imagenet.py:sample_efficiency", 2 * 5),
-        ("imagenet.py:ablations", 7 * 2),
-        ("imagenet.py:locality", 10),
-        ("imagenet.py:locality_early", 10),
-        ("imagenet.py:distillation", 3),
-    ],
-)
-def test_studies_of_the_repository(source, runs):
-    study = read_study(f"studies/{source}")
-    identities = {json.dumps(run_identity(run.config), sort_keys=True) for run in study.runs}
-    assert len(study.runs) == len(identities) == runs
-    assert all(settings(run.config) for run in study.runs)
-    file, _, name = source.partition(":")
-    text = (ROOT / "studies" / file).read_text()
+@pytest.mark.parametrize("file", list(STUDIES))
+def test_studies_of_the_repository(file):
+    text, docs = ((ROOT / path).read_text() for path in (f"studies/{file}", "docs/studies.md"))
     assert f"python -m convit_jax.study studies/{file}:" in text
-    assert f":{name}" in text
-    assert f"`studies/{source}`" in (ROOT / "docs/studies.md").read_text()
+    for name, runs in STUDIES[file].items():
+        study = read_study(f"studies/{file}:{name}")
+        identities = {json.dumps(run_identity(run.config), sort_keys=True) for run in study.runs}
+        assert len(study.runs) == len(identities) == runs
+        assert all(settings(run.config) for run in study.runs)
+        assert f":{name}" in text
+        assert f"`studies/{file}:{name}`" in docs
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
 def test_the_small_deit_is_a_deit_of_the_same_size(data):
     configs = by_row(f"{data}.py:sample_efficiency")
     convit, deit = settings(configs["ConViT"]), settings(configs["DeiT"])
-    assert {name for name in deit if deit[name] != convit[name]} == {*FAMILIES["deit"]}
-    assert {name: deit[name] for name in FAMILIES["deit"]} == FAMILIES["deit"]
+    assert convit | FAMILIES["deit"] == deit
     for section in ("optim", "augment", "data"):
         assert configs["ConViT"][section].to_dict() == configs["DeiT"][section].to_dict()
 
 
-def test_table_2_shows_as_many_images_on_every_fraction():
+def test_runs_of_a_study_show_as_many_images():
     for run in read_study("studies/imagenet.py:sample_efficiency").runs:
         assert run.config.data.keep_total_images
         assert run.config.data.sampling_ratio == run.column
     for run in read_study("studies/digits.py:sample_efficiency").runs:
         assert run.config.optim.warmup_epochs == 5 / run.column
-
-
-def test_the_early_accuracy_of_fig_8_is_that_of_the_whole_schedule():
     whole, early = (
         [run.config.to_dict() for run in read_study(f"studies/imagenet.py:{name}").runs]
         for name in ("locality", "locality_early")
     )
-    assert [config["epochs"] for config in early] == [300] * 10
-    assert early == [config | {"steps": 2539} for config in whole]  # 20 epochs of 130,000 images
+    assert early == [config | {"steps": 2539} for config in whole]  # 20 of 300 epochs, of 130,000 images
 
 
 def test_the_small_ablations_change_what_those_of_the_paper_change():
@@ -109,38 +75,31 @@ def test_the_small_ablations_change_what_those_of_the_paper_change():
 
 
 def test_a_change_reaches_every_run_and_its_command(make_study, tmp_path):
-    study = make_study(WHOLE | {"runs": [ENTRY | {"overrides": {"epochs": 3}}]}, ["--config.epochs=7"])
+    study = make_study({"overrides": {"epochs": 3}}, changes=["--config.epochs=7"])
     assert [(run.config.epochs, run.config.seed) for run in study.runs] == [(7, 0), (7, 1)]
     command = train_command(study.runs[1], tmp_path)
     assert command[-3:] == ["--config.epochs=7", "--config.seed=1", f"--workdir={tmp_path}/runs/a-seed1"]
 
 
 @pytest.mark.parametrize(
-    ("plan", "sentence"),
+    ("entries", "keys", "sentence"),
     [
-        (WHOLE | {"titel": ""}, "sets 'titel', did you mean 'title'?"),
-        ({"title": "x"}, "lacks 'question'. It must have title, question, rows, runs"),
-        (WHOLE | {"runs": [{"row": "a", "seeds": [0]}]}, "lacks 'config'. It must have row, config, seeds"),
-        (WHOLE | {"columns": "x"}, "lacks 'column'"),
-        (WHOLE | {"runs": [ENTRY, ENTRY]}, "has two runs a-seed0: list each row and column once"),
-        (WHOLE | {"baseline": "b"}, "has the baseline 'b': choose from None, a"),
-        (WHOLE | {"scale": "logs"}, "has the scale 'logs': choose from linear, log, fraction"),
-        (COLUMNS | {"runs": [ENTRY | {"column": 0}]}, "has the scale 'log' and the column 0: use numbers"),
-        (COLUMNS | {"runs": [ENTRY | {"column": "all"}]}, "has the scale 'log' and the column 'all': use"),
-        (WHOLE | {"metrics": ["top2"]}, "has the metric 'top2': choose from top1, top5, loss"),
-        (
-            WHOLE | {"runs": [{**ENTRY, "overrides": {"optim.lrr": 1}}]},
-            "run a-seed0: the config has no field",
-        ),
-        (WHOLE | {"runs": [{**ENTRY, "overrides": {"epochs": "many"}}]}, "run a-seed0: flag --config.epochs"),
-        (WHOLE | {"runs": [{**ENTRY, "config": "configs/digit.py"}]}, "did you mean 'configs/digits.py'?"),
+        ([{}], {"titel": ""}, r"cannot read the plan .*/mine.py \(TypeError: .*'titel'\): .* lists all keys"),
+        ([{"colum": 1}], {}, r"cannot read the plan .*/mine.py \(TypeError: .*'colum'\)"),
+        ([{}, {}], {}, "has two runs a-seed[01]: list each row and column once"),
+        ([{}], {"baseline": "b"}, r"has the baseline 'b': choose from \[None, 'a'\]"),
+        ([{}], {"scale": "logs"}, "has the scale 'logs': choose from"),
+        ([{"column": "all"}], {"scale": "log"}, "has the scale 'log': all columns must be numbers above 0"),
+        ([{}], {"metrics": ["top2"]}, "has the metric 'top2': choose from"),
+        ([{"overrides": {"optim.lrr": 1}}], {}, "run a-seed0: the config has no field"),
+        ([{"overrides": {"epochs": "many"}}], {}, "run a-seed0: flag --config.epochs"),
+        ([{"config": "configs/digit.py"}], {}, "did you mean 'configs/digits.py'?"),
     ],
 )
-def test_a_mistake_in_a_study_is_named(plan, sentence, make_study, monkeypatch):
+def test_a_mistake_in_a_study_is_named(entries, keys, sentence, make_study, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError) as raised:
-        make_study(plan)
-    assert sentence in str(raised.value)
+    with pytest.raises(UserError, match=sentence):
+        make_study(*entries, **keys)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +114,8 @@ def test_a_mistake_in_a_study_is_named(plan, sentence, make_study, monkeypatch):
 )
 def test_a_mistake_in_the_command_is_named(source, changes, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(UserError, match=re.escape(sentence)):
         read_study(source, changes)
-    assert sentence in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +125,8 @@ def test_a_mistake_in_the_command_is_named(source, changes, sentence, monkeypatc
         ({"data.sampling_ratio": 0.001}, "data.sampling_ratio 0.001"),
         ({"data.name": "folder"}, "data.dir"),
         ({"data.num_classes": 11}, "data.num_classes is 11"),
-        ({"optim.schedule_per": "day"}, "optim.schedule_per is 'day'"),
         ({"init_from": "none.pth"}, "none.pth"),
         ({"optim.frozen": ("gates",)}, "optim.frozen has 'gates'"),
-        ({"distill.teacher": "runs/a/none"}, "distill.teacher: there is no file or directory runs/a/none"),
         ({"distill.teacher": "empty"}, "distill.teacher: the run in empty has"),
         ({"distill.teacher": str(GOLDEN), "data.num_classes": 9}, f"distill.teacher: {GOLDEN}"),
     ],
@@ -181,7 +137,7 @@ def test_every_run_is_checked_before_the_first(overrides, words, make_study, tmp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError) as raised:
-        check_study(make_study(WHOLE | {"runs": [ENTRY, ENTRY | {"row": "b", "overrides": overrides}]}))
+        check_study(make_study({}, {"row": "b", "overrides": overrides}))
     assert str(raised.value).startswith("run b-seed0: ")
     assert words in str(raised.value)
 
@@ -190,5 +146,5 @@ def test_a_config_file_of_the_user_comes_before_the_repository(make_study, tmp_p
     monkeypatch.chdir(tmp_path)
     own = "from configs.digits import get_config as base\n\ndef get_config():\n    config = base()\n"
     (tmp_path / "own.py").write_text(own + "    config.epochs = 7\n    return config\n")
-    study = make_study(WHOLE | {"runs": [ENTRY | {"config": "own.py"}, ENTRY | {"row": "b"}]})
+    study = make_study({"config": "own.py"}, {"row": "b"})
     assert [run.config.epochs == 7 for run in study.runs] == [True, False, True, False]

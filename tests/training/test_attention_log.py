@@ -11,7 +11,7 @@ from convit_jax.analysis import locality
 from convit_jax.data.augment import normalize
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.rundir import read_metrics
-from convit_jax.training.attention_log import image_count, make_attention_log, spread_images
+from convit_jax.training.attention_log import make_attention_log, spread_images
 from convit_jax.training.plan import make_plan
 from convit_jax.training.sharding import make_mesh
 
@@ -63,22 +63,6 @@ def test_what_the_model_or_the_config_does_not_have_is_left_out(digits_config):
     assert measured(digits_config, params) == {}
     digits_config.locality.images = None
     assert set(measured(digits_config, params)) == {"nonlocality"}
-
-
-def test_how_many_images(digits_config):
-    assert [image_count(digits_config, count) for count in (6, 360, 2000, 50_000)] == [1, 4, 20, 64]
-    digits_config.locality.images = 30
-    assert [image_count(digits_config, count) for count in (6, 360)] == [6, 30]
-
-
-def test_images_of_all_classes_are_looked_at(digits_config):
-    test = make_plan(digits_config, devices=1).test
-    labels = np.concatenate([test([slot])["label"] for slot in range(len(test.indices))])
-    assert np.all(np.diff(labels) >= 0)  # the first ones are of one class
-    pixels = spread_images(test, 20, devices=1)["image"]
-    chosen = np.linspace(0, len(labels), 21).astype(int)[:-1]
-    np.testing.assert_array_equal(pixels, test(chosen)["image"])
-    assert set(labels[chosen]) == set(range(10))
 
 
 def test_the_first_readable_image_of_each_part_whoever_reads_them(digits_config, image_folder, monkeypatch):

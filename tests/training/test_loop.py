@@ -25,8 +25,7 @@ def on_folder(config, folder, **fields):
 def test_what_a_run_leaves_behind(tmp_path):
     run = tmp_path / "run"
     small = ["--config.model.depth=2", "--config.model.local_up_to_layer=1", "--config.model.embed_dim=18"]
-    arguments = [f"--workdir={run}", "--config.steps=4", "--config.log_every=2", *small]
-    done = run_train(*arguments)
+    done = run_train(f"--workdir={run}", "--config.steps=4", "--config.log_every=2", *small)
     assert done.returncode == 0, done.stderr
     facts = json.loads((run / "run.json").read_text())
     assert (facts["steps"], facts["images"]) == (4, 512)
@@ -48,9 +47,6 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert summary.startswith(f"Done: top-1 {last['val_top1']:.2f}  top-5 {last['val_top5']:.2f}")
     for name in ("checkpoints", "curves", "TensorBoard", "next"):
         assert f"  {name} " in summary
-
-    again = run_train(*arguments)  # a finished run prints its result again
-    assert summary in again.stdout, again.stderr
 
 
 def test_the_training_step_is_compiled_once(digits_config, tmp_path, monkeypatch):
@@ -91,8 +87,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
     assert_same(good, saved(tmp_path))
 
 
-@pytest.mark.parametrize("eval_batch_size", [77, 1000])
-def test_evaluation_is_exact_at_any_batch_size(digits_config, trained, eval_batch_size):
+def test_evaluation_is_exact(digits_config, trained):
     from flax import nnx
 
     from convit_jax.data.augment import normalize
@@ -101,7 +96,7 @@ def test_evaluation_is_exact_at_any_batch_size(digits_config, trained, eval_batc
 
     log = trained / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(True)[:-1]))  # without the evaluation, which is due
-    digits_config.eval_batch_size = eval_batch_size
+    digits_config.eval_batch_size = 77  # which does not divide the 360 images
     result = train(digits_config, trained)
     graphdef, _ = abstract_model(model_settings(**model_arguments(digits_config, 10)))
     model = nnx.merge(graphdef, saved(trained)["state"]["params"])

@@ -26,15 +26,6 @@ def test_lines_of_steps_that_are_repeated_are_dropped(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_a_process_that_writes_nothing_keeps_the_evaluations(tmp_path):
-    log = MetricsLog(None, 0, {})
-    log.write(4, 0.4, {"train_loss": 1.0})
-    log.write(4, 0.4, {"val_top1": 50.0})
-    log.close()
-    assert log.top1 == {4: 50.0}
-    assert log.last == {"step": 4, "epoch": 0.4, "val_top1": 50.0}
-
-
 def test_values_of_layers_and_heads_go_to_tensorboard_one_by_one(tmp_path):
     gates = [[0.7311, 0.1], [0.0, 1.0]]
     log = MetricsLog(tmp_path, 0, {})
@@ -73,10 +64,10 @@ def test_the_clock_counts_what_is_done_and_not_the_pauses(monkeypatch):
         with clock.waiting():
             now[0] += 0.5
         now[0] += 1.5
-        clock.count(10)
+        clock.images += 10
     with clock.paused():
         now[0] += 1000
     assert clock.read() == {"images_per_second": 40 / 8, "data_wait": 2 / 8}
     now[0] += 1
-    clock.count(7)
+    clock.images += 7
     assert clock.read() == {"images_per_second": 7, "data_wait": 0}

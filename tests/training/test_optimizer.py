@@ -17,7 +17,6 @@ from convit_jax.training.optimizer import (
     dotted,
     frozen_mask,
     make_optimizer,
-    peak_learning_rate,
     run_schedule,
 )
 
@@ -55,14 +54,6 @@ def test_the_continuous_schedule_passes_through_the_same_curve():
     assert (np.diff(rates)[:50] > 0).all()
     assert (np.diff(rates)[50:] < 0).all()
     np.testing.assert_allclose(per_step(jnp.int32(30_000)), 1e-5, rtol=1e-6)
-
-
-def test_only_the_peak_is_scaled_with_the_batch():
-    assert peak_learning_rate(default.get_config().optim, 1024) == 1e-3
-    for batch_size in (64, 4096):
-        schedule = make_schedule(epochs=10, batch_size=batch_size, epoch_length=8192, schedule_per="step")
-        ends = [schedule(jnp.int32(step)) for step in (0, 10 * 8192 // batch_size)]
-        np.testing.assert_allclose(ends, [1e-6, 1e-5], rtol=1e-5)
 
 
 def toy_params():

@@ -53,14 +53,11 @@ def signal_at(monkeypatch):
     return signal_at
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_at_any_step_and_continued_with_any_number_of_workers(undisturbed, tmp_path, workers):
+def test_stopped_at_any_step_and_continued_with_any_number_of_workers(undisturbed, tmp_path):
     config, whole = undisturbed
-    for step in (3, 7, 8):
+    for step, workers in ((3, 0), (7, 1), (8, 0), (12, 0)):
         config.steps, config.data.workers = step, workers
         train(config, tmp_path / "parts")
-    config.steps, config.data.workers = 12, 0
-    train(config, tmp_path / "parts")
     assert_same(saved(whole), saved(tmp_path / "parts"))
     losses, of_parts = (
         {line["step"]: line["train_loss"] for line in curves(run) if "train_loss" in line}
@@ -121,14 +118,6 @@ def test_a_signal_during_an_evaluation_stops_it(digits_config, tmp_path, signal_
     assert "val_top1" in curves(tmp_path)[-1]
 
 
-def test_a_signal_saves_no_state_that_is_not_finite(digits_config, tmp_path, signal_at):
-    digits_config.optim.lr = 1e30
-    signal_at(5)
-    with pytest.raises(UserError, match="not finite"):
-        train(digits_config, tmp_path)
-    assert not checkpoint_steps(tmp_path)
-
-
 def test_what_fails_in_an_evaluation_loses_no_step(digits_config, trained, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of memory")
@@ -173,10 +162,10 @@ def test_a_process_with_another_directory_of_that_name_is_told(digits_config, tm
             train(digits_config, workdir)
 
 
-def test_killed_three_times_in_its_own_process_and_continued(tmp_path):
+def test_killed_twice_in_its_own_process_and_continued(tmp_path):
     arguments = [
         f"--workdir={tmp_path / 'killed'}",
-        "--config.steps=60",
+        "--config.steps=40",
         "--config.batch_size=80",
         "--config.model.embed_dim=18",
         "--config.model.depth=2",
@@ -185,7 +174,7 @@ def test_killed_three_times_in_its_own_process_and_continued(tmp_path):
         "--config.log_every=2",
     ]
     environment = {**os.environ, "XLA_FLAGS": ""}  # compiled as a user's
-    kills = sorted(np.random.default_rng().choice(np.arange(4, 50), 3, replace=False))
+    kills = sorted(np.random.default_rng().choice(np.arange(4, 30), 2, replace=False))
     print("kills at", kills)
     for number, kill_at in enumerate(kills):
         workers = 1 if number == 0 else 0

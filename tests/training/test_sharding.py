@@ -45,24 +45,17 @@ def whole(recipe, train_once):
     return train_once("recipe", recipe)
 
 
-def test_the_same_training_on_one_device_and_on_eight(recipe, whole, tmp_path):
-    recipe.mesh.data, recipe.mesh.fsdp = 2, 4
+def test_a_run_on_one_device_continues_on_eight_as_if_it_had_stayed(recipe, whole, tmp_path):
+    recipe.steps = 3
+    train(recipe, tmp_path)
+    recipe.steps, recipe.mesh.data, recipe.mesh.fsdp = 6, 2, 4
     recipe.model.scan_unroll = 2  # which fixes a layout
     train(recipe, tmp_path)
-    assert_same(saved(whole)["state"]["params"], saved(tmp_path)["state"]["params"], atol=2e-5)
-    lines = (read_metrics(run / "metrics.jsonl") for run in (whole, tmp_path))
-    for line, other in zip(*lines, strict=True):
+    assert_same(saved(whole), saved(tmp_path), atol=2e-5, rtol=1e-4)
+    for line, other in zip(*(read_metrics(run / "metrics.jsonl")[-2:] for run in (whole, tmp_path)), strict=True):
         for name in set(line) - {*SPEEDS}:
             rounded = 1e-4 if isinstance(line[name], list) else 0  # of attention, to four decimals
             np.testing.assert_allclose(line[name], other[name], rtol=1e-4, atol=rounded)
-
-
-def test_a_run_moves_between_numbers_of_devices(recipe, whole, tmp_path):
-    recipe.steps = 3
-    train(recipe, tmp_path)
-    recipe.steps, recipe.mesh.data = 6, 8
-    train(recipe, tmp_path)
-    assert_same(saved(whole), saved(tmp_path), atol=2e-5, rtol=1e-4)
 
 
 def compiled_step(config, data, fsdp):
@@ -104,22 +97,6 @@ def test_the_collectives_are_those_that_the_mesh_calls_for_and_memory_falls_with
     assert state_bytes[1, 8] < 0.15 * state_bytes[8, 1]
 
 
-def test_gradients_of_what_is_gathered_are_cut_as_it_is():
-    mesh = make_mesh(2, 4)
-    tree = {"kernel": np.ones((3, 8), np.float32), "bias": np.ones(3, np.float32)}
-    shardings = state_shardings(mesh, tree)
-
-    def loss(tree):
-        whole = gather(mesh)(tree)
-        return jnp.sum(whole["kernel"] ** 2) + jnp.sum(whole["bias"])
-
-    gradient = jax.jit(jax.grad(loss))(put_same(tree, shardings))
-    assert {name: array.sharding.spec for name, array in gradient.items()} == {
-        name: sharding.spec for name, sharding in shardings.items()
-    }
-    np.testing.assert_array_equal(gradient["kernel"], 2 * tree["kernel"])
-
-
 def test_the_largest_axis_that_fsdp_divides_is_sharded():
     mesh = make_mesh(-1, 4)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
@@ -136,13 +113,14 @@ def test_the_largest_axis_that_fsdp_divides_is_sharded():
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "message"),
+    ("data", "fsdp"),
     [
-        (4, 4, "4 x 4 devices, but there are 8"),
-        (-1, 3, "mesh.fsdp is 3, which does not divide the 8 devices"),
-        (0, 1, "mesh.data is 0 and mesh.fsdp is 1: give numbers of devices"),
+        (4, 4),
+        (-1, 3),
+        (0, 1),
+        (-1, 0),
     ],
 )
-def test_a_mesh_that_the_devices_do_not_fit_is_refused(data, fsdp, message):
-    with pytest.raises(UserError, match=message):
+def test_a_mesh_that_the_devices_do_not_fit_is_refused(data, fsdp):
+    with pytest.raises(UserError, match=f"mesh.data is {data} and mesh.fsdp is {fsdp}, which does not fit 8 devices"):
         make_mesh(data, fsdp)

@@ -7,7 +7,6 @@ import pytest
 from conftest import assert_same
 
 from convit_jax.models.variants import abstract_model, initial_params
-from convit_jax.training.losses import soft_cross_entropy
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
 from convit_jax.training.step import (
@@ -86,14 +85,6 @@ def test_the_first_step_that_is_not_finite_is_remembered(stepper):
     assert metrics["bad_step"] == 7
     _, metrics = step({**broken, "step": jnp.int32(8)}, metrics, batch, 0)
     assert metrics["bad_step"] == 7
-
-
-def test_soft_cross_entropy_of_one_hot_labels_is_the_usual_one():
-    logits = np.array([[2.0, 0.0, -1.0], [0.0, 0.5, 0.0]], np.float32)
-    expected = np.log(np.exp(logits).sum(1)) - logits[[0, 1], [0, 2]]
-    np.testing.assert_allclose(soft_cross_entropy(logits, jax.nn.one_hot([0, 2], 3)), expected, rtol=1e-6)
-    uniform = np.full((2, 3), 1 / 3, np.float32)
-    np.testing.assert_allclose(soft_cross_entropy(np.zeros((2, 3)), uniform), np.log(3), rtol=1e-6)
 
 
 def test_evaluation_counts_valid_rows_only(digits_config):
