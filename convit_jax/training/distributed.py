@@ -10,12 +10,14 @@ import faulthandler
 import importlib.util
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -72,8 +74,9 @@ def join(
 ) -> None:
     """Joins the other processes, if there are any, before anything else uses JAX.
 
-    The arguments are the flags of `cli`. Then SIGTERM belongs to JAX's preemption service, see `stop.Stop`.
-    Raises UserError for flags that do not fit together, and if the processes cannot connect.
+    The arguments are the flags of `cli`. Then SIGTERM belongs to JAX's preemption service, see `stop.Stop`, and
+    Ctrl-C ends this process at once. Raises UserError for flags that do not fit together, and if the processes
+    cannot connect.
     """
     starter: str | None = None
     if (coordinator, num_processes, process_id) == (None, None, None):
@@ -108,6 +111,8 @@ def join(
             f"cannot join {where} ({reason}): start all processes within {start_timeout} s, with the same "
             "coordinator and a free port."
         ) from error
+    if several() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a background job
+        signal.signal(signal.SIGINT, _interrupted)  # JAX's callbacks could swallow a KeyboardInterrupt
 
 
 def _check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -147,7 +152,7 @@ def cluster(environment: Mapping[str, str]) -> tuple[str, str | None] | None:
 
 @contextlib.contextmanager
 def ends_all() -> Iterator[None]:
-    """Ends one of several processes at once, with one sentence, when something stops only this process.
+    """Ends one of several processes at once, with one sentence, when an error stops only this process.
 
     An orderly exit would wait for the other processes, which wait for this one. They end when they miss it:
     after the heartbeat timeout of `join`, or at once if this is process 0.
@@ -159,22 +164,25 @@ def ends_all() -> Iterator[None]:
     except BaseException as error:
         if not several():
             raise
-        if sentence := _sentence(error):
-            print(f"{Path(sys.argv[0]).name}: ", end="", file=sys.stderr)
-            warn(sentence)
-        else:
-            traceback.print_exception(error)
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        _end(_sentence(error) or "".join(traceback.format_exception(error)))
+
+
+def _end(text: str) -> NoReturn:
+    """Ends this process at once; also called in a signal handler, where Python's streams may be in use."""
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    os.write(2, f"{Path(sys.argv[0]).name}: {who}: {text.rstrip()}\n".encode())
+    os._exit(1)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    _end("interrupted; the same command continues from the last checkpoint.")
 
 
 def _sentence(error: BaseException) -> str | None:
     """The message for an error that stops one process, or None for a bug."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command continues from the last checkpoint."
     if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error)):
         reason = str(error).partition("\n")[0]
         return out_of_memory(error) or (
