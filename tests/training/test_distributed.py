@@ -171,15 +171,53 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
     assert "worker: process 0 of 2: an operation across processes failed (" in errors.splitlines()[-1]
 
 
+# Both processes stay in collective operations until something happens to one of them.
+LOST = """
+import sys; sys.path.insert(0, "@ROOT@")
+import signal
+import numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
+from convit_jax import cli
+from jax.experimental import multihost_utils
+
+def main(_):
+    for number in range(100_000):
+        multihost_utils.process_allgather(np.zeros(1))
+        if number == 3:
+            print("started", flush=True)
+
+cli.launch("worker", main, processes=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [(signal.SIGINT, "process 1 of 2: interrupted; the same command continues"), (signal.SIGKILL, "")],
+)
+def test_ctrl_c_or_loss_of_one_process_ends_both(tmp_path, number, sentence):
+    script = tmp_path / "worker"
+    script.write_text(LOST.replace("@ROOT@", str(ROOT)))
+    with Two([script, "--heartbeat_timeout=5"], slurm_tasks="2") as two:
+        for process in two.processes:
+            while process.stdout.readline() != "started\n":
+                assert process.poll() is None, process.communicate()
+        two.processes[1].send_signal(number)
+        (status, _, errors), (other_status, _, other_errors) = two.ends()
+    assert status != 0
+    assert other_status != 0
+    assert sentence in other_errors
+    assert len(other_errors.splitlines()) == bool(sentence)
+    assert "process 0 of 2: an operation across processes failed (" in errors.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (KeyboardInterrupt(), ": process 0 of 1: interrupted; the same command continues from the last checkpoint.\n"),
         (ValueError("Gloo AllGather failed: closed\nmore"), "failed (Gloo AllGather failed: closed). If another"),
         (KeyError("a bug"), "Traceback"),
     ],
 )
-def test_an_error_of_one_process_ends_it_at_once(monkeypatch, capsys, error, sentence):
+def test_an_error_of_one_process_ends_it_at_once(monkeypatch, capfd, error, sentence):
     def leave(status):
         raise SystemExit(status)
 
@@ -187,7 +225,7 @@ def test_an_error_of_one_process_ends_it_at_once(monkeypatch, capsys, error, sen
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit), distributed.ends_all():
         raise error
-    assert sentence in capsys.readouterr().err
+    assert sentence in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
