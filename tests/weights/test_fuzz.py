@@ -122,6 +122,8 @@ def main(count, seed):
             sys.exit(f"file {number} of seed {seed} (kept) ends in {type(error).__name__}: {error}")
         finally:
             signal.alarm(0)
+    for left in (path, Path("small.pth"), Path("small.safetensors")):
+        left.unlink()
     imported = [name for name in {*sys.modules} - modules if not name.startswith("encodings.")]
     print(f"{count} files: {count - refused} read, {refused} refused, {len(imported)} modules imported")
 
