@@ -117,8 +117,9 @@ def load_config_file(source: str) -> ConfigDict:
             raise
         raise UserError(f"{path} imports from configs/: run the command in a clone of the repository.") from error
     config = module.get_config(*[row] if row else [])
-    _check_names(flatten(config), f"the config file {path} sets")
-    if missing := [name for name in declared_fields() if name not in flatten(config)]:
+    names = flatten(config)
+    _check_names(names, f"the config file {path} sets")
+    if missing := [name for name in declared_fields() if name not in names]:
         raise UserError(f"the config file {path} lacks {missing[0]!r}: start from default.get_config().")
     return config
 

@@ -93,8 +93,9 @@ def checkpoint_steps(workdir: Path) -> list[int]:
 # ---- The lock --------------------------------------------------------------------------------
 
 
-def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait: bool = False) -> FileLock:
-    """Locks a directory for this process until the lock is released or the process ends.
+@contextlib.contextmanager
+def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait: bool = False) -> Iterator[None]:
+    """Locks a directory for this process until the context or the process ends.
 
     Two runs in one directory would remove each other's unfinished checkpoints.
 
@@ -119,7 +120,10 @@ def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait
         if owner:  # in another file: whoever tries to get the lock empties its file
             with atomic_write(directory / f"{name}.owner") as file:
                 file.write(owner)
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def wait_for_owner(workdir: Path, owner: str, seconds: float = 10) -> None:

@@ -46,21 +46,22 @@ def test_damaged_files_of_a_run(tmp_path):
 def test_lock_keeps_others_out_and_a_kill_frees_it(tmp_path):
     code = (
         "import pathlib, sys, time; from convit_jax.rundir import lock_directory; "
-        "lock = lock_directory(pathlib.Path(sys.argv[1]), owner='me'); "
+        "lock = lock_directory(pathlib.Path(sys.argv[1]), owner='me'); lock.__enter__(); "
         "print('locked', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(DirectoryLocked, match="another process is training in"):
-        lock_directory(tmp_path)
+        lock_directory(tmp_path).__enter__()
     wait_for_owner(tmp_path, "me", seconds=0)  # the attempt above did not erase it
     with pytest.raises(UserError, match="not the directory that process 0 writes to"):
         wait_for_owner(tmp_path, "someone else", seconds=0)
     holder.kill()
     holder.wait()
     holder.stdout.close()
-    lock_directory(tmp_path).release()
-    lock_directory(tmp_path, wait=True).release()
+    for wait in (False, True):
+        with lock_directory(tmp_path, wait=wait):
+            pass
 
 
 def test_run_directory_belongs_to_one_config_and_its_data(digits_config, tmp_path):
@@ -106,4 +107,4 @@ def test_directory_that_cannot_be_made(digits_config, tmp_path):
     with pytest.raises(UserError, match=r"Not a directory\): check the path and its permissions"):
         claim_run(tmp_path / "file" / "run", digits_config, {})
     with pytest.raises(UserError, match="check the path and its permissions"):
-        lock_directory(tmp_path / "file" / "run")
+        lock_directory(tmp_path / "file" / "run").__enter__()

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from convit_jax.cli import launch
 from convit_jax.errors import UserError
 from convit_jax.progress import Progress
-from convit_jax.rundir import disk_errors
+from convit_jax.rundir import disk_errors, lock_directory
 from convit_jax.study.figure import draw_study
 from convit_jax.study.plan import Study, StudyRun, check_study, read_study
 from convit_jax.study.runner import (
+    LOCK,
     Outcome,
     claim_study,
     collect_signals,
@@ -31,7 +32,6 @@ from convit_jax.study.runner import (
     read_outcomes,
     run_directory,
     run_training,
-    study_lock,
     train_command,
 )
 from convit_jax.study.table import write_tables
@@ -120,7 +120,7 @@ def run_study(study: Study, output: Path, signals: list[int]) -> int:
 
 def write_results(study: Study, output: Path) -> dict[str, Outcome]:
     """Writes the tables and the figure of what there is; returns the outcome of each run by name."""
-    with study_lock(output), disk_errors(output):
+    with lock_directory(output, LOCK, wait=True), disk_errors(output):
         outcomes = read_outcomes(output, study)
         write_tables(study, outcomes, output)
         try:

@@ -85,7 +85,7 @@ def claim_study(output: Path, study: Study) -> None:
     if (output / "config.json").exists():
         raise UserError(f"{output} is a run directory of train.py, not of a study: use another --output.")
     runs = {run.name: run_identity(run.config) for run in study.runs}
-    with study_lock(output), disk_errors(output):
+    with lock_directory(output, LOCK, wait=True), disk_errors(output):
         saved = read_json(output / "study.json")
         different = []
         for name, fields in saved.get("runs", {}).items():
@@ -109,22 +109,13 @@ def train_command(run: StudyRun, output: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def study_lock(output: Path) -> Iterator[None]:
-    """Waits until no other command writes the files of the study."""
-    lock = lock_directory(output, LOCK, wait=True)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
 def lock_run(output: Path, run: StudyRun) -> Iterator[bool]:
     """Locks a run for this command; gives False if another command or train.py works on it."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.callback(lock_directory(run_directory(output, run), LOCK).release)
-            lock_directory(run_directory(output, run)).release()  # train.py's, perhaps of a killed command
+            stack.enter_context(lock_directory(run_directory(output, run), LOCK))
+            with lock_directory(run_directory(output, run)):  # train.py's, perhaps of a killed command
+                pass
         except DirectoryLocked:
             yield False
         else:

@@ -206,7 +206,7 @@ def _take_directory(
     owner = from_first(secrets.token_hex())
     with together():
         if is_first():
-            stack.callback(lock_directory(workdir, owner=owner).release)
+            stack.enter_context(lock_directory(workdir, owner=owner))
     with together():
         if not is_first():
             wait_for_owner(workdir, owner)

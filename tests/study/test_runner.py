@@ -1,5 +1,6 @@
 """The directory of a study: whose it is, what became of each run, and who works on it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -89,17 +90,18 @@ def test_commands_share_the_runs(make_study, output, monkeypatch):
 
     def train(run, output, signals, show):
         trained.append(run.name)
-        if lock.is_locked:  # another command takes the run, fails with seed 2 and stops
+        if held:  # another command takes the run, fails with seed 2 and stops
             record = {"status": 1, "failure": "no room", "at": time.time()}
             run_directory(output, study.runs[2]).mkdir(exist_ok=True)
             (run_directory(output, study.runs[2]) / "outcome.json").write_text(json.dumps(record))
-            lock.release()
+            held.pop().close()
         return read_outcome(run_directory(output, run))
 
     monkeypatch.setattr(command, "run_training", train)
     monkeypatch.setattr(command, "write_results", lambda study, output: command.read_outcomes(output, study))
     claim_study(output, study)
-    lock = lock_directory(run_directory(output, study.runs[0]))  # a train.py whose command was killed
+    held = [contextlib.ExitStack()]
+    held[0].enter_context(lock_directory(run_directory(output, study.runs[0])))  # its command was killed
     with lock_run(output, study.runs[0]) as locked:
         assert not locked
     assert command.run_study(study, output, []) == 0
