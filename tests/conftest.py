@@ -28,6 +28,7 @@ from absl import flags
 from convit_jax.rundir import checkpoint_steps
 
 ROOT = Path(__file__).parents[1]
+SPEEDS = ("images_per_second", "data_wait", "mfu")  # fields of metrics.jsonl that depend on the clock
 QUICK = os.environ["XLA_FLAGS"]  # for processes that tests start; here there are eight devices beside it
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for it

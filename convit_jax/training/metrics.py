@@ -13,8 +13,6 @@ from tensorboardX.proto.summary_pb2 import Summary
 from convit_jax.rundir import atomic_write, disk_errors, read_metrics
 from convit_jax.training.distributed import from_first
 
-SPEEDS = ("images_per_second", "data_wait", "mfu")  # fields of a line that depend on the clock
-
 
 class MetricsLog:
     """DIR/metrics.jsonl and DIR/tensorboard of a run, and its evaluations so far; UserError if the disk is full."""

@@ -9,14 +9,13 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_same, run_train, saved
+from conftest import ROOT, SPEEDS, assert_same, run_train, saved
 
 from convit_jax.errors import UserError
 from convit_jax.rundir import checkpoint_steps, lock_directory, read_metrics, wait_for_owner
 from convit_jax.training import evaluation, loop, setup
 from convit_jax.training.checkpoint import Checkpoints
 from convit_jax.training.loop import train
-from convit_jax.training.metrics import SPEEDS
 
 
 def curves(workdir):

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, saved
+from conftest import SPEEDS, assert_same, saved
 from jax.sharding import PartitionSpec
 
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model
 from convit_jax.rundir import read_metrics
 from convit_jax.training.loop import train
-from convit_jax.training.metrics import SPEEDS
 from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.plan import make_plan
 from convit_jax.training.sharding import (
