@@ -61,8 +61,10 @@ class InMemory:
 
     def __init__(self, images):
         self.images = images
-        self.names = [str(number) for number in range(len(images))]
         self.labels = np.zeros(len(images), np.int32)
+
+    def name(self, number):
+        return str(number)
 
     def __getitem__(self, index):
         return self.images[index]

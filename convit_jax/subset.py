@@ -30,14 +30,13 @@ def main(arguments: list[str]) -> None:
     check_config(config)
     source = open_source(config.data, "train")
     indices = training_subset(config, source)
-    names = source.names
-    lines = "".join(f"{names[index]}\n" for index in indices)
+    lines = "".join(f"{source.name(index)}\n" for index in indices)
     if flags.FLAGS.list:
         sys.stdout.write(lines)
     digest = hashlib.sha256(lines.encode()).hexdigest()
     classes = len(np.unique(source.labels[indices]))
     print(
-        f"# {len(indices):,} of {len(source):,} images in {classes} classes of {config.data.name}, "
+        f"# {len(indices):,} of {len(source.labels):,} images in {classes} classes of {config.data.name}, "
         f"ratio {config.data.sampling_ratio:g}, rule {config.data.subset_rule}, sha256 {digest}"
     )
 

@@ -155,8 +155,8 @@ def _read_test_image(number: int) -> Any:
     if checkpoint and not flags.FLAGS["config"].present and not is_run(checkpoint):
         raise UserError(f"{checkpoint} is not a run directory: add --config for the images.")
     source = open_source(required_config().data, "test")
-    if number >= len(source):
-        raise UserError(f"--image is {number}, but the test split has images 0 to {len(source) - 1}.")
+    if number >= len(source.labels):
+        raise UserError(f"--image is {number}, but the test split has images 0 to {len(source.labels) - 1}.")
     return source[number]
 
 

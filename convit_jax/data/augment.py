@@ -21,15 +21,10 @@ LONGEST_ERASED = 1 / 0.3  # ratio of the sides
 def augment(
     images: jax.Array, key: jax.Array, settings: ConfigDict, *, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
-    """Returns training images as the model sees them, except for mixup and cutmix: float32 [B, H, W, 3].
+    """Returns uint8 images [B, H, W, 3] as the model sees them, except for mixup and cutmix: float32 [B, H, W, 3].
 
-    The order of timm's `transforms_imagenet_train`. The host has already done the random resized crop.
-
-    Args:
-      images: uint8 [B, H, W, 3].
-      key: of the step.
-      settings: config.augment.
-      mean, std: of each channel, for pixels in 0..1.
+    The order of timm's `transforms_imagenet_train`, after the random resized crop on the host. settings is
+    config.augment; mean and std are for pixels in 0..1.
     """
     keys = stage_keys(key)
     if settings.crop == "pad" and settings.padding > 0:

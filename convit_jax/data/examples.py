@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
-from convit_jax.data.images import Picture, centre_crop, crop_resize, decode, random_resized_crop_box, width_height
+from convit_jax.data.images import centre_crop, crop_resize, decode, random_resized_crop_box
 from convit_jax.data.sources import Source
 from convit_jax.errors import UserError
 
@@ -73,7 +74,7 @@ class TrainExample:
                 image, shown = self._readable(wanted)
             if self.crop == "resized":
                 rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
-                box = random_resized_crop_box(*width_height(image), rng)
+                box = random_resized_crop_box(*image.size, rng)
                 batch["image"][row] = crop_resize(image, self.size, box)
             else:
                 batch["image"][row] = centre_crop(image, self.size, 1.0)
@@ -81,7 +82,7 @@ class TrainExample:
             batch["unreadable"][row] = -1 if shown == wanted else wanted
         return batch
 
-    def _readable(self, wanted: int) -> tuple[Picture, int]:
+    def _readable(self, wanted: int) -> tuple[Image.Image, int]:
         """The image `wanted`, or the first readable one after it in the subset, and its index."""
         subset = self.slots.indices
         start = int(np.searchsorted(subset, wanted))
@@ -139,7 +140,7 @@ class Unreadable:
             self.seen.add(index)
             try:
                 _read(self.source, index)
-                reason = f"the image {self.source.names[index]} could be read only the second time: check the disk."
+                reason = f"the image {self.source.name(index)} could be read only the second time: check the disk."
             except UserError as error:
                 reason = str(error)
             if len(self.seen) > self.limit:
@@ -148,8 +149,8 @@ class Unreadable:
         return batch
 
 
-def _read(source: Source, index: int) -> Picture:
-    return decode(source[index], source.names[index])
+def _read(source: Source, index: int) -> Image.Image:
+    return decode(source[index], source.name(index))
 
 
 def _black(rows: int, size: tuple[int, int]) -> Batch:

@@ -51,13 +51,10 @@ def equalize_tables(images: jax.Array) -> jax.Array:
 
 
 def warp(images: jax.Array, matrices: jax.Array, fill: Sequence[int]) -> jax.Array:
-    """Returns the images after `Image.transform(AFFINE, BICUBIC)`.
+    """Returns the images after `Image.transform(AFFINE, BICUBIC)`, with a fill colour for pixels from outside.
 
-    Args:
-      images: uint8 [B, H, W, 3].
-      matrices: [[a, b, c], [d, e, f]], float32 [B, 2, 3]. The pixel at (x, y) is taken from (a x + b y + c,
-        d x + e y + f), in pixels from the centre, by Pillow's cubic: Keys' with a = -1, border repeated, truncated.
-      fill: colour, 0..255, of pixels that come from outside the image.
+    matrices are [[a, b, c], [d, e, f]], float32 [B, 2, 3]: the pixel at (x, y) comes from (a x + b y + c, d x + e y
+    + f), in pixels from the centre. Pillow's cubic is Keys' with a = -1, border repeated, truncated.
     """
     height, width = images.shape[1:3]
     # One 32-bit word for a pixel: the sixteen lookups then fetch all channels at once.

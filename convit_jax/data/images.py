@@ -8,21 +8,20 @@ from PIL import Image, UnidentifiedImageError
 
 from convit_jax.errors import UserError
 
-Picture = Image.Image | np.ndarray  # RGB, or uint8 [H, W, 3]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 AREA = (0.08, 1.0)  # of a random crop, share of the image
 NARROWEST, WIDEST = 3 / 4, 4 / 3  # of a random crop, width / height
 
 
-def decode(record: bytes | np.ndarray, name: str) -> Picture:
-    """Returns the content of an image file as RGB, and pixels as they are; raises UserError if it is damaged.
+def decode(record: bytes | np.ndarray, name: str) -> Image.Image:
+    """Returns the content of an image file, or pixels, as an RGB image; raises UserError if it is damaged.
 
     As in timm and torchvision, alpha is dropped and the EXIF orientation is ignored. 16-bit images keep their
     upper eight bits.
     """
     if isinstance(record, np.ndarray):
-        return record
+        return Image.fromarray(record)
     try:
         with Image.open(io.BytesIO(record)) as image:
             image.load()
@@ -36,7 +35,6 @@ def decode(record: bytes | np.ndarray, name: str) -> Picture:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "unknown image format" if isinstance(error, UnidentifiedImageError) else str(error)
-        reason = reason if record else "it is empty, 0 bytes"
         raise UserError(f"cannot decode the image {name} ({reason}): replace or remove the file.") from error
 
 
@@ -59,14 +57,16 @@ def random_resized_crop_box(width: int, height: int, rng: np.random.Generator) -
     return left, top, left + w, top + h
 
 
-def centre_crop(image: Picture, size: tuple[int, int], crop_ratio: float, interpolation: str = "bicubic") -> np.ndarray:
+def centre_crop(
+    image: Image.Image, size: tuple[int, int], crop_ratio: float, interpolation: str = "bicubic"
+) -> np.ndarray:
     """Resizes the short side to size / crop_ratio and cuts the centre, as timm's `transforms_imagenet_eval`.
 
     Sizes are rounded as torchvision's `Resize` and `CenterCrop` round them. Resampling only the box that
     remains would be a third faster but gives other pixels, because Pillow orders its two passes by cost.
     size is (height, width) of the result, uint8 [height, width, 3].
     """
-    (h, w), (width, height) = size, width_height(image)
+    (h, w), (width, height) = size, image.size
     short_h, short_w = math.floor(h / crop_ratio), math.floor(w / crop_ratio)
     if short_w * height >= short_h * width:  # the width is the short side
         resized_h, resized_w = max(short_h, short_w * height // width), short_w
@@ -77,17 +77,7 @@ def centre_crop(image: Picture, size: tuple[int, int], crop_ratio: float, interp
     return resized[top : top + h, left : left + w]
 
 
-def crop_resize(image: Picture, size: tuple[int, int], box: Box, interpolation: str = "bicubic") -> np.ndarray:
+def crop_resize(image: Image.Image, size: tuple[int, int], box: Box, interpolation: str = "bicubic") -> np.ndarray:
     """Returns a box of an image, resized to (height, width) with antialiasing: uint8 [height, width, 3]."""
-    width, height = width_height(image)
-    whole = tuple(box) == (0, 0, width, height)
-    if whole and (height, width) == tuple(size):
-        return np.asarray(image)
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    cut = image if whole else image.crop(box)
-    return np.asarray(cut.resize((size[1], size[0]), Image.Resampling[interpolation.upper()]))
-
-
-def width_height(image: Picture) -> tuple[int, int]:
-    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+    height, width = size
+    return np.asarray(image.crop(box).resize((width, height), Image.Resampling[interpolation.upper()]))

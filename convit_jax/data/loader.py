@@ -44,8 +44,7 @@ def batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.range(stop).map(rows)[start:].to_iter_dataset(options)
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which a notebook never parses
-            flags.FLAGS.mark_as_parsed()
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which a notebook never parses
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_init_worker)
     iterator = iter(dataset)

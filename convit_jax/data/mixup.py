@@ -8,17 +8,10 @@ from ml_collections import ConfigDict
 def mix_batch(
     images: jax.Array, labels: jax.Array, key: jax.Array, settings: ConfigDict, num_classes: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image with its partner in the reversed batch, by one choice and one lambda for the batch.
+    """Mixes images float32 [B, H, W, C] and labels int32 [B] by mixup (arXiv 1710.09412) or cutmix (1905.04899).
 
-    Args:
-      images: float32 [B, H, W, C].
-      labels: int32 [B].
-      key: of the step.
-      settings: config.augment, for mixup (arXiv 1710.09412), cutmix (arXiv 1905.04899) and label smoothing.
-      num_classes: length of the soft labels.
-
-    Returns:
-      (images, soft labels float32 [B, num_classes]).
+    The choice and lambda are those of the whole batch. settings is config.augment. Returns (images, soft labels
+    float32 [B, num_classes]).
     """
     mixup, cutmix = settings.mixup, settings.cutmix
     targets = soft_labels(labels, num_classes, settings.label_smoothing)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from convit_jax.data.index import Index, Indexed, Names, cached_index, make_index
+from convit_jax.data.index import Index, Indexed, cached_index, make_index
 from convit_jax.data.tfds import TfdsImages
 from convit_jax.errors import UserError
 
@@ -29,11 +29,8 @@ class Source(Protocol):
     def labels(self) -> np.ndarray:
         """Class of each image, int32 [n]."""
 
-    @property
-    def names(self) -> Names:
-        """Name of each image, CLASS/FILE, unique."""
-
-    def __len__(self) -> int: ...
+    def name(self, number: int) -> str:
+        """Returns the name of an image, CLASS/FILE, unique."""
 
     def __getitem__(self, number: int) -> bytes | np.ndarray:
         """Returns the content of an image file, or pixels as uint8 [H, W, 3]."""
@@ -52,20 +49,18 @@ class Digits:
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
-        in_test = np.zeros(len(labels), bool)
+        chosen = []
         for digit in range(10):
             of_class = np.flatnonzero(labels == digit)
-            positions = np.linspace(0, len(of_class) - 1, 36).round().astype(int)
-            in_test[of_class[positions]] = True
-        chosen = np.flatnonzero(~in_test if split == "train" else in_test)
-        chosen = chosen[np.argsort(labels[chosen], kind="stable")]
-        grey = np.round(images[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+            in_test = np.linspace(0, len(of_class) - 1, 36).round().astype(int)
+            chosen.append(np.delete(of_class, in_test) if split == "train" else of_class[in_test])
+        self.numbers = np.concatenate(chosen)
+        grey = np.round(images[self.numbers].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
         self.images = np.repeat(grey, 3, axis=3)
-        self.labels = labels[chosen].astype(np.int32)
-        self.names = Names.pack([b"%d/%04d" % pair for pair in zip(self.labels, chosen, strict=True)])
+        self.labels = labels[self.numbers].astype(np.int32)
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def name(self, number: int) -> str:
+        return f"{self.labels[number]}/{self.numbers[number]:04d}"
 
     def __getitem__(self, number: int) -> np.ndarray:
         return self.images[number]
@@ -81,50 +76,57 @@ class ImageFolder(Indexed):
 
     def __init__(self, directory: str | Path, split: str) -> None:
         parent = Path(directory).expanduser()
-        self.root = _split_folder(parent, split)
-        test_only = split != "train" and not (parent / "train").is_dir()
-        train_root = self.root if test_only else _split_folder(parent, "train")
-        self.class_names = _folders(train_root)
-        if unknown := sorted({*_folders(self.root)} - {*self.class_names}):
+        train = parent / "train"
+        choices = [train] if split == "train" else [parent / "val", parent / "test"]
+        root = next((folder for folder in choices if folder.is_dir()), None)
+        if root is None:
             raise UserError(
-                f"{self.root} has {len(unknown)} classes that {train_root} lacks, such as {unknown[0]!r}: "
+                f"{parent} has no folder {' or '.join(folder.name for folder in choices)}: data.dir must contain "
+                f"{parent}/train/CLASS/*.jpg and {parent}/val/CLASS/*.jpg (or test/) if data.name is folder."
+            )
+        self.root = root
+        self.class_names = _folders(train if train.is_dir() else root)
+        if unknown := sorted({*_folders(root)} - {*self.class_names}):
+            raise UserError(
+                f"{root} has {len(unknown)} classes that {train} lacks, such as {unknown[0]!r}: "
                 "both must have the same class folders."
             )
         # The times of the class folders change when a file directly in them comes or goes.
-        folders = [(name, self.root / name) for name in self.class_names if (self.root / name).is_dir()]
         self.index = cached_index(
             parent,  # not in a split's folder, whose folders are classes
-            f"folder-{self.root.name}",
-            [self.class_names, [(name, os.stat(folder).st_mtime_ns) for name, folder in folders]],
-            lambda: self._list(complete=self.root == train_root),
-            keep=lambda arrays: len(arrays["flat"]) >= LARGE_FOLDER and bool(arrays["flat"].all()),
+            f"folder-{root.name}",
+            [self.class_names, [(name, os.stat(root / name).st_mtime_ns) for name in _folders(root)]],
+            self._list,
+            keep=lambda arrays: (
+                len(arrays["names"]) >= LARGE_FOLDER and bool((np.char.count(arrays["names"], b"/") == 1).all())
+            ),
         )
-        if not len(self):
-            raise UserError(f"{self.root} holds no image: expected {self.root}/CLASS/*.jpg.")
+        if not len(self.labels):
+            raise UserError(f"{root} holds no image: expected {root}/CLASS/*.jpg.")
+        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        if split == "train" and not counts.all():
+            raise UserError(
+                f"the class folder {root / self.class_names[counts.argmin()]} holds no image "
+                f"({', '.join(IMAGE_SUFFIXES)}): add some or remove the folder."
+            )
 
     def __getitem__(self, number: int) -> bytes:
-        path = self.root / self.names[number]
+        path = self.root / self.name(number)
         try:
             return path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read the image {path} ({error.strerror}): restore or remove it.") from error
 
-    def _list(self, complete: bool) -> Index:
-        """Builds the index; if `complete`, every class must have an image."""
+    def _list(self) -> Index:
         names: list[str] = []
         labels: list[int] = []
         progress = tqdm(self.class_names, "Listing", unit=" classes", disable=None, delay=2)
-        for label, name in enumerate(progress):
-            for folder, _, files in os.walk(self.root / name, followlinks=True):
+        for label, class_name in enumerate(progress):
+            for folder, _, files in os.walk(self.root / class_name, followlinks=True):
                 inside = os.path.relpath(folder, self.root)
                 names += [f"{inside}/{file}" for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-            if len(names) == len(labels) and complete:
-                raise UserError(
-                    f"the class folder {self.root / name} holds no image ({', '.join(IMAGE_SUFFIXES)}): "
-                    "add some or remove the folder."
-                )
             labels += [label] * (len(names) - len(labels))
-        return make_index(labels, names, flat=np.array([name.count("/") == 1 for name in names], bool))
+        return make_index(labels, names)
 
 
 def open_source(data: Any, split: str) -> Source:
@@ -140,22 +142,11 @@ def open_source(data: Any, split: str) -> Source:
 
 def digest(source: Source) -> str:
     """Returns the SHA-256 of a source's classes and of the label and name of every image."""
-    whole = hashlib.sha256(json.dumps(source.class_names).encode())
-    for array in (source.labels, source.names.text, source.names.starts):
-        whole.update(np.ascontiguousarray(array).data)
-    return whole.hexdigest()
+    names = [os.fsencode(source.name(number)) for number in range(len(source.labels))]
+    starts = np.cumsum([0, *map(len, names)], dtype=np.int64)
+    parts = json.dumps(source.class_names).encode(), source.labels.tobytes(), b"".join(names), starts.tobytes()
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _folders(directory: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in os.scandir(directory) if entry.is_dir()))
-
-
-def _split_folder(directory: Path, split: str) -> Path:
-    names = ("train",) if split == "train" else ("val", "test")
-    for name in names:
-        if (directory / name).is_dir():
-            return directory / name
-    raise UserError(
-        f"{directory} has no folder {' or '.join(names)}: data.dir must contain {directory}/train/CLASS/*.jpg "
-        f"and {directory}/val/CLASS/*.jpg (or test/) if data.name is folder."
-    )

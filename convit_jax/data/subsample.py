@@ -7,52 +7,34 @@ depend on other classes or on the machine.
 
 import hashlib
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from convit_jax.data.index import Names
 from convit_jax.data.sources import Source
 from convit_jax.errors import UserError
 
 
 def select(
-    labels: np.ndarray,
-    names: Names | Sequence[str],
+    source: Source,
     *,
-    classes: int | None = None,
-    sampling_ratio: float = 1.0,
     num_classes: int | None = None,
+    sampling_ratio: float = 1.0,
     rule: str = "first",
     seed: int = 0,
 ) -> np.ndarray:
-    """Returns the indices of a subset, int64, ascending.
+    """Returns the indices of a subset of a source, int64, ascending; settings as data.* in configs/default.py.
 
-    Args:
-      labels: class of each image, int [n].
-      names: name of each image, unique within a class.
-      classes: number of classes in the data; None: the largest label + 1.
-      sampling_ratio, num_classes, rule: as data.* in configs/default.py.
-      seed: of the random rule.
-
-    Raises:
-      UserError: the data has fewer classes, or a class is left without an image.
+    Raises UserError if the source has fewer classes, or a class is left without an image.
     """
-    present = int(labels.max()) + 1 if classes is None else classes
+    present = len(source.class_names)
     if num_classes is not None and not 1 <= num_classes <= present:
         raise UserError(f"data.num_classes is {num_classes}, but the data has {present} classes.")
 
-    def order(index: int) -> str | bytes:
-        if rule == "first":
-            return names[index]
-        return hashlib.sha256(f"{seed}/{names[index]}".encode()).digest()
-
-    by_class = np.argsort(labels, kind="stable")
-    borders = np.searchsorted(labels[by_class], np.arange(present + 1))
+    borders = np.searchsorted(source.labels, np.arange(present + 1))
     chosen = []
-    for label in range(present if num_classes is None else num_classes):
-        members = by_class[borders[label] : borders[label + 1]]
+    for label in range(num_classes or present):
+        members = np.arange(borders[label], borders[label + 1])  # in the order of their names
         keep = int(len(members) * sampling_ratio)  # truncated, as the authors do
         if len(members) and keep == 0:
             enough = math.ceil(1e4 / len(members)) / 1e4
@@ -60,20 +42,20 @@ def select(
                 f"data.sampling_ratio {sampling_ratio} leaves no image of class {label}, which has "
                 f"{len(members)}: give at least {enough}."
             )
-        if keep < len(members):
-            members = np.array(sorted(members.tolist(), key=order)[:keep], np.int64)
-        chosen.append(members)
+        if rule == "random" and keep < len(members):
+            hashes = [hashlib.sha256(f"{seed}/{source.name(index)}".encode()).digest() for index in members]
+            members = members[np.argsort(hashes)]
+        chosen.append(members[:keep])
     return np.sort(np.concatenate(chosen))
 
 
 def training_subset(config: Any, source: Source) -> np.ndarray:
     """Returns the indices of the images of a training source that a config trains on, int64, ascending."""
+    data = config.data
     return select(
-        source.labels,
-        source.names,
-        classes=len(source.class_names),
-        sampling_ratio=config.data.sampling_ratio,
-        num_classes=config.data.num_classes,
-        rule=config.data.subset_rule,
+        source,
+        num_classes=data.num_classes,
+        sampling_ratio=data.sampling_ratio,
+        rule=data.subset_rule,
         seed=config.seed,
     )

@@ -1,15 +1,16 @@
 """Data sets prepared by TensorFlow Datasets, such as ImageNet, read without TensorFlow.
 
-ArrayRecord files are read through TFDS's `as_data_source`. TFDS cannot read TFRecord files by record number;
-`tfrecord.py` does. Both formats hold the same tf.train.Examples and give the same images in the same order.
+ArrayRecord and TFRecord files hold the same tf.train.Examples and give the same images in the same order.
 """
 
 import contextlib
-import json
+import functools
+import itertools
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from google.protobuf.message import DecodeError
 from tqdm import tqdm
 
 from convit_jax.data.class_names import IMAGENET_IMAGES
-from convit_jax.data.index import Arrays, Index, Indexed, cached_index, make_index
-from convit_jax.data.tfrecord import Describe, Description, TfRecords, damaged_shard
+from convit_jax.data.index import Index, Indexed, cached_index, make_index
+from convit_jax.data.tfrecord import TfRecordFile
 from convit_jax.errors import UserError, nearest
 
 FILE_NAMES = ("file_name", "filename", "image/filename", "id")  # features that may name the image
@@ -34,10 +35,6 @@ class TfdsImages(Indexed):
       name: of the data set in TFDS: NAME, NAME/CONFIG or NAME:VERSION.
       directory: TFDS's data directory, or the data set's own; None: $TFDS_DATA_DIR or TFDS's default.
       split: "train"; or "test" for the validation split, or the test split if there is no validation split.
-
-    Raises:
-      UserError: there is no such data set or split, files are missing or damaged, or the data set does not
-        consist of labelled images.
     """
 
     def __init__(self, name: str, directory: str | None, split: str) -> None:
@@ -54,105 +51,91 @@ class TfdsImages(Indexed):
                 f"ImageNet has {expected:,}.",
                 file=sys.stderr,
             )
-        _allow_open_files(len(self.paths))
         file_format = builder.info.file_format.value
         if file_format not in ("array_record", "tfrecord"):
             raise UserError(f"{self.directory} is in the format {file_format}: prepare it as array_record or tfrecord.")
-        tfrecord = file_format == "tfrecord"
-        self.records = TfRecords(self.paths) if tfrecord else ArrayRecords(builder, info, self.paths)
-        try:
-            stats = [(os.path.basename(path), os.stat(path)) for path in self.paths]
-        except OSError as error:
-            raise damaged_shard(error.filename, error) from error
-        facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        self.tfrecord = file_format == "tfrecord"
+        _allow_open_files(len(self.paths))
+        facts = []
+        for path in self.paths:
+            with _named(path):
+                stat = os.stat(path)
+            facts.append((os.path.basename(path), stat.st_size, stat.st_mtime_ns))
         self.index = cached_index(self.directory, info.name, facts, lambda: self._list(info))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        _allow_open_files(len(self.paths))  # in a loader worker
-
     def __getitem__(self, number: int) -> bytes:
-        features = _parse_example(self.records.read(self.index, number))
-        return features[self.image_key].bytes_list.value[0]
+        path, position = self.paths[self.index.arrays["shard"][number]], self.index.arrays["position"][number]
+        with _named(path):
+            record = _open_shard(path, self.tfrecord)[int(position)]
+            return _parse(record)[self.image_key].bytes_list.value[0]
 
     def _list(self, info: Any) -> Index:
         """Builds the index in one pass over all records."""
         print(f"Indexing {info.num_examples:,} images of {self.directory}, {info.name}", file=sys.stderr)
-        with tqdm(total=info.num_examples, unit=" images", unit_scale=True, disable=None) as bar:
-            described, places = self.records.scan(info.shard_lengths, self._describe, bar.update)
-        labels = [label for label, _ in described]
+        with ThreadPoolExecutor(16) as pool:  # several reads at once, for network and parallel disks
+            shards = pool.map(self._list_shard, self.paths, info.shard_lengths)
+            progress = tqdm(shards, "Indexing", len(self.paths), unit=" shards", disable=None)
+            positions, labels, names = zip(*itertools.chain.from_iterable(progress), strict=True)
         if min(labels) < 0:
             raise UserError(f"{self.directory} has no labels in {info.name}: use another data set.")
-        names = [
+        unique = [
             f"{self.class_names[label]}/{f'{number:08d}' if name is None else os.fsdecode(name)}"
-            for number, (label, name) in enumerate(described)
+            for number, (label, name) in enumerate(zip(labels, names, strict=True))
         ]
-        return make_index(labels, names, **places)
+        shard = np.repeat(np.arange(len(self.paths), dtype=np.int32), info.shard_lengths)
+        return make_index(labels, unique, shard=shard, position=np.array(positions))
 
-    def _describe(self, features: Any) -> Description:
-        label = features[self.label_key].int64_list.value[0]
-        return label, features[self.name_key].bytes_list.value[0] if self.name_key else None
-
-
-class ArrayRecords:
-    """The records of a split in ArrayRecord files, found by an index with the array "record"."""
-
-    def __init__(self, builder: Any, info: Any, paths: Sequence[str]) -> None:
-        from tensorflow_datasets.core.decode import DeserializeMethod
-
-        self.paths = paths
-        self.ends = np.cumsum(info.shard_lengths)  # of the shards, in records
-        self.source = builder.as_data_source(info.name, deserialize_method=DeserializeMethod.RAW_BYTES)
-
-    def read(self, index: Index, number: int) -> bytes:
-        """Returns the payload of a record; ArrayRecord checks its checksums."""
-        record = int(index.arrays["record"][number])
-        with self._naming_shard(record):
-            payload = self.source[record]
-            if not payload:  # what ArrayRecord returns for some truncated records
-                raise ValueError("a record is empty")
-            return payload
-
-    def scan(
-        self, shard_lengths: Sequence[int], describe: Describe, progress: Callable[[int], Any]
-    ) -> tuple[list[Description], Arrays]:
-        """Lists all records, as TfRecords.scan does; ArrayRecord can only read whole records."""
-        described: list[Description] = []
-        for end in self.ends:
-            while len(described) < end:
-                numbers = range(len(described), min(len(described) + 256, end))
-                with self._naming_shard(numbers[0]):
-                    described += [describe(_parse_example(record)) for record in self.source.__getitems__(numbers)]
-                progress(len(numbers))
-        return described, {"record": np.arange(sum(shard_lengths))}
-
-    @contextlib.contextmanager
-    def _naming_shard(self, record: int) -> Iterator[None]:
-        """Turns errors of ArrayRecord into a UserError that names the file."""
-        try:
-            yield
-        except (OSError, ValueError, IndexError, RuntimeError, DecodeError) as error:
-            raise damaged_shard(self.paths[int(np.searchsorted(self.ends, record, side="right"))], error) from error
+    def _list_shard(self, path: str, expected: int) -> list[tuple[int, int, bytes | None]]:
+        """Returns the position, label and file name of each record."""
+        found = []
+        with _named(path):
+            shard = _open_shard(path, self.tfrecord)
+            for position, record in shard.items() if self.tfrecord else enumerate(shard):
+                features = _parse(record)
+                label = features[self.label_key].int64_list.value[0]
+                name = features[self.name_key].bytes_list.value[0] if self.name_key else None
+                found.append((position, label, name))
+            if len(found) != expected:
+                raise ValueError(f"{len(found)} records instead of the {expected} in dataset_info.json")
+        return found
 
 
-def _parse_example(record: bytes) -> Any:
+@functools.cache
+def _open_shard(path: str, tfrecord: bool) -> Any:
+    """Returns the records of a file by position, in bytes or ArrayRecord's numbers; the file stays open."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    return TfRecordFile(path) if tfrecord else ArrayRecordDataSource(path)
+
+
+def _parse(record: bytes) -> Any:
     """Returns the features {name: Feature} of a tf.train.Example."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example.FromString(record).features.feature
 
 
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Turns errors raised while reading a shard into a UserError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, IndexError, RuntimeError, DecodeError) as error:
+        reason = str(error).split(";")[0].split("\n")[0].strip()
+        raise UserError(f"the shard {path} is missing, truncated or damaged ({reason}): copy it again.") from error
+
+
 def _allow_open_files(shards: int) -> None:
-    """Raises this process's limit on open files if needed: every shard that is read stays open."""
+    """Raises the limit on open files for this process and its loader workers: every shard stays open."""
     needed = shards + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= hard < needed:  # negative: unlimited
-        raise UserError(
-            f"a data set of {shards:,} shards needs {needed:,} open files, but the limit is "
-            f"{hard:,} (ulimit -Hn): raise it, or prepare the data set in fewer shards."
-        )
-    if 0 <= soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if 0 <= soft < needed:  # negative: unlimited
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        except ValueError as error:
+            raise UserError(
+                f"{shards:,} shards need {needed:,} open files, but the limit is {hard:,}: raise it (ulimit -Hn)."
+            ) from error
 
 
 def _find_builder(name: str, directory: str | None) -> Any:
@@ -166,30 +149,15 @@ def _find_builder(name: str, directory: str | None) -> Any:
             return tfds.builder_from_directory(given)
         root = given.parent if given.name == short else given
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=root)
-    except (OSError, ParseError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except (OSError, ValueError, ParseError) as error:
+        guess = nearest(name, {"digits", "folder", "imagenet2012"} - {name})
+        found = sorted(str(path.parent.relative_to(given)) for path in given.glob(f"{short}/**/features.json"))
         raise UserError(
-            f"the description of the TFDS data set {name!r} in {given} is missing or damaged ({reason}): "
-            "copy dataset_info.json and features.json again."
+            f"cannot open the TFDS data set {name!r} in {given}{guess} Expected {given}/{short}/VERSION/features.json, "
+            f"found {', '.join(found) or 'none'}. Set --config.data.dir to TFDS's directory, prepare the data set "
+            "(ImageNet: python -m convit_jax.data.prepare), or use an image folder with --config.data.name=folder. "
+            f"TFDS says: {str(error).splitlines()[0]}"
         ) from error
-    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
-        raise UserError(_not_found(name, short, given)) from error
-
-
-def _not_found(name: str, short: str, given: Path) -> str:
-    """Phrases the message about a data set that does not exist."""
-    if (given / "train").is_dir():
-        return f"{given} is an image folder, not a TFDS data set: add --config.data.name=folder."
-    message = f"there is no TFDS data set {name!r} in {given}: expected {given}/{short}/VERSION/features.json"
-    if (guess := nearest(name, {"digits", "folder", "imagenet2012"} - {name})) != ".":
-        message = f"data.name is {name!r}{guess} {message}"
-    if unfinished := next(given.glob(f"{short}/**/incomplete*"), None):
-        message += f"; {unfinished} was never finished"
-    if other := next(iter(sorted(given.glob(f"{short}/**/features.json"))), None):
-        message += f"; there is {other.parent.relative_to(given)}"
-    how = "prepare it with python -m convit_jax.data.prepare, " if short == "imagenet2012" else ""
-    folder = "or use an image folder with --config.data.name=folder."
-    return f"{message}. Set --config.data.dir to TFDS's directory, {how}{folder}"
 
 
 def _find_split(builder: Any, split: str) -> Any:

@@ -122,14 +122,7 @@ def _match_images(config: ConfigDict, loaded: Pretrained, params: dict[str, Any]
     classes, how = config.data.num_classes, loaded.preprocessing
     with distributed.together():
         labels, remark = match_classes(source.class_names[:classes], loaded)
-        indices = select(
-            source.labels,
-            source.names,
-            classes=len(source.class_names),
-            num_classes=classes,
-            rule=config.data.subset_rule,
-            seed=config.seed,
-        )
+        indices = select(source, num_classes=classes)
     if remark:
         say(remark)
     of_weights = {**loaded.settings, **dataclasses.asdict(how)}

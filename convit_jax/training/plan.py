@@ -46,9 +46,8 @@ def make_plan(config: ConfigDict, *, devices: int) -> Plan:
     check_run(config, devices=devices)
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
     indices = training_subset(config, source)
-    available, wanted = len(source.class_names), config.data.num_classes
-    test_indices = select(held_out.labels, held_out.names, classes=available, num_classes=wanted)
-    classes = wanted or available
+    test_indices = select(held_out, num_classes=config.data.num_classes)
+    classes = config.data.num_classes or len(source.class_names)
     model = model_settings(**model_arguments(config, classes))
     if model["num_classes"] < classes:
         raise UserError(

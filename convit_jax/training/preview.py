@@ -34,7 +34,7 @@ def preview_augmentation(config: ConfigDict, plan: Plan) -> tuple[Pictures, Pict
     crops = []
     for row, first in enumerate(firsts):
         index = slots.example(first)
-        whole = np.asarray(decode(source[index], source.names[index]))
+        whole = np.asarray(decode(source[index], source.name(index)))
         name = source.class_names[source.labels[index]]
         crops.append([(whole, name), *captioned[row * VERSIONS : (row + 1) * VERSIONS]])
     spread = np.linspace(0, len(before) - 1, 1 + VERSIONS).astype(int)

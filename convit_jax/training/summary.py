@@ -61,7 +61,7 @@ def facts(config: ConfigDict, plan: Plan, params: Any, mesh: Mesh, teacher: Teac
         "class_names": list(plan.train.source.class_names)[: plan.model["num_classes"]],
         "train_images": len(labels),
         "train_images_per_class": [int(per_class.min()), int(per_class.max())],
-        "train_images_available": len(plan.train.source),
+        "train_images_available": len(plan.train.source.labels),
         "test_images": len(plan.test.indices),
         "image_lists": plan.image_lists,
         "steps": plan.total_steps,
