@@ -160,6 +160,11 @@ def collect(example, **settings):
     return [{k: np.array(v) for k, v in batch.items()} for batch in batches(example, **settings)]
 
 
+def names(source):
+    """The names of all images of a source."""
+    return [source.name(number) for number in range(len(source.labels))]
+
+
 def run_train(*arguments, **kwargs):
     """train.py in a process of its own, on one device: a CompletedProcess with text output."""
     return run_python("train.py", *arguments, **kwargs)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from convit_jax.data.images import centre_crop, crop_resize, decode, random_resized_crop_box
-from convit_jax.data.sources import Source
+from convit_jax.data.index import Source
 from convit_jax.errors import UserError
 
 TRIES = 10  # images tried in place of an unreadable one before the run fails
@@ -113,16 +113,15 @@ class EvalExample:
         batch = _black(len(slots), self.size) | {"valid": np.zeros(len(slots), bool)}
         for row, slot in enumerate(slots):
             if slot >= len(self.indices):
-                continue
+                break
             index = int(self.indices[slot])
             try:
                 image = _read(self.source, index)
+                batch["image"][row] = centre_crop(image, self.size, self.crop_ratio, self.interpolation)
+                batch["label"][row] = self.source.labels[index]
+                batch["valid"][row] = True
             except UserError:
                 batch["unreadable"][row] = index
-                continue
-            batch["image"][row] = centre_crop(image, self.size, self.crop_ratio, self.interpolation)
-            batch["label"][row] = self.source.labels[index]
-            batch["valid"][row] = True
         return batch
 
 

@@ -2,8 +2,7 @@
 
 Each operation rounds, truncates and clips as Pillow's C code does, so tables and blends give exactly its
 pixels. The warp uses float32 where Pillow uses double. Images are uint8 [B, H, W, 3]. Settings have one row
-for each image, and the cost does not depend on their values. Tables, uint8 [B, 256, 3], map each value of each
-channel to its new value.
+for each image. Tables, uint8 [B, 256, 3], map each value of each channel to its new value.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The list of a data set's images: a label, a name and the place of each, kept on disk between runs.
+"""Sources of images, and their index: a label, a name and the place of each image, kept on disk between runs.
 
 Listing takes a pass over the data, so the arrays are kept next to the data or, where that is read-only, in
 the user's cache folder. They are memory-mapped: loader workers share them.
@@ -36,17 +36,24 @@ class Index:
         return (Index, (self.arrays,)) if self.path is None else (_read, (self.path, self.fingerprint))
 
 
-class Indexed:
-    """A source whose labels and names are those of `self.index`."""
+class Source:
+    """Labelled images by number, in the order (label, name). It is pickled for the workers of the loader."""
 
+    class_names: tuple[str, ...]
     index: Index
 
     @property
     def labels(self) -> np.ndarray:
+        """Class of each image, int32 [n]."""
         return self.index.arrays["labels"]
 
     def name(self, number: int) -> str:
+        """Returns the name of an image, CLASS/FILE, unique."""
         return os.fsdecode(self.index.arrays["names"][number])
+
+    def __getitem__(self, number: int) -> bytes | np.ndarray:
+        """Returns the content of an image file, or pixels as uint8 [H, W, 3]."""
+        raise NotImplementedError
 
 
 def make_index(labels: Sequence[int], names: Sequence[str], **places: np.ndarray) -> Index:
@@ -108,5 +115,5 @@ def _read(path: Path, fingerprint: str) -> Index:
     facts = json.loads((path / FACTS).read_text())
     if facts["format"] != FORMAT or facts["fingerprint"] != fingerprint:
         raise ValueError(f"{path} is not the index of {fingerprint}")
-    files = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in facts["arrays"]}
-    return Index({name: np.asarray(array) for name, array in files.items()}, path, fingerprint)  # memmaps are slower
+    mapped = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in facts["arrays"]}
+    return Index({name: np.asarray(array) for name, array in mapped.items()}, path, fingerprint)  # memmaps are slower

@@ -14,7 +14,8 @@ def mix_batch(
     float32 [B, num_classes]).
     """
     mixup, cutmix = settings.mixup, settings.cutmix
-    targets = soft_labels(labels, num_classes, settings.label_smoothing)
+    smoothing = settings.label_smoothing  # 1 - s + s / C at the label and s / C elsewhere
+    targets = jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + smoothing / num_classes
     if settings.mix_prob == 0.0 or (mixup == 0.0 and cutmix == 0.0):
         return images, targets
     on_key, switch_key, lam_key, box_key = jax.random.split(key, 4)
@@ -35,12 +36,6 @@ def mix_batch(
     share = jnp.where(use_cutmix & (lam < 1.0), 1.0 - inside, lam)[None, :, :, None]
     mixed = images * share + images[::-1] * (1.0 - share)
     return mixed, targets * lam + targets[::-1] * (1.0 - lam)
-
-
-def soft_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-    """Returns 1 - s + s / C at the label and s / C elsewhere, float32 [B, num_classes] (`mixup_target`)."""
-    off = smoothing / num_classes
-    return jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + off
 
 
 def cutmix_box(key: jax.Array, lam: jax.Array, height: int, width: int) -> tuple[jax.Array, ...]:

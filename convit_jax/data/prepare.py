@@ -29,8 +29,6 @@ TARS = {  # name and size in bytes, as published on image-net.org
 
 def _check_tars(folder: Path, allow_incomplete: bool) -> None:
     for name, published in TARS.items():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}: put {' and '.join(TARS)} there.")
         size = (folder / name).stat().st_size
         if size != published and not allow_incomplete:
             raise UserError(
@@ -40,8 +38,8 @@ def _check_tars(folder: Path, allow_incomplete: bool) -> None:
     try:
         with tarfile.open(folder / name, "r:") as validation:
             found = sorted(validation.getnames())
-    except tarfile.TarError as error:
-        raise UserError(f"{folder / name} is damaged ({error}): download it again.") from error
+    except tarfile.TarError:
+        found = []
     if not found or found != [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, len(found) + 1)]:
         raise UserError(
             f"{folder / name} must hold ILSVRC2012_val_00000001.JPEG and so on without a gap, because TFDS "

@@ -1,42 +1,23 @@
-"""Sources: labelled images by number, from scikit-learn's digits, an image folder or TFDS.
-
-The order is (label, name) in every source, so that training does not depend on how the images are stored.
-"""
+"""Labelled images from scikit-learn's digits, an image folder or TFDS, in an order that does not depend on storage."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from convit_jax.data.index import Index, Indexed, cached_index, make_index
+from convit_jax.data.index import Index, Source, cached_index, make_index
 from convit_jax.data.tfds import TfdsImages
-from convit_jax.errors import UserError
+from convit_jax.errors import UserError, explained
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 LARGE_FOLDER = 10_000  # images; a smaller folder is quickly listed again
 
 
-class Source(Protocol):
-    """Labelled images by number, in the order (label, name). It can be pickled, for the workers of the loader."""
-
-    class_names: tuple[str, ...]
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Class of each image, int32 [n]."""
-
-    def name(self, number: int) -> str:
-        """Returns the name of an image, CLASS/FILE, unique."""
-
-    def __getitem__(self, number: int) -> bytes | np.ndarray:
-        """Returns the content of an image file, or pixels as uint8 [H, W, 3]."""
-
-
-class Digits:
+class Digits(Source):
     """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, grey, as uint8 [8, 8, 3].
 
     The test split has 36 of each class, evenly spaced in scikit-learn's order, so that both splits have digits of
@@ -53,20 +34,16 @@ class Digits:
         for digit in range(10):
             of_class = np.flatnonzero(labels == digit)
             in_test = np.linspace(0, len(of_class) - 1, 36).round().astype(int)
-            chosen.append(np.delete(of_class, in_test) if split == "train" else of_class[in_test])
-        self.numbers = np.concatenate(chosen)
-        grey = np.round(images[self.numbers].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+            chosen += [*(np.delete(of_class, in_test) if split == "train" else of_class[in_test])]
+        self.index = make_index(labels[chosen], [f"{labels[number]}/{number:04d}" for number in chosen])
+        grey = np.round(images[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
         self.images = np.repeat(grey, 3, axis=3)
-        self.labels = labels[self.numbers].astype(np.int32)
-
-    def name(self, number: int) -> str:
-        return f"{self.labels[number]}/{self.numbers[number]:04d}"
 
     def __getitem__(self, number: int) -> np.ndarray:
         return self.images[number]
 
 
-class ImageFolder(Indexed):
+class ImageFolder(Source):
     """Images in DIRECTORY/train/CLASS and DIRECTORY/val/CLASS (or test/CLASS), as torchvision reads them.
 
     The classes are the sorted folders of the training split, or of the test split if it is the only one. The
@@ -101,27 +78,22 @@ class ImageFolder(Indexed):
                 len(arrays["names"]) >= LARGE_FOLDER and bool((np.char.count(arrays["names"], b"/") == 1).all())
             ),
         )
-        if not len(self.labels):
-            raise UserError(f"{root} holds no image: expected {root}/CLASS/*.jpg.")
-        counts = np.bincount(self.labels, minlength=len(self.class_names))
-        if split == "train" and not counts.all():
+        empty = set(range(len(self.class_names))) - set(self.labels.tolist())
+        if not len(self.labels) or (split == "train" and empty):
+            name = self.class_names[min(empty)] if empty else "CLASS"
             raise UserError(
-                f"the class folder {root / self.class_names[counts.argmin()]} holds no image "
-                f"({', '.join(IMAGE_SUFFIXES)}): add some or remove the folder."
+                f"{root / name} holds no image ({', '.join(IMAGE_SUFFIXES)}): add some, or remove the folder."
             )
 
     def __getitem__(self, number: int) -> bytes:
         path = self.root / self.name(number)
-        try:
+        with explained(path):
             return path.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read the image {path} ({error.strerror}): restore or remove it.") from error
 
     def _list(self) -> Index:
         names: list[str] = []
         labels: list[int] = []
-        progress = tqdm(self.class_names, "Listing", unit=" classes", disable=None, delay=2)
-        for label, class_name in enumerate(progress):
+        for label, class_name in enumerate(tqdm(self.class_names, "Listing", unit=" classes", disable=None, delay=2)):
             for folder, _, files in os.walk(self.root / class_name, followlinks=True):
                 inside = os.path.relpath(folder, self.root)
                 names += [f"{inside}/{file}" for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
@@ -134,9 +106,7 @@ def open_source(data: Any, split: str) -> Source:
     if data.name == "digits":
         return Digits(split)
     if data.name == "folder":
-        if not data.dir:
-            raise UserError("data.name is folder but data.dir is empty: add --config.data.dir=FOLDER.")
-        return ImageFolder(data.dir, split)
+        return ImageFolder(data.dir or "", split)
     return TfdsImages(data.name, data.dir, split)
 
 

@@ -11,17 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from convit_jax.data.sources import Source
+from convit_jax.data.index import Source
 from convit_jax.errors import UserError
 
 
 def select(
-    source: Source,
-    *,
-    num_classes: int | None = None,
-    sampling_ratio: float = 1.0,
-    rule: str = "first",
-    seed: int = 0,
+    source: Source, *, num_classes: int | None = None, sampling_ratio: float = 1.0, rule: str = "first", seed: int = 0
 ) -> np.ndarray:
     """Returns the indices of a subset of a source, int64, ascending; settings as data.* in configs/default.py.
 

@@ -20,21 +20,19 @@ from google.protobuf.message import DecodeError
 from tqdm import tqdm
 
 from convit_jax.data.class_names import IMAGENET_IMAGES
-from convit_jax.data.index import Index, Indexed, cached_index, make_index
+from convit_jax.data.index import Index, Source, cached_index, make_index
 from convit_jax.data.tfrecord import TfRecordFile
 from convit_jax.errors import UserError, nearest
 
 FILE_NAMES = ("file_name", "filename", "image/filename", "id")  # features that may name the image
+KNOWN = {"digits", "folder", "imagenet2012"}  # values of data.name
 SPARE_FILES = 256  # open files that are not shards
 
 
-class TfdsImages(Indexed):
-    """A split of a TFDS data set with one image and one class label per example.
+class TfdsImages(Source):
+    """A split of a TFDS data set, NAME, NAME/CONFIG or NAME:VERSION, with one image and one class label per example.
 
-    Args:
-      name: of the data set in TFDS: NAME, NAME/CONFIG or NAME:VERSION.
-      directory: TFDS's data directory, or the data set's own; None: $TFDS_DATA_DIR or TFDS's default.
-      split: "train"; or "test" for the validation split, or the test split if there is no validation split.
+    directory is TFDS's or the data set's own, by default $TFDS_DATA_DIR. Split "test" is TFDS's validation, if any.
     """
 
     def __init__(self, name: str, directory: str | None, split: str) -> None:
@@ -150,13 +148,13 @@ def _find_builder(name: str, directory: str | None) -> Any:
         root = given.parent if given.name == short else given
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=root)
     except (OSError, ValueError, ParseError) as error:
-        guess = nearest(name, {"digits", "folder", "imagenet2012"} - {name})
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         found = sorted(str(path.parent.relative_to(given)) for path in given.glob(f"{short}/**/features.json"))
         raise UserError(
-            f"cannot open the TFDS data set {name!r} in {given}{guess} Expected {given}/{short}/VERSION/features.json, "
-            f"found {', '.join(found) or 'none'}. Set --config.data.dir to TFDS's directory, prepare the data set "
-            "(ImageNet: python -m convit_jax.data.prepare), or use an image folder with --config.data.name=folder. "
-            f"TFDS says: {str(error).splitlines()[0]}"
+            f"cannot open the TFDS data set {name!r} ({reason}){nearest(name, KNOWN - {name})} Expected "
+            f"{given}/{short}/VERSION/features.json, found {', '.join(found) or 'none'}. Set --config.data.dir, "
+            "prepare the data set again (ImageNet: python -m convit_jax.data.prepare), or use an image folder with "
+            "--config.data.name=folder."
         ) from error
 
 

@@ -109,7 +109,7 @@ def test_an_unreadable_training_image_is_replaced_by_the_next_readable_one(image
         np.testing.assert_array_equal(damaged[name][~broken], whole[name][~broken])
     assert (damaged["image"][broken] == centre_crop(decode(folder[6], "image"), (8, 8), 1.0)).all()
     assert (damaged["label"][broken] == 1).all()
-    damage(image_folder, *(f"train/{folder.names[index]}" for index in range(TRIES)))
+    damage(image_folder, *(f"train/{folder.name(index)}" for index in range(TRIES)))
     with pytest.raises(UserError, match=r"cannot decode.*jpg.*replace or remove"):
         TrainExample(folder, Slots(np.arange(TRIES), 0), (8, 8), "pad")([0])
 

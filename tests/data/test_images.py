@@ -50,7 +50,7 @@ BROKEN = {
     "truncated png": (encoded(COLOUR, "PNG")[:-30], ""),
     "header of a gif": (b"GIF89a", ""),
     "text": (b"404: not found", "unknown image format"),
-    "empty": (b"", "it is empty, 0 bytes"),
+    "empty": (b"", "unknown image format"),
     "bomb": (encoded(NOISE, "PNG"), "decompression bomb"),
 }
 
@@ -124,18 +124,16 @@ def test_the_centre_crop_equals_resizing_the_short_side_and_cropping(width, heig
     np.testing.assert_array_equal(centre_crop(image, size, crop_ratio), np.asarray(crop))
 
 
-@pytest.mark.parametrize("crop_ratio", [1.0, 0.9, 0.875])
-def test_the_centre_crop_never_leaves_the_image(crop_ratio):
-    for width, height, size in itertools.product(range(1, 80), (1, 7, 50), ((8, 8), (9, 14))):
-        crop = centre_crop(np.full((height, width, 3), 200, np.uint8), size, crop_ratio)
+def test_the_centre_crop_never_leaves_the_image():
+    ratios, sizes = (1.0, 0.9, 0.875), ((8, 8), (9, 14))
+    for width, height, size, crop_ratio in itertools.product(range(1, 80, 2), (1, 7, 50), sizes, ratios):
+        crop = centre_crop(Image.new("RGB", (width, height), (200,) * 3), size, crop_ratio)
         assert (crop.shape, crop.min()) == ((*size, 3), 200)  # no black from outside
 
 
-@pytest.mark.parametrize("kind", [np.asarray, Image.fromarray])
-def test_arrays_and_images_are_cut_and_resized_alike(kind):
+def test_pixels_are_cut_and_resized_as_image_files_are():
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    image = decode(pixels, "name")
     cut = Image.fromarray(pixels).crop((3, 2, 25, 20)).resize((16, 12), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(crop_resize(kind(pixels), (12, 16), (3, 2, 25, 20)), np.asarray(cut))
-    np.testing.assert_array_equal(centre_crop(kind(pixels), (24, 32), 1.0), pixels)  # already of that size
-    np.testing.assert_array_equal(decode(pixels, "name"), pixels)
-    assert centre_crop(kind(pixels), (16, 16), 0.875).shape == (16, 16, 3)
+    np.testing.assert_array_equal(crop_resize(image, (12, 16), (3, 2, 25, 20)), np.asarray(cut))
+    np.testing.assert_array_equal(centre_crop(image, (24, 32), 1.0), pixels)  # already of that size

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from conftest import run_python
 
-from convit_jax.data.index import Names, cached_index, make_index
+from convit_jax.data.index import cached_index, make_index
 
-LABELS, NAMES = [1, 0, 1, 0], ["b/10", "a/é", "b/1", "a/2"]
 IN_ORDER = [("a/2", 0, 3), ("a/é", 0, 1), ("b/1", 1, 2), ("b/10", 1, 0)]  # name, label, record
 
 
@@ -43,7 +42,7 @@ def read_only(monkeypatch):
 
 
 def build():
-    return make_index(LABELS, NAMES, record=np.arange(4))
+    return make_index([1, 0, 1, 0], ["b/10", "a/é", "b/1", "a/2"], record=np.arange(4))
 
 
 def never():
@@ -51,16 +50,8 @@ def never():
 
 
 def rows(index):
-    names = Names(index.arrays["text"], index.arrays["starts"])
-    return list(zip(names, index.arrays["labels"].tolist(), index.arrays["record"].tolist(), strict=True))
-
-
-@pytest.mark.parametrize("names", [[], [""], ["a/1.jpg", "", "a/é😀.png", "z" * 300]])
-def test_names_come_out_as_they_went_in(names):
-    packed = Names.pack([name.encode() for name in names])
-    assert [*packed] == [packed[number - len(names)] for number in range(len(packed))] == names
-    with pytest.raises(IndexError):
-        packed[len(names)]
+    columns = [index.arrays[name].tolist() for name in ("names", "labels", "record")]
+    return [(name.decode(), label, record) for name, label, record in zip(*columns, strict=True)]
 
 
 def test_an_index_is_built_once_then_mapped_and_pickles_as_its_path(data):

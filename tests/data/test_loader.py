@@ -21,14 +21,13 @@ def example(image_folder):
     return TrainExample(ImageFolder(image_folder, "train"), Slots(np.arange(18), 1), (8, 10), "resized")
 
 
-@pytest.mark.parametrize("start", [0, 1, 4])
-def test_a_restart_at_any_step_continues_the_stream(start, example):
+def test_a_restart_at_any_step_continues_the_stream(example):
     steps = [example(range(5 * step, 5 * step + 5)) for step in range(7)]
-    assert_same(collect(example, batch_size=5, start=start, stop=7), steps[start:])
+    for start in (0, 1, 4):
+        assert_same(collect(example, batch_size=5, start=start, stop=7), steps[start:])
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_load_the_same_stream_although_signals_reach_them(workers, example):
+def test_workers_load_the_same_stream_although_signals_reach_them(example):
     """Ctrl-C and SIGTERM reach them from their first moment on, as when they are sent to a process group."""
     before, signalled, done = {*multiprocessing.active_children()}, set(), threading.Event()
 
@@ -44,11 +43,11 @@ def test_workers_load_the_same_stream_although_signals_reach_them(workers, examp
     sender.start()
     settings = dict(batch_size=6, start=1, stop=8)
     try:
-        loaded = collect(example, workers=workers, **settings)
+        loaded = collect(example, workers=2, **settings)
     finally:
         done.set()
         sender.join()
-    assert len(signalled) == workers
+    assert len(signalled) == 2
     assert_same(loaded, collect(example, **settings))
     assert any((batch["unreadable"] == 8).any() for batch in loaded)
 
@@ -68,7 +67,7 @@ os.kill(os.getpid(), 9)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize(("batch_size", "processes"), [(360, 1), (100, 1), (100, 4), (513, 3)])
+@pytest.mark.parametrize(("batch_size", "processes"), [(360, 1), (100, 4), (513, 3)])
 def test_processes_share_each_batch_and_count_every_image_once_at_any_batch_size(batch_size, processes):
     digits, steps = Digits("test"), -(-360 // batch_size)
     example = EvalExample(digits, np.arange(360), (8, 8), 1.0)

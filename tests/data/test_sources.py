@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import names
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from convit_jax.data import sources
-from convit_jax.data.index import Indexed, make_index
+from convit_jax.data.index import Source, make_index
 from convit_jax.data.sources import Digits, ImageFolder, digest, open_source
 from convit_jax.errors import UserError
 
@@ -40,10 +41,10 @@ def folder(tmp_path):
 
 def test_the_split_of_the_digits_is_fixed_and_complete():
     train, test = Digits("train"), Digits("test")
-    assert (len(train), len(test)) == (1437, 360)
+    assert (len(train.labels), len(test.labels)) == (1437, 360)
     assert np.bincount(test.labels).tolist() == [36] * 10
     pixels, labels = load_digits(return_X_y=True)
-    numbers = [int(name.split("/")[1]) for name in [*train.names, *test.names]]
+    numbers = [int(name.split("/")[1]) for name in names(train) + names(test)]
     assert sorted(numbers) == list(range(1797))
     assert sum(numbers[1437:]) == 323_155
     np.testing.assert_array_equal(np.concatenate([train.labels, test.labels]), labels[numbers])
@@ -51,15 +52,15 @@ def test_the_split_of_the_digits_is_fixed_and_complete():
     assert np.abs(shown - (pixels[numbers] * 255 / 16).reshape(-1, 8, 8, 1)).max() <= 0.5
     assert (train[5].dtype, train[5].shape) == (np.uint8, (8, 8, 3))
     assert (train.labels.dtype, train.class_names) == (np.int32, tuple("0123456789"))
-    assert all(int(name[0]) == label for name, label in zip(train.names, train.labels, strict=True))
+    assert all(int(name[0]) == label for name, label in zip(names(train), train.labels, strict=True))
 
 
 def test_a_folder_is_read_in_the_order_of_classes_and_names(folder):
     for split, part in (("test", "val"), ("train", "train")):
         source = ImageFolder(str(folder), split)
         assert (source.class_names, source.labels.dtype) == (("B", "a", "c"), np.int32)
-        assert (list(source.names), source.labels.tolist()) == (FILES[part], LABELS[part])
-        assert all(source[number] == (folder / part / name).read_bytes() for number, name in enumerate(source.names))
+        assert (names(source), source.labels.tolist()) == (FILES[part], LABELS[part])
+        assert all(source[number] == (folder / part / name).read_bytes() for number, name in enumerate(names(source)))
     (folder / "train/B/10.png").unlink()
     with pytest.raises(UserError, match=f"cannot read the image {folder}/train/B/10.png"):
         source[1]
@@ -67,7 +68,7 @@ def test_a_folder_is_read_in_the_order_of_classes_and_names(folder):
 
 def test_the_test_images_are_in_val_or_test_and_may_be_the_only_ones(folder):
     (folder / "val").rename(folder / "test")
-    assert list(ImageFolder(folder, "test").names) == FILES["val"]
+    assert names(ImageFolder(folder, "test")) == FILES["val"]
     shutil.rmtree(folder / "train")
     assert ImageFolder(folder, "test").class_names == ("B", "c")
 
@@ -84,7 +85,7 @@ def test_a_config_opens_its_source_which_survives_pickling(name, kind, split, fo
 
 def test_a_digest_depends_on_every_label_name_and_class_but_not_on_the_listing():
     def of(labels, names, classes=("a", "b")):
-        source = Indexed()
+        source = Source()
         source.index, source.class_names = make_index(labels, names), classes
         return digest(source)
 
@@ -141,19 +142,19 @@ def test_the_list_of_a_large_flat_folder_is_kept_until_a_file_comes_or_goes(fold
     ImageFolder(folder, "train")
     assert sorted(os.listdir(folder)) == ["train", "val"]  # a small folder is listed again
     monkeypatch.setattr(sources, "LARGE_FOLDER", 3)
-    before = list(ImageFolder(folder, "train").names)
+    before = names(ImageFolder(folder, "train"))
     write_image(folder / "train/a/deep/er/new.jpg")  # changes no time of a class folder
-    assert len(ImageFolder(folder, "train")) == len(before) + 1
+    assert len(ImageFolder(folder, "train").labels) == len(before) + 1
     shutil.rmtree(folder / "train/a/deep")
 
-    names = list(ImageFolder(folder, "train").names)
+    listed = names(ImageFolder(folder, "train"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "walk", None)
         kept = ImageFolder(folder, "train")
-        assert list(kept.names) == list(pickle.loads(pickle.dumps(kept)).names) == names
+        assert names(kept) == names(pickle.loads(pickle.dumps(kept))) == listed
         assert kept.class_names == ("B", "a", "c")  # the index is not in the folder of the classes
     assert sorted(os.listdir(folder)) == [".convit_jax-folder-train-index", "train", "val"]
     write_image(folder / "train/a/new.jpg")
-    assert list(ImageFolder(folder, "train").names) == sorted([*names, "a/new.jpg"])
+    assert names(ImageFolder(folder, "train")) == sorted([*listed, "a/new.jpg"])
     (folder / "train/a/new.jpg").unlink()
-    assert list(ImageFolder(folder, "train").names) == names
+    assert names(ImageFolder(folder, "train")) == listed
