@@ -85,9 +85,8 @@ class TrainExample:
     def _readable(self, wanted: int) -> tuple[Image.Image, int]:
         """The image `wanted`, or the first readable one after it in the subset, and its index."""
         subset = self.slots.indices
-        start = int(np.searchsorted(subset, wanted))
-        for attempt in range(TRIES):
-            index = int(subset[(start + attempt) % len(subset)])
+        positions = np.searchsorted(subset, wanted) + np.arange(TRIES)
+        for index in subset[positions % len(subset)].tolist():
             try:
                 return _read(self.source, index), index
             except UserError as error:

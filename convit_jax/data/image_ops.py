@@ -1,8 +1,8 @@
 """Pillow's pixel operations on uint8 batches inside jit: lookup tables, affine warp, blends.
 
 Each operation rounds, truncates and clips as Pillow's C code does, so tables and blends give exactly its
-pixels. The warp uses float32 where Pillow uses double. Images are uint8 [B, H, W, 3]. Settings have one row
-for each image. Tables, uint8 [B, 256, 3], map each value of each channel to its new value.
+pixels. The warp uses float32 where Pillow uses double. Images are uint8 [B, H, W, 3], settings have one row for each.
+Tables, uint8 [B, 256, 3], map each value of each channel to its new value.
 """
 
 import math
@@ -141,11 +141,10 @@ def gaussian_blur(images: jax.Array, sigma: jax.Array) -> jax.Array:
 
 
 def some_rows(function: Callable[..., jax.Array], wanted: jax.Array, *batch: jax.Array) -> jax.Array:
-    """Returns function(*batch) in the wanted rows, at about the cost of those rows; other rows are undefined.
+    """Returns function(*batch), row by row, in the wanted rows (bool [B]) at about their cost; others are undefined.
 
-    The function maps arrays [b, ...] to an array [b, ...] row by row; wanted is bool [B]. Round n works on
-    the n-th wanted row of each group of sixteen neighbours, until no group has wanted rows left. No row
-    leaves its device if a device's share is a multiple of sixteen.
+    Round n works on the n-th wanted row of each group of sixteen neighbours, until no group has wanted rows
+    left. No row leaves its device if a device's share is a multiple of sixteen.
     """
     group = math.gcd(wanted.shape[0], 16)
     wanted, *groups = (x.reshape(-1, group, *x.shape[1:]) for x in (wanted, *batch))

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 FORMAT = "convit_jax index 3"
-FACTS = "index.json"
 UNUSABLE = (OSError, ValueError, LookupError, TypeError, EOFError)  # what damaged files raise
 
 Arrays = dict[str, np.ndarray]
@@ -72,8 +71,7 @@ def cached_index(
 ) -> Index:
     """Returns an index, built only if it was not kept: mapped from disk, or in memory if it cannot be kept.
 
-    It is found by its name and the data's directory, and replaced if the facts about the data, for JSON, have
-    changed. `keep` tells whether arrays are worth keeping.
+    An index of other facts (about the data, for JSON) is replaced. `keep` tells whether arrays are worth keeping.
     """
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
@@ -102,7 +100,7 @@ def _write(path: Path, fingerprint: str, arrays: Arrays) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         facts = {"format": FORMAT, "fingerprint": fingerprint, "arrays": list(arrays)}
-        Path(unfinished, FACTS).write_text(json.dumps(facts))
+        Path(unfinished, "index.json").write_text(json.dumps(facts))
         os.chmod(unfinished, 0o755)  # whoever can read the data can read its index
         with contextlib.suppress(OSError):  # another process was faster
             os.rename(unfinished, path)
@@ -112,7 +110,7 @@ def _write(path: Path, fingerprint: str, arrays: Arrays) -> None:
 
 def _read(path: Path, fingerprint: str) -> Index:
     """Maps the arrays of a directory; raises if it is damaged or has another fingerprint."""
-    facts = json.loads((path / FACTS).read_text())
+    facts = json.loads((path / "index.json").read_text())
     if facts["format"] != FORMAT or facts["fingerprint"] != fingerprint:
         raise ValueError(f"{path} is not the index of {fingerprint}")
     mapped = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in facts["arrays"]}

@@ -27,12 +27,9 @@ def batches(
     process: int = 0,
     processes: int = 1,
 ) -> Generator[Batch, None, None]:
-    """Yields this process's rows of the batches of steps start .. stop - 1.
+    """Yields this process's rows of the batches of steps start .. stop - 1, which all `processes` share equally.
 
-    Args:
-      example: a TrainExample or EvalExample.
-      batch_size: rows of a batch, which all `processes` share equally.
-      workers: loader processes; 0 loads in two threads. The batches do not depend on it.
+    workers load the images of this process; 0 loads in two threads. The batches do not depend on it.
     """
     local = batch_size // processes
 

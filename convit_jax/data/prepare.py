@@ -4,9 +4,8 @@
 
 Needs TensorFlow, which nothing else here uses: pip install -r requirements-prepare.txt.
 
-TFDS does the work, but does not notice incomplete tars: it skips a missing tar, takes a truncated one as it
-is, and gives wrong labels after a gap in the validation images. So the tars are checked first and the number
-of images last.
+TFDS skips a missing tar, takes a truncated one as it is, and gives wrong labels after a gap in the validation
+images. So the tars are checked first and the number of images last.
 """
 
 import argparse
@@ -74,8 +73,7 @@ def _build(tars: Path, output: Path, file_format: str, allow_incomplete: bool) -
 
 def main(arguments: list[str]) -> int:
     """Runs the command."""
-    description = "Make a TFDS directory of ImageNet from the two ILSVRC tars."
-    parser = argparse.ArgumentParser("python -m convit_jax.data.prepare", description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m convit_jax.data.prepare", allow_abbrev=False)
     parser.add_argument("--tars", metavar="DIR", type=Path, required=True, help="folder with both tars")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="TFDS's data directory")
     parser.add_argument("--format", choices=("array_record", "tfrecord"), default="array_record")

@@ -32,10 +32,9 @@ def select(
         members = np.arange(borders[label], borders[label + 1])  # in the order of their names
         keep = int(len(members) * sampling_ratio)  # truncated, as the authors do
         if len(members) and keep == 0:
-            enough = math.ceil(1e4 / len(members)) / 1e4
             raise UserError(
                 f"data.sampling_ratio {sampling_ratio} leaves no image of class {label}, which has "
-                f"{len(members)}: give at least {enough}."
+                f"{len(members)}: give at least {math.ceil(1e4 / len(members)) / 1e4}."
             )
         if rule == "random" and keep < len(members):
             hashes = [hashlib.sha256(f"{seed}/{source.name(index)}".encode()).digest() for index in members]

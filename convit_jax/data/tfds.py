@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 from tqdm import tqdm
 
 from convit_jax.data.class_names import IMAGENET_IMAGES
 from convit_jax.data.index import Index, Source, cached_index, make_index
-from convit_jax.data.tfrecord import TfRecordFile
+from convit_jax.data.tfrecord import read_record, scan
 from convit_jax.errors import UserError, nearest
 
 FILE_NAMES = ("file_name", "filename", "image/filename", "id")  # features that may name the image
+_opened = functools.cache(ArrayRecordDataSource)  # by path; the file stays open
 KNOWN = {"digits", "folder", "imagenet2012"}  # values of data.name
-SPARE_FILES = 256  # open files that are not shards
 
 
 class TfdsImages(Source):
@@ -62,9 +63,10 @@ class TfdsImages(Source):
         self.index = cached_index(self.directory, info.name, facts, lambda: self._list(info))
 
     def __getitem__(self, number: int) -> bytes:
-        path, position = self.paths[self.index.arrays["shard"][number]], self.index.arrays["position"][number]
+        shard, position = (int(self.index.arrays[name][number]) for name in ("shard", "position"))
+        path = self.paths[shard]
         with _named(path):
-            record = _open_shard(path, self.tfrecord)[int(position)]
+            record = read_record(path, position) if self.tfrecord else _opened(path)[position]
             return _parse(record)[self.image_key].bytes_list.value[0]
 
     def _list(self, info: Any) -> Index:
@@ -87,8 +89,7 @@ class TfdsImages(Source):
         """Returns the position, label and file name of each record."""
         found = []
         with _named(path):
-            shard = _open_shard(path, self.tfrecord)
-            for position, record in shard.items() if self.tfrecord else enumerate(shard):
+            for position, record in scan(path) if self.tfrecord else enumerate(ArrayRecordDataSource(path)):
                 features = _parse(record)
                 label = features[self.label_key].int64_list.value[0]
                 name = features[self.name_key].bytes_list.value[0] if self.name_key else None
@@ -96,14 +97,6 @@ class TfdsImages(Source):
             if len(found) != expected:
                 raise ValueError(f"{len(found)} records instead of the {expected} in dataset_info.json")
         return found
-
-
-@functools.cache
-def _open_shard(path: str, tfrecord: bool) -> Any:
-    """Returns the records of a file by position, in bytes or ArrayRecord's numbers; the file stays open."""
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-    return TfRecordFile(path) if tfrecord else ArrayRecordDataSource(path)
 
 
 def _parse(record: bytes) -> Any:
@@ -120,20 +113,15 @@ def _named(path: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, IndexError, RuntimeError, DecodeError) as error:
         reason = str(error).split(";")[0].split("\n")[0].strip()
-        raise UserError(f"the shard {path} is missing, truncated or damaged ({reason}): copy it again.") from error
+        raise UserError(f"cannot read the shard {path} ({reason}): if it is damaged, copy it again.") from error
 
 
 def _allow_open_files(shards: int) -> None:
     """Raises the limit on open files for this process and its loader workers: every shard stays open."""
-    needed = shards + SPARE_FILES
+    needed = shards + 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < needed:  # negative: unlimited
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-        except ValueError as error:
-            raise UserError(
-                f"{shards:,} shards need {needed:,} open files, but the limit is {hard:,}: raise it (ulimit -Hn)."
-            ) from error
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard < 0 else min(needed, hard), hard))
 
 
 def _find_builder(name: str, directory: str | None) -> Any:
@@ -165,10 +153,7 @@ def _find_split(builder: Any, split: str) -> Any:
     for name in wanted:
         if name in existing and existing[name].num_examples:
             return existing[name]
-    raise UserError(
-        f"{builder.data_dir} has no {' or '.join(wanted)} split, only {', '.join(existing) or 'none'}: use another "
-        "data set, or prepare this one again (TFDS leaves out a split if its files are missing)."
-    )
+    raise UserError(f"{builder.data_dir} has no {' or '.join(wanted)} split, only {[*existing]}: prepare it again.")
 
 
 def _find_features(builder: Any) -> tuple[str, str, str | None]:
