@@ -29,7 +29,7 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """Yields this process's rows of the batches of steps start .. stop - 1, which all `processes` share equally.
 
-    workers load the images of this process; 0 loads in two threads. The batches do not depend on it.
+    `workers` processes load the images, or two threads if it is 0. The batches do not depend on it.
     """
     local = batch_size // processes
 

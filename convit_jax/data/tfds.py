@@ -26,8 +26,9 @@ from convit_jax.data.tfrecord import read_record, scan
 from convit_jax.errors import UserError, nearest
 
 FILE_NAMES = ("file_name", "filename", "image/filename", "id")  # features that may name the image
-_opened = functools.cache(ArrayRecordDataSource)  # by path; the file stays open
 KNOWN = {"digits", "folder", "imagenet2012"}  # values of data.name
+
+_array_records = functools.cache(ArrayRecordDataSource)  # of a path; the file stays open
 
 
 class TfdsImages(Source):
@@ -66,7 +67,7 @@ class TfdsImages(Source):
         shard, position = (int(self.index.arrays[name][number]) for name in ("shard", "position"))
         path = self.paths[shard]
         with _named(path):
-            record = read_record(path, position) if self.tfrecord else _opened(path)[position]
+            record = read_record(path, position) if self.tfrecord else _array_records(path)[position]
             return _parse(record)[self.image_key].bytes_list.value[0]
 
     def _list(self, info: Any) -> Index:

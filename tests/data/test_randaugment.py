@@ -95,9 +95,9 @@ def test_draws_follow_their_definition():
     draws = jax.jit(lambda key: draw_operations(key, rows, settings(num_ops=layers)))(jax.random.key(0))
     op, magnitude, sign = map(np.asarray, draws)
     assert op.shape == magnitude.shape == sign.shape == (rows, layers)
+    probability = np.array([0.5] + [0.5 / 15] * 15)
     for layer in range(layers):
         counts = np.array([(op[:, layer] == which).mean() for which in Op])
-        probability = np.array([0.5] + [0.5 / 15] * 15)
         assert (np.abs(counts - probability) < 4 * np.sqrt(probability * (1 - probability) / rows)).all()
     assert set(np.unique(sign)) == {-1.0, 1.0}
     assert abs(sign.mean()) < 4 / np.sqrt(sign.size)
@@ -111,8 +111,7 @@ def test_draws_follow_their_definition():
     np.testing.assert_array_equal(exact, np.full((10, 2), 7.0))
 
 
-@pytest.mark.parametrize("rows", [1, 7, 32, 48])
-@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize(("rows", "share"), [(1, 1.0), (7, 0.5), (32, 0.0), (32, 0.2), (48, 0.2)])
 def test_some_rows_computes_the_wanted_rows_and_few_others(rows, share):
     wanted = np.random.default_rng(rows).uniform(size=rows) < share
     batch, scale = np.arange(1.0, 1.0 + rows * 2).reshape(rows, 2), np.arange(2.0, 2.0 + rows)
