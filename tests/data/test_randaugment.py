@@ -38,8 +38,8 @@ def padded(array):
     return np.resize(array, (ROWS, *array.shape[1:]))
 
 
-def test_operations_give_the_pixels_of_timm():
-    photo = "flower"
+@pytest.mark.parametrize("photo", ["china", "flower"])
+def test_operations_give_the_pixels_of_timm(photo):
     with np.load(ROOT / "tests/golden/randaugment.npz") as arrays:
         image = arrays[photo]
         names = [name for name in arrays.files if name.startswith(f"{photo}/")]
