@@ -37,7 +37,7 @@ def test_probabilities_of_readable_images_and_a_report_of_the_others(weights, im
     done = run_python("-m", "convit_jax.predict", f"--checkpoint={weights}", "--json", *arguments)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert f"predict: cannot decode the image {bad} (it is empty" in done.stderr
+    assert f"predict: cannot decode the image {bad} (unknown image format" in done.stderr
     assert "predict: cannot read missing.jpg (No such file" in done.stderr
     assert len(IMAGENET) == 1000
     assert words("n02123045") == "tabby, tabby cat"
