@@ -51,7 +51,7 @@ def test_fewer_classes_make_a_smaller_head_and_a_smaller_test(digits_config):
         ("eval_batch_size", 9, 2, "eval_batch_size is 9, which 2 devices"),
         ("accumulate", 3, 1, "1 devices x 3 micro-batches do not divide: use a multiple of 3, as 81"),
         ("epochs", 0, 1, "epochs is 0 .*: it must be in"),
-        ("data.name", "digit", 1, "data.name is 'digit', did you mean 'digits'"),
+        ("data.name", "digit", 1, "TFDS data set 'digit' .*, did you mean 'digits'"),
         ("data.dir", "images", 1, "data.dir is set, but data.name=digits reads no files"),
         ("data.mean", (0.5,), 1, r"data.mean is \(0.5,\): give 3 numbers"),
         ("distill.alpha", 0.9, 1, "distill.alpha is 0.9, which only distill.teacher uses: add that"),
