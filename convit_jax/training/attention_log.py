@@ -4,7 +4,6 @@ It is measured on the same few images every time, spread evenly over the test sp
 by class. They do not depend on the batch size, the devices or the processes.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 
 from convit_jax.analysis import locality
 from convit_jax.data.augment import normalize
-from convit_jax.data.examples import EvalExample
+from convit_jax.data.examples import Batch, EvalExample
 from convit_jax.training.plan import Plan
 from convit_jax.training.sharding import gather, put_batch, replicated
 
@@ -60,17 +59,13 @@ def make_attention_log(
     return measured
 
 
-def spread_images(example: EvalExample, count: int, devices: int) -> dict[str, np.ndarray]:
-    """Returns this process's rows of a batch of the first readable image of each of `count` equal parts.
+def spread_images(example: EvalExample, count: int, devices: int) -> Batch:
+    """Returns this process's rows of a batch of `count` images, the first of each of `count` equal parts.
 
-    Every process reads all of them, so that all choose the same ones. Rows with "valid" False fill the batch up
-    to a multiple of `devices`.
+    Rows with "valid" False stand for unreadable images, and fill the batch up to a multiple of `devices`.
     """
-    edges = np.linspace(0, len(example.indices), count + 1).astype(int).tolist()
-    parts = ((example([slot]) for slot in range(*part)) for part in itertools.pairwise(edges))
-    found = [row for part in parts for row in itertools.islice((r for r in part if r["valid"][0]), 1)]
     end = len(example.indices)
-    found.append(example(range(end, end + -len(found) % devices)))
-    share = sum(len(row["valid"]) for row in found) // jax.process_count()
-    ours = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    return {name: np.concatenate([row[name] for row in found])[ours] for name in ("image", "valid")}
+    slots = [*np.linspace(0, end, count + 1).astype(int)[:-1].tolist(), *[end] * (-count % devices)]
+    rows = np.array_split(slots, jax.process_count())[jax.process_index()]
+    batch = example(rows.tolist())
+    return {name: batch[name] for name in ("image", "valid")}

@@ -14,9 +14,9 @@ import signal
 import socket
 import sys
 import traceback
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -26,13 +26,11 @@ from ml_collections import ConfigDict
 
 from convit_jax.config import flatten
 from convit_jax.errors import UserError, out_of_memory
-from convit_jax.rundir import is_run
 
 Result = TypeVar("Result")
 
 # Config fields that may differ between processes. Their images and teachers are compared, the paths are not.
 MAY_DIFFER = ("data.dir", "data.workers", "distill.teacher")
-MESSAGE_BYTES = 1000  # of an error, told to the other processes
 
 
 class Everywhere(UserError):
@@ -78,18 +76,16 @@ def join(
     Ctrl-C ends this process at once. Raises UserError for flags that do not fit together, and if the processes
     cannot connect.
     """
-    starter: str | None = None
-    if (coordinator, num_processes, process_id) == (None, None, None):
-        if not (found := cluster(os.environ)):
-            return
-        starter, number = found
-        first, where = number == "0", f"the processes that {starter} has started"
-    else:
+    if (coordinator, num_processes, process_id) != (None, None, None):
         _check_flags(coordinator, num_processes, process_id)
-        if num_processes == 1:
-            return
-        first, where = process_id == 0, f"the {num_processes} processes at {coordinator}"
-    if first:
+        starter, where = "", f"the {num_processes} processes at {coordinator}"
+        number: str | None = str(process_id)
+    else:
+        starter, number = cluster(os.environ)
+        where = f"the processes that {starter} has started"
+    if num_processes == 1 or not (num_processes or starter):
+        return
+    if number == "0":
         print(f"... joining {where} (at most {start_timeout} s)", flush=True)
     jax.config.update("jax_enable_preemption_service", True)
     faulthandler.disable()  # its dump would hide the line with which JAX aborts when a process is lost
@@ -109,17 +105,19 @@ def join(
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"cannot join {where} ({reason}): start all processes within {start_timeout} s, with the same "
-            "coordinator and a free port."
+            "coordinator and a free port, as docs/clusters.md shows."
         ) from error
     if several() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a background job
-        signal.signal(signal.SIGINT, _interrupted)  # JAX's callbacks could swallow a KeyboardInterrupt
+        # JAX's callbacks could swallow a KeyboardInterrupt.
+        text = "interrupted; the same command continues from the last checkpoint."
+        signal.signal(signal.SIGINT, lambda number, frame: _end(text))
 
 
 def _check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    host, _, port = (coordinator or "").rpartition(":")
-    fits = bool(host) and port.isdigit() and 0 < int(port) < 65536 and process_id in range(num_processes or 0)
-    with contextlib.suppress(OSError):  # a host that nobody knows
-        if fits and socket.getaddrinfo(host.strip("[]"), int(port)):
+    with contextlib.suppress(ValueError, OSError):  # no port; a host that nobody knows
+        address = urllib.parse.urlsplit(f"//{coordinator}")
+        if address.port and process_id in range(num_processes or 0):
+            socket.getaddrinfo(address.hostname, address.port)
             return
     raise UserError(
         f"--coordinator is {coordinator}, --num_processes {num_processes} and --process_id {process_id}: give "
@@ -128,23 +126,18 @@ def _check_flags(coordinator: str | None, num_processes: int | None, process_id:
     )
 
 
-def cluster(environment: Mapping[str, str]) -> tuple[str, str | None] | None:
-    """Returns (what started several processes, this one's number if it says so), or None if nothing did.
+def cluster(environment: Mapping[str, str]) -> tuple[str, str | None]:
+    """Returns (what started several processes, this one's number if it is known); ("", None) if nothing did.
 
     JAX finds the same and more, but also joins where a process is alone, as in an interactive job.
     """
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
         return "Slurm", environment["SLURM_PROCID"]
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        if "OMPI_MCA_orte_hnp_uri" not in environment:
-            raise UserError(
-                "Open MPI 5 does not say where process 0 is: add --coordinator=HOST:PORT "
-                "--num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK."
-            )
         return "Open MPI", environment["OMPI_COMM_WORLD_RANK"]
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return "Kubernetes", environment["JOB_COMPLETION_INDEX"]
-    return ("the TPU", None) if importlib.util.find_spec("libtpu") else None
+    return ("the TPU" if importlib.util.find_spec("libtpu") else ""), None
 
 
 # ---- Ending --------------------------------------------------------------------------------
@@ -164,8 +157,17 @@ def ends_all() -> Iterator[None]:
     except BaseException as error:
         if not several():
             raise
+        text = str(error)
+        reason = text.partition("\n")[0]
+        if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in text):
+            text = out_of_memory(error) or (
+                f"an operation across processes failed ({reason}). If another process has ended, its output says "
+                "why. Start all processes again: the same command continues from the last checkpoint."
+            )
+        elif not isinstance(error, UserError):
+            text = "".join(traceback.format_exception(error))
         sys.stdout.flush()
-        _end(_sentence(error) or "".join(traceback.format_exception(error)))
+        _end(text)
 
 
 def _end(text: str) -> NoReturn:
@@ -175,53 +177,38 @@ def _end(text: str) -> NoReturn:
     os._exit(1)
 
 
-def _interrupted(number: int, frame: FrameType | None) -> None:
-    _end("interrupted; the same command continues from the last checkpoint.")
+# ---- Agreeing: all processes call these together --------------------------------------------
 
 
-def _sentence(error: BaseException) -> str | None:
-    """The message for an error that stops one process, or None for a bug."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error)):
-        reason = str(error).partition("\n")[0]
-        return out_of_memory(error) or (
-            f"an operation across processes failed ({reason}). If another process has ended, its output says "
-            "why. Start all processes again: the same command continues from the last checkpoint."
-        )
-    return None
-
-
-# ---- Agreeing ------------------------------------------------------------------------------
+def from_all(value: Any) -> list[Any]:
+    """Returns the values of all processes, which JSON can hold, in the order of the processes."""
+    if not several():
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, max(lengths) - len(text))))
+    return [json.loads(each[:length].tobytes()) for each, length in zip(texts, lengths, strict=True)]
 
 
 def from_first(value: Any) -> Any:
     """Returns process 0's value, which JSON can hold, on all processes."""
-    if not several():
-        return value
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    text = text if is_first() else np.zeros(length, np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+    return from_all(value if is_first() else None)[0]
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Raises a UserError that one process raises inside on all processes, at the end."""
-    sentence = b""
+    own: UserError | None = None
     try:
         yield
     except UserError as error:
         if not several():
             raise
-        sentence = str(error).encode()[:MESSAGE_BYTES]
-    if several():
-        everyone = multihost_utils.process_allgather(np.frombuffer(sentence.ljust(MESSAGE_BYTES, b"\0"), np.uint8))
-        failed = np.flatnonzero(everyone[:, 0])
-        if len(failed):
-            text = everyone[failed[0]].tobytes().rstrip(b"\0").decode(errors="replace")
-            alone = len(failed) < len(everyone)
-            raise Everywhere(f"process {failed[0]} of {len(everyone)}: {text}" if alone else text)
+        own = error
+    sentences = from_all(own and str(own))
+    for process, text in enumerate(sentences):
+        if text is not None:
+            raise Everywhere(f"process {process} of {len(sentences)}: {text}" if None in sentences else text)
 
 
 def first_then_others(work: Callable[[], Result]) -> Result:
@@ -235,28 +222,14 @@ def first_then_others(work: Callable[[], Result]) -> Result:
 
 def check_same(facts: Mapping[str, Any], remedy: str = "start all processes with the same command") -> None:
     """Raises Everywhere if the processes have different facts, {name: value that JSON can hold}."""
-    mine = json.loads(json.dumps(facts))
-    theirs = from_first(mine)
-    with together():
-        for name in sorted({*theirs, *mine}):
-            if theirs.get(name) != mine.get(name):
-                raise UserError(f"{name} is {mine.get(name)!r} here and {theirs.get(name)!r} on process 0: {remedy}.")
+    first, *others = everyone = from_all(dict(facts))
+    for process, theirs in enumerate(others, start=1):
+        for name in sorted({*first, *theirs}):
+            if theirs.get(name) != first.get(name):
+                values = f"{theirs.get(name)!r} here and {first.get(name)!r} on process 0"
+                raise Everywhere(f"process {process} of {len(everyone)}: {name} is {values}: {remedy}.")
 
 
 def comparable(config: ConfigDict) -> dict[str, Any]:
     """Returns the fields of a config that all processes must share, by name."""
     return {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
-
-
-def agree_on_checkpoint(source: str | None, which: str = "best", ema: bool = False) -> str | int:
-    """Returns the checkpoint of a source of weights that all processes read, though its run may go on.
-
-    A step, if there are several processes and the source is a run directory, otherwise `which`.
-    """
-    from convit_jax.weights.run import find_step  # heavy
-
-    step: str | int = which
-    with together():
-        if several() and is_first() and is_run(source):
-            step = find_step(Path(str(source)).expanduser(), which, ema)
-    return from_first(step)

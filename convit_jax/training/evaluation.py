@@ -1,6 +1,5 @@
 """Exact top-1, top-5 and loss over a whole split: every image counts once, whatever the batch and devices."""
 
-import collections
 import contextlib
 import dataclasses
 import math
@@ -20,7 +19,7 @@ from convit_jax.progress import Progress
 from convit_jax.training import distributed
 from convit_jax.training.distributed import phase, say
 from convit_jax.training.sharding import put_batch, put_same, replicated
-from convit_jax.training.step import eval_metrics, make_eval_step
+from convit_jax.training.step import Arrays, make_eval_step
 from convit_jax.weights.formats import Pretrained
 from convit_jax.weights.pretrained import fingerprint, match_classes
 
@@ -30,7 +29,7 @@ AHEAD = 2  # steps that the host is ahead of the device: hides the host's work, 
 def evaluate(
     models: Mapping[str, Any],
     batches: Iterable[Batch],
-    eval_step: Callable[[Any, Any, Any], Any],
+    eval_step: Callable[[Any, Arrays], Arrays],
     mesh: Mesh,
     stopped: Callable[[], object] = lambda: False,
 ) -> dict[str, dict[str, float]] | None:
@@ -39,24 +38,22 @@ def evaluate(
     Returns {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count}}, or None if `stopped`,
     which all processes call before each batch, ended it. Raises UserError if no image could be read.
     """
-    sums = dict.fromkeys(models, jax.jit(eval_metrics, out_shardings=replicated(mesh))())
-    under_way: collections.deque[Any] = collections.deque()
+    parts: list[dict[str, Arrays]] = []  # sums over each batch, on the devices
     for batch in batches:
         if stopped():
             return None
         on_devices = put_batch(batch, mesh)
-        sums = {name: eval_step(params, sums[name], on_devices) for name, params in models.items()}
+        parts.append({name: eval_step(params, on_devices) for name, params in models.items()})
         del batch, on_devices  # the loader shares their memory with its workers
-        under_way.append(sums)
-        if len(under_way) > AHEAD:
-            jax.block_until_ready(under_way.popleft())
+        jax.block_until_ready(parts[-AHEAD - 1 : -AHEAD])
     results = {}
-    for name, counts in jax.device_get(sums).items():
-        loss, best, best5, images = (counts[key].item() for key in ("loss", "top1", "top5", "images"))
+    for name in models:
+        of_batches = jax.device_get([part[name] for part in parts])
+        loss, best, best5, images = (sum(s[key] for s in of_batches) for key in ("loss", "top1", "top5", "images"))
         if not images:
             raise distributed.Everywhere("none of the test images can be read: restore them, or change data.dir.")
-        results[name] = {"top1": 100 * best / images, "top5": 100 * best5 / images}
-        results[name] |= {"loss": loss / images, "images": images}
+        counts = {"top1": 100 * int(best) / int(images), "top5": 100 * int(best5) / int(images)}
+        results[name] = counts | {"loss": float(loss) / int(images), "images": int(images)}
     return results
 
 
@@ -132,11 +129,10 @@ def _match_images(config: ConfigDict, loaded: Pretrained, params: dict[str, Any]
         )
     if remark:
         say(remark)
-    of_weights = {**loaded.settings, **dataclasses.asdict(how)}
     distributed.check_same(
         {
             **distributed.comparable(config),
-            **{f"the weights' {name}": value for name, value in of_weights.items()},
+            "what the weights are": {**loaded.settings, **dataclasses.asdict(how)},
             "the digest of the weights": fingerprint({"labels": labels, "params": params}),
             "the digest of the images' classes, labels and names": digest(source),
         },

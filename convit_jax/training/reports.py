@@ -48,18 +48,17 @@ class Clock:
 
 
 class Reports(contextlib.AbstractContextManager["Reports"]):
-    """Logs windows of log_every steps, each when the device has long finished it.
+    """Logs windows of log_every steps, each when the device has finished it.
 
-    The device always has AHEAD steps to do: `add` waits for the step before these, and logs a window whose
-    last step is done. Leaving the context waits for the device, which may use the loader's memory.
+    The device always has AHEAD steps to do, so that it never waits for the host. Leaving the context waits for
+    the device, which may use the loader's memory.
     """
 
     def __init__(self, run: Training) -> None:
-        self.clock = Clock()  # of the open window
+        self.clock = Clock()  # of the window that the device works on
         self._run = run
         self._start = time.monotonic()
-        self._under_way: collections.deque[Arrays] = collections.deque()  # metrics of steps that may not be done
-        self._windows: collections.deque[tuple[int, Arrays, dict[str, float]]] = collections.deque()
+        self._under_way: collections.deque[tuple[int, Arrays]] = collections.deque()  # steps that may not be done
 
     def __exit__(self, *exception: object) -> None:
         jax.block_until_ready(list(self._under_way))
@@ -69,38 +68,33 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
 
         Raises UserError if the loss of an earlier window is not finite, or the log cannot be written.
         """
-        run = self._run
-        self._under_way.append(sums)
-        if step == run.first_step + 1:
-            self._wait(0)
-            seconds = time.monotonic() - self._start
-            run.progress.say(f"First step after {seconds:.1f} s, compilation included")
-            run.progress.start(step)
-            self.clock.restart()
-        self._wait(AHEAD)
-        full = step % run.config.log_every == 0
-        if full or step == run.plan.total_steps:
-            self._windows.append((step, sums, self.clock.read()))
-        while self._windows and self._windows[0][0] <= step - AHEAD:
-            self._report(*self._windows.popleft())
-        return run.steps.no_sums if full else sums  # a short last window goes on if the run gets more steps
+        self._under_way.append((step, sums))
+        self._wait(0 if step == self._run.first_step + 1 else AHEAD)
+        # A short last window goes on if the run gets more steps.
+        return self._run.steps.no_sums if step % self._run.config.log_every == 0 else sums
 
     def finish(self, sums: Arrays) -> None:
         """Waits for the device, logs all windows and checks the open one's sums; raises as `add` does."""
         self._wait(0)
-        while self._windows:
-            self._report(*self._windows.popleft())
         self._check_finite(jax.device_get(sums))
 
     def _wait(self, most: int) -> None:
-        """Waits until at most this many steps are under way."""
+        """Waits until at most this many steps are under way, and logs the windows that this finishes."""
+        run = self._run
         while len(self._under_way) > most:
-            jax.block_until_ready(self._under_way.popleft())
-            self.clock.images += self._run.config.batch_size
+            step, sums = self._under_way.popleft()
+            jax.block_until_ready(sums)
+            self.clock.images += run.config.batch_size
+            if step == run.first_step + 1:
+                seconds = time.monotonic() - self._start
+                run.progress.say(f"First step after {seconds:.1f} s, compilation included")
+                run.progress.start(step)
+                self.clock.restart()
+            if step % run.config.log_every == 0 or step == run.plan.total_steps:
+                self._report(step, jax.device_get(sums), self.clock.read())
 
-    def _report(self, step: int, on_devices: Arrays, rates: dict[str, float]) -> None:
-        """Logs a window whose last step is done."""
-        run, sums = self._run, jax.device_get(on_devices)
+    def _report(self, step: int, sums: Any, rates: dict[str, float]) -> None:
+        run = self._run
         self._check_finite(sums)
         epoch, images = run.plan.epoch(step), int(sums["images"])
         values = {

@@ -23,20 +23,13 @@ from convit_jax.training import distributed
 from convit_jax.training.attention_log import make_attention_log
 from convit_jax.training.checkpoint import Checkpoints
 from convit_jax.training.distill import Teacher, load_teacher
-from convit_jax.training.distributed import agree_on_checkpoint, check_same, from_first, is_first, phase, say, together
+from convit_jax.training.distributed import check_same, from_first, is_first, phase, say, several, together
 from convit_jax.training.evaluation import our_batches
 from convit_jax.training.metrics import MetricsLog
 from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.plan import Plan, make_plan
 from convit_jax.training.sharding import gather, make_mesh, put_same, replicated, state_shardings
-from convit_jax.training.step import (
-    Arrays,
-    State,
-    make_eval_step,
-    make_train_step,
-    new_state,
-    train_metrics,
-)
+from convit_jax.training.step import Arrays, State, make_eval_step, make_train_step, new_state, train_metrics
 from convit_jax.training.summary import describe_run, facts
 from convit_jax.weights.pretrained import fingerprint, load_into
 
@@ -47,7 +40,7 @@ class Steps:
 
     graphdef: nnx.GraphDef
     train: Callable[[State, Arrays, Arrays], tuple[State, Arrays]]  # of state, sums, batch; donates the state
-    evaluate: Callable[[Any, Arrays, Arrays], Arrays]  # parameters, sums, batch -> sums
+    evaluate: Callable[[Any, Arrays], Arrays]  # of parameters, batch
     first: Callable[[Any], dict[str, Any]]  # parameters, or None for new ones -> {"state", "metrics"} of step 0
     shapes: Any  # and shardings of {"state", "metrics"}, the content of a checkpoint
     no_sums: Arrays  # of an empty window
@@ -82,8 +75,6 @@ def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
     All processes call this together, and each checks that the others have the same. Raises UserError for a
     config, data, teacher, weights or run directory that cannot be used.
     """
-    if not distributed.several():
-        use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     plan, teacher, teacher_params = _agree_on_plan(config, workdir, mesh)
     steps = make_steps(config, plan, mesh, teacher, teacher_params)
@@ -107,8 +98,7 @@ def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
         first_step = int(tree["state"]["step"])
 
         # ---- Logs and batches --------------------------------------------------------------
-        log = MetricsLog(workdir if is_first() else None, first_step, top1)
-        stack.callback(log.close)
+        log = stack.enter_context(contextlib.closing(MetricsLog(workdir if is_first() else None, first_step, top1)))
         progress = Progress("step", plan.total_steps, enabled=is_first())
         stack.callback(progress.close)
         tell = progress.say if is_first() else distributed.warn
@@ -146,21 +136,18 @@ def _agree_on_plan(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Plan,
     check_same({"workdir": str(workdir), **distributed.comparable(config)})
     phase("reading the lists of images")
     plan = distributed.first_then_others(lambda: make_plan(config, devices=mesh.size))
-    check_same(
-        {
-            "the number of training images": len(plan.train.slots.indices),
-            "the number of test images": len(plan.test.indices),
-            "the digest of the images' classes, labels and names": plan.image_lists,
-        },
-        "give all processes the same images",
-    )
     if config.distill.teacher:
         phase("reading the teacher")
-    which = agree_on_checkpoint(config.distill.teacher)
     with together():
-        teacher, params = load_teacher(config, plan, which)
-    digest = {"the digest of the teacher's weights": teacher and teacher.facts["weights"]}
-    check_same(digest, "give all processes the same teacher")
+        teacher, params = load_teacher(config, plan)
+    check_same(
+        {
+            "the numbers of images": [len(plan.train.slots.indices), len(plan.test.indices)],
+            "the digest of the images' classes, labels and names": plan.image_lists,
+            "the digest of the teacher's weights": teacher and teacher.facts["weights"],
+        },
+        "give all processes the same images and teacher",
+    )
     return plan, teacher, params
 
 
@@ -210,28 +197,21 @@ def _take_directory(
     with together():
         if not is_first():
             wait_for_owner(workdir, owner)
-    if distributed.several() and config.compilation_cache:  # one folder for all, see docs/clusters.md
-        use_compilation_cache(workdir / "compiled")
+    if config.compilation_cache:
+        use_compilation_cache(workdir / "compiled" if several() else config.compilation_cache)  # see docs/clusters.md
     start_from = None
     if config.init_from and not from_first(bool(checkpoint_steps(workdir))):
-        start_from = _agree_on_weights(config, plan)
+        phase("reading init_from")
+        with together():
+            start_from, changes = load_into(config.init_from, plan.model, config.seed)
+        digest = {"the digest of the weights of init_from": fingerprint(start_from)}
+        check_same(digest, "give all processes the same weights")
+        say("; ".join([f"Starting from {config.init_from}", *changes]))
     with together():
         if is_first():
             claim_run(workdir, config, run_facts)
     say(describe_run(config, run_facts, workdir))
     return start_from
-
-
-def _agree_on_weights(config: ConfigDict, plan: Plan) -> Any:
-    """The parameters in config.init_from, the same on all processes."""
-    phase("reading init_from")
-    which = agree_on_checkpoint(config.init_from)
-    with together():
-        params, changes = load_into(config.init_from, plan.model, config.seed, which)
-    digest = {"the digest of the weights of init_from": fingerprint(params)}
-    check_same(digest, "give all processes the same weights")
-    say("; ".join([f"Starting from {config.init_from}", *changes]))
-    return params
 
 
 def _restore(checkpoints: Checkpoints, steps: Steps, total_steps: int) -> dict[str, Any] | None:

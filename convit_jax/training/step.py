@@ -60,12 +60,6 @@ def train_metrics(*, distilled: bool = False) -> Arrays:
     return sums | ({"distill_loss": zero} if distilled else {})
 
 
-def eval_metrics() -> Arrays:
-    """Returns the sums before the first batch of an evaluation: "loss", "top1", "top5" and "images"."""
-    none = jnp.int32(0)
-    return {"loss": jnp.float32(0), "top1": none, "top5": none, "images": none}
-
-
 def augmented(batch: Arrays, keys: jax.Array, config: ConfigDict, num_classes: int) -> tuple[jax.Array, jax.Array]:
     """Returns images float32 [B, H, W, 3] and soft labels float32 [B, num_classes] to train on."""
     aug, mean, std = config.augment, tuple(config.data.mean), tuple(config.data.std)
@@ -157,14 +151,14 @@ def _accumulated(grad_fn: Callable[..., Any], parts: int) -> Callable[..., Any]:
 
 def make_eval_step(
     graphdef: nnx.GraphDef, config: ConfigDict, whole: Whole = lambda tree: tree
-) -> Callable[[Any, Arrays, Arrays], Arrays]:
-    """Returns step(params, metrics, batch) -> metrics, to be compiled; arguments as of make_train_step.
+) -> Callable[[Any, Arrays], Arrays]:
+    """Returns step(params, batch) -> sums over a batch, to be compiled; arguments as of make_train_step.
 
     The loss is the cross-entropy with the label. Rows whose batch["valid"] (bool [B]) is False do not count.
     With C < 5 classes top-5 is top-C.
     """
 
-    def step(params: Any, metrics: Arrays, batch: Arrays) -> Arrays:
+    def step(params: Any, batch: Arrays) -> Arrays:
         images = normalize(batch["image"], tuple(config.data.mean), tuple(config.data.std))
         logits = nnx.merge(graphdef, whole(params))(images)
         label, valid = batch["label"], batch["valid"]
@@ -172,10 +166,10 @@ def make_eval_step(
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = (best == label[:, None]) & valid[:, None]
         return {
-            "loss": metrics["loss"] + jnp.sum(jnp.where(valid, loss, 0.0)),
-            "top1": metrics["top1"] + jnp.sum(hits[:, 0]),
-            "top5": metrics["top5"] + jnp.sum(hits),
-            "images": metrics["images"] + jnp.sum(valid),
+            "loss": jnp.sum(jnp.where(valid, loss, 0.0)),
+            "top1": jnp.sum(hits[:, 0]),
+            "top5": jnp.sum(hits),
+            "images": jnp.sum(valid),
         }
 
     return step
