@@ -18,26 +18,24 @@ from convit_jax.data.augment import normalize
 from convit_jax.data.examples import Batch, EvalExample
 from convit_jax.training.plan import Plan
 from convit_jax.training.sharding import gather, put_batch, replicated
+from convit_jax.training.step import Arrays
 
 SHARE, MOST = 100, 64  # by default one test image in SHARE, at most MOST
-DIGITS = 4  # decimals in the log
 
 
 def make_attention_log(
     graphdef: nnx.GraphDef, config: ConfigDict, plan: Plan, mesh: Mesh
 ) -> Callable[[Any], dict[str, Any]]:
-    """Returns a function that measures parameters (on the devices of the mesh) for an evaluation's line.
+    """Returns a function that measures parameters: {name: list over layers of lists over heads}.
 
-    It returns lists over layers of lists over heads: "gates", "centre_x", "centre_y" and "span" of GPSA
-    blocks, "nonlocality" of all blocks and, with locality.as_logged, "nonlocality_as_logged". What the model
-    or the config does not have is left out. All processes call it together.
+    What the model or the config does not have is left out. All processes call it together.
     """
     images = len(plan.test.indices)
     count = min(-(-images // SHARE), MOST) if config.locality.images is None else min(config.locality.images, images)
     batch = put_batch(spread_images(plan.test, count, mesh.size), mesh) if count else None
     whole = gather(mesh)
 
-    def measure(params: Any, batch: dict[str, jax.Array] | None) -> dict[str, jax.Array]:
+    def measure(params: Any, batch: Arrays | None) -> Arrays:
         model, found = nnx.merge(graphdef, whole(params)), {}
         if model.gpsa_blocks is not None:
             centres, spans = locality.centres_and_spans(model)
@@ -52,11 +50,11 @@ def make_attention_log(
 
     compiled = jax.jit(measure, out_shardings=replicated(mesh))
 
-    def measured(params: Any) -> dict[str, Any]:
+    def rounded(params: Any) -> dict[str, Any]:
         found = jax.device_get(compiled(params, batch))
-        return {name: (np.round(np.float64(value), DIGITS) + 0.0).tolist() for name, value in found.items()}
+        return {name: (np.round(np.float64(value), 4) + 0.0).tolist() for name, value in found.items()}
 
-    return measured
+    return rounded
 
 
 def spread_images(example: EvalExample, count: int, devices: int) -> Batch:

@@ -58,29 +58,21 @@ class Teacher:
         return loss, distillation, (for_labels + for_teacher) / 2
 
 
-def load_teacher(
-    config: ConfigDict, plan: Plan, which: str | int = "best"
-) -> tuple[Teacher | None, dict[str, Any] | None]:
-    """Loads the teacher of a run, with its position embedding resized to the student's images.
-
-    Returns (teacher, its parameters as a nested dict of numpy arrays); (None, None) without distill.teacher.
-    Raises UserError for weights that cannot be read or cannot teach this student.
-    """
+def load_teacher(config: ConfigDict, plan: Plan) -> tuple[Teacher | None, dict[str, Any] | None]:
+    """Returns (teacher, its parameters as a nested dict of numpy arrays), or (None, None) without distill.teacher."""
     source, student = config.distill.teacher, plan.model
     if not source:
         return None, None
     names = plan.train.source.class_names[: config.data.num_classes]
     try:
-        loaded = load(source, image_size=student["image_size"], which=which)
+        loaded = load(source, image_size=student["image_size"])
         loaded = with_behaviour(loaded, dtype=student["dtype"], attention=student["attention"])
-        known, channels = loaded.settings["num_classes"], loaded.settings["in_chans"]
+        known = loaded.settings["num_classes"]
         if student["num_classes"] != len(names) or not (loaded.class_names or known == len(names)):
             raise UserError(
                 f"the data has {len(names)} classes, the student {student['num_classes']} and {source} {known}: leave "
                 "model.num_classes out, and give a teacher of the same classes, or one that knows their names."
             )
-        if channels != student["in_chans"]:
-            raise UserError(f"{source} takes {channels} channels, the student {student['in_chans']}: give another one.")
         columns, remark = match_classes(names, loaded)
         # Without the position embedding: it may have been resized, which rounds differently elsewhere.
         as_trained = {name: tensor for name, tensor in loaded.tensors.items() if name != "pos_embed"}

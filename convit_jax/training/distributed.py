@@ -55,7 +55,7 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Prints a line to the error stream, from any process."""
-    print(f"process {jax.process_index()} of {jax.process_count()}: {text}", file=sys.stderr, flush=True)
+    print(f"{_who()}: {text}", file=sys.stderr, flush=True)
 
 
 def phase(text: str) -> None:
@@ -64,47 +64,45 @@ def phase(text: str) -> None:
         say(f"... {text}")
 
 
+def _who() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
 # ---- Joining -------------------------------------------------------------------------------
 
 
 def join(
     coordinator: str | None, num_processes: int | None, process_id: int | None, start_timeout: int, heartbeat: int
 ) -> None:
-    """Joins the other processes, if there are any, before anything else uses JAX.
+    """Joins the other processes, if there are any, before anything else uses JAX; the arguments are flags of `cli`.
 
-    The arguments are the flags of `cli`. Then SIGTERM belongs to JAX's preemption service, see `stop.Stop`, and
-    Ctrl-C ends this process at once. Raises UserError for flags that do not fit together, and if the processes
-    cannot connect.
+    Then SIGTERM belongs to JAX's preemption service, see `stop.Stop`, and Ctrl-C ends this process at once.
     """
-    if (coordinator, num_processes, process_id) != (None, None, None):
-        _check_flags(coordinator, num_processes, process_id)
-        starter, where = "", f"the {num_processes} processes at {coordinator}"
-        number: str | None = str(process_id)
-    else:
-        starter, number = cluster(os.environ)
-        where = f"the processes that {starter} has started"
-    if num_processes == 1 or not (num_processes or starter):
+    flags = (coordinator, num_processes, process_id)
+    with_flags = flags != (None, None, None)
+    if with_flags:
+        _check_flags(*flags)
+    number = str(process_id) if with_flags else cluster(os.environ)
+    if number is None or num_processes == 1:
         return
     if number == "0":
-        print(f"... joining {where} (at most {start_timeout} s)", flush=True)
+        print(f"... joining the other processes (at most {start_timeout} s)", flush=True)
     jax.config.update("jax_enable_preemption_service", True)
     faulthandler.disable()  # its dump would hide the line with which JAX aborts when a process is lost
     try:
         jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
+            *flags,
             # With the flags JAX must not look at Slurm's variables: it would take one GPU per process.
-            cluster_detection_method=None if starter else "deactivate",
+            cluster_detection_method="deactivate" if with_flags else None,
             initialization_timeout=start_timeout,
             heartbeat_timeout_seconds=heartbeat,
         )
     except (ValueError, RuntimeError) as error:
-        if starter == "the TPU" and isinstance(error, ValueError):  # its library is installed, but there is no TPU
+        if number == "?" and isinstance(error, ValueError):  # the TPU's library is installed, but there is no TPU
             return
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"cannot join {where} ({reason}): start all processes within {start_timeout} s, with the same "
+            f"cannot join the other processes ({reason}): start all processes within {start_timeout} s, with the same "
             "coordinator and a free port, as docs/clusters.md shows."
         ) from error
     if several() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a background job
@@ -114,7 +112,7 @@ def join(
 
 
 def _check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    with contextlib.suppress(ValueError, OSError):  # no port; a host that nobody knows
+    with contextlib.suppress(ValueError, OSError):  # a wrong port; a host that nobody knows
         address = urllib.parse.urlsplit(f"//{coordinator}")
         if address.port and process_id in range(num_processes or 0):
             socket.getaddrinfo(address.hostname, address.port)
@@ -126,18 +124,18 @@ def _check_flags(coordinator: str | None, num_processes: int | None, process_id:
     )
 
 
-def cluster(environment: Mapping[str, str]) -> tuple[str, str | None]:
-    """Returns (what started several processes, this one's number if it is known); ("", None) if nothing did.
+def cluster(environment: Mapping[str, str]) -> str | None:
+    """Returns the number of this process among several that were started, "?" on a TPU, or None if it is alone.
 
     JAX finds the same and more, but also joins where a process is alone, as in an interactive job.
     """
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        return "Slurm", environment["SLURM_PROCID"]
+        return environment["SLURM_PROCID"]
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        return "Open MPI", environment["OMPI_COMM_WORLD_RANK"]
+        return environment["OMPI_COMM_WORLD_RANK"]
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        return "Kubernetes", environment["JOB_COMPLETION_INDEX"]
-    return ("the TPU" if importlib.util.find_spec("libtpu") else ""), None
+        return environment["JOB_COMPLETION_INDEX"]
+    return "?" if importlib.util.find_spec("libtpu") else None
 
 
 # ---- Ending --------------------------------------------------------------------------------
@@ -158,8 +156,8 @@ def ends_all() -> Iterator[None]:
         if not several():
             raise
         text = str(error)
-        reason = text.partition("\n")[0]
         if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in text):
+            reason = text.partition("\n")[0]
             text = out_of_memory(error) or (
                 f"an operation across processes failed ({reason}). If another process has ended, its output says "
                 "why. Start all processes again: the same command continues from the last checkpoint."
@@ -172,8 +170,7 @@ def ends_all() -> Iterator[None]:
 
 def _end(text: str) -> NoReturn:
     """Ends this process at once; also called in a signal handler, where Python's streams may be in use."""
-    who = f"process {jax.process_index()} of {jax.process_count()}"
-    os.write(2, f"{Path(sys.argv[0]).name}: {who}: {text.rstrip()}\n".encode())
+    os.write(2, f"{Path(sys.argv[0]).name}: {_who()}: {text.rstrip()}\n".encode())
     os._exit(1)
 
 
@@ -191,21 +188,21 @@ def from_all(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """Returns process 0's value, which JSON can hold, on all processes."""
+    """Returns process 0's value, which JSON can hold."""
     return from_all(value if is_first() else None)[0]
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Raises a UserError that one process raises inside on all processes, at the end."""
-    own: UserError | None = None
+    own = None
     try:
         yield
     except UserError as error:
         if not several():
             raise
-        own = error
-    sentences = from_all(own and str(own))
+        own = str(error)
+    sentences = from_all(own)
     for process, text in enumerate(sentences):
         if text is not None:
             raise Everywhere(f"process {process} of {len(sentences)}: {text}" if None in sentences else text)
@@ -222,12 +219,13 @@ def first_then_others(work: Callable[[], Result]) -> Result:
 
 def check_same(facts: Mapping[str, Any], remedy: str = "start all processes with the same command") -> None:
     """Raises Everywhere if the processes have different facts, {name: value that JSON can hold}."""
-    first, *others = everyone = from_all(dict(facts))
+    first, *others = from_all(dict(facts))
     for process, theirs in enumerate(others, start=1):
         for name in sorted({*first, *theirs}):
-            if theirs.get(name) != first.get(name):
-                values = f"{theirs.get(name)!r} here and {first.get(name)!r} on process 0"
-                raise Everywhere(f"process {process} of {len(everyone)}: {name} is {values}: {remedy}.")
+            mine, wanted = theirs.get(name), first.get(name)
+            if mine != wanted:
+                where = f"process {process} of {len(others) + 1}"
+                raise Everywhere(f"{where}: {name} is {mine!r} here and {wanted!r} on process 0: {remedy}.")
 
 
 def comparable(config: ConfigDict) -> dict[str, Any]:

@@ -102,8 +102,7 @@ def evaluate_weights(config: ConfigDict, loaded: Pretrained, params: dict[str, A
             progress.update(number * batch_size, "")
             yield {**batch, "label": labels[batch["label"]]}
 
-    normalization = ConfigDict({"data": {"mean": how.mean, "std": how.std}})
-    step = jax.jit(make_eval_step(loaded.network[0], normalization), out_shardings=replicated(mesh))
+    step = jax.jit(make_eval_step(loaded.network[0], how.mean, how.std), out_shardings=replicated(mesh))
     params = put_same(params, jax.tree.map(lambda _: replicated(mesh), params))
     phase("the first batch, which is compiled")
     results = evaluate({"": params}, relabelled(), step, mesh)

@@ -26,25 +26,22 @@ class MetricsLog:
           top1: an empty dict, which is kept up to date: {step: val_top1}.
         """
         self.top1, self._directory = top1, directory
-        lines = read_metrics(directory / "metrics.jsonl") if directory and start_step else []
-        lines = [line for line in lines if line["step"] <= start_step]
+        lines: list[dict[str, Any]] = []
         if directory:
             with disk_errors(directory):
-                self._open(directory, start_step, lines)
+                path, board = directory / "metrics.jsonl", directory / "tensorboard"
+                lines = [line for line in read_metrics(path) if start_step and line["step"] <= start_step]
+                with atomic_write(path) as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+                self._file = path.open("a", buffering=1)
+                board.mkdir(exist_ok=True)
+                # Not SummaryWriter: its thread dies of a full disk, and the next write then waits forever.
+                self._board = EventsWriter(str(board / "events"))
+                first = start_step + 1 if start_step else 0  # TensorBoard drops earlier events from this step on
+                self._add_event(step=first, session_log=SessionLog(status=SessionLog.START))
         evaluations = from_first([line for line in lines if "val_top1" in line])
         top1.update({line["step"]: line["val_top1"] for line in evaluations})
         self.last: dict[str, Any] | None = evaluations[-1] if evaluations else None  # line of the last evaluation
-
-    def _open(self, directory: Path, start_step: int, lines: list[dict[str, Any]]) -> None:
-        path = directory / "metrics.jsonl"
-        with atomic_write(path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        (directory / "tensorboard").mkdir(exist_ok=True)
-        self._file = path.open("a", buffering=1)
-        # Not SummaryWriter: its thread dies of a full disk, and the next write then waits forever.
-        self._board = EventsWriter(str(directory / "tensorboard" / "events"))
-        first = start_step + 1 if start_step else 0  # TensorBoard drops earlier events from this step on
-        self._add_event(step=first, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, epoch: float, values: dict[str, Any]) -> None:
         """Writes a line; values: {name: float, or a list over layers of lists over heads}."""

@@ -24,11 +24,6 @@ NO_DECAY = ("bias", "scale", "gating_param")  # parameters that are 1-D in the o
 Schedule = Callable[[jax.Array], jax.Array]  # step, int [] -> learning rate, float32 []
 
 
-def peak_learning_rate(optim: ConfigDict, batch_size: int) -> float:
-    """Returns the rate after the warm-up: optim.lr is given for 512 images."""
-    return optim.lr * batch_size / 512
-
-
 def run_schedule(config: ConfigDict, plan: Plan) -> Schedule:
     """Returns the learning rate of a run as a function of the step."""
     optim, epochs, batch_size = config.optim, plan.epochs, config.batch_size
@@ -36,7 +31,7 @@ def run_schedule(config: ConfigDict, plan: Plan) -> Schedule:
 
     def rate(t: Any, xp: Any) -> Any:
         """Of a time in epochs, with numpy or jax.numpy."""
-        peak, low = peak_learning_rate(optim, batch_size), optim.min_lr
+        peak, low = optim.lr * batch_size / 512, optim.min_lr
         warmup = optim.warmup_lr + t * (peak - optim.warmup_lr) / max(optim.warmup_epochs, 1e-9)
         cosine = low + 0.5 * (peak - low) * (1 + xp.cos(math.pi * t / epochs))
         return xp.where(t < optim.warmup_epochs, warmup, xp.where(t < epochs, cosine, low))
@@ -61,10 +56,7 @@ def dotted(path: tuple[Any, ...]) -> str:
 
 
 def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
-    """Returns a tree of bool: which parameters have one of the patterns in their dotted name.
-
-    Raises UserError if a pattern matches no parameter, or the patterns match all.
-    """
+    """Returns a tree of bool: which parameters have one of the patterns in their dotted name."""
     patterns = [pattern for pattern in patterns if pattern]  # --config.optim.frozen= gives an empty one
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: any(pattern in dotted(path) for pattern in patterns), params
@@ -81,8 +73,7 @@ def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
 def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.GradientTransformation:
     """Returns the optimizer of a run, for parameters of this structure.
 
-    Weight decay spares biases, norms and gates, and includes pos_proj.kernel, pos_embed and cls_token, as the
-    original's distributed runs do. Frozen parameters get neither gradient nor decay.
+    Weight decay includes pos_proj.kernel, pos_embed and cls_token, as the original's distributed runs do.
     """
     frozen = frozen_mask(params, optim.frozen)
     decayed = jax.tree_util.tree_map_with_path(lambda path, frozen: path[-1].key not in NO_DECAY and not frozen, frozen)

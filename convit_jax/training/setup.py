@@ -178,7 +178,9 @@ def make_steps(
     return Steps(
         graphdef=graphdef,
         train=lambda state, sums, batch: train(state, sums, batch, seed, teacher_params),
-        evaluate=jax.jit(make_eval_step(graphdef, config, gather(mesh)), out_shardings=replicated(mesh)),
+        evaluate=jax.jit(
+            make_eval_step(graphdef, config.data.mean, config.data.std, gather(mesh)), out_shardings=replicated(mesh)
+        ),
         first=lambda params: start(seed, params),
         shapes=jax.eval_shape(start, seed),
         no_sums=jax.jit(no_sums, out_shardings=replicated(mesh))(),

@@ -4,7 +4,7 @@ Metrics are sums that stay on the device from step to step. All randomness is a 
 and the row in the batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import jax
@@ -150,17 +150,15 @@ def _accumulated(grad_fn: Callable[..., Any], parts: int) -> Callable[..., Any]:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, config: ConfigDict, whole: Whole = lambda tree: tree
+    graphdef: nnx.GraphDef, mean: Sequence[float], std: Sequence[float], whole: Whole = lambda tree: tree
 ) -> Callable[[Any, Arrays], Arrays]:
-    """Returns step(params, batch) -> sums over a batch, to be compiled; arguments as of make_train_step.
+    """Returns step(params, batch) -> sums over a batch, to be compiled; see make_train_step.
 
-    The loss is the cross-entropy with the label. Rows whose batch["valid"] (bool [B]) is False do not count.
-    With C < 5 classes top-5 is top-C.
+    Rows whose batch["valid"] (bool [B]) is False do not count. With C < 5 classes top-5 is top-C.
     """
 
     def step(params: Any, batch: Arrays) -> Arrays:
-        images = normalize(batch["image"], tuple(config.data.mean), tuple(config.data.std))
-        logits = nnx.merge(graphdef, whole(params))(images)
+        logits = nnx.merge(graphdef, whole(params))(normalize(batch["image"], tuple(mean), tuple(std)))
         label, valid = batch["label"], batch["valid"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))

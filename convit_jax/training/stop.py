@@ -20,7 +20,7 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
 
     Several processes: JAX's preemption service takes SIGTERM on any of them, and `poll` sets `requested`
     on all of them at the same step. Python handles no SIGTERM here: a handler would replace the service's.
-        Ctrl-C ends the process that gets it, see `distributed.join`.
+    Ctrl-C ends the process that gets it, see `distributed.join`.
     """
 
     def __init__(self) -> None:
