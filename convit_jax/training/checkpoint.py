@@ -37,10 +37,7 @@ class Checkpoints:
         context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_PART
         self.directory = directory.absolute()
         self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=LatestAndBest(top1),
-            cleanup_tmp_directories=True,
-            context=context,
+            self.directory, preservation_policy=LatestAndBest(top1), cleanup_tmp_directories=True, context=context
         )
         self._saved = 0  # step that needs no saving: at first 0, which is made from the seed
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -79,21 +78,31 @@ def our_batches(
         yield from map(unreadable.take, rows)
 
 
-# ---- Pretrained weights, on images that they may not have been trained on -------------------
-
-
 def evaluate_weights(config: ConfigDict, loaded: Pretrained, params: dict[str, Any], mesh: Mesh) -> dict[str, float]:
-    """Evaluates parameters of weights on the test images of a config, with the weights' preprocessing.
-
-    Returns {"top1": per cent, "top5": per cent, "loss": mean, "images": count}. Raises UserError for images
-    that cannot be read, classes that do not match, and processes that would evaluate something else.
-    """
-    images, labels = _match_images(config, loaded, params)
-    count, how = len(images.indices), loaded.preprocessing
+    """Evaluates parameters of weights on the test images of a config, with the weights' preprocessing."""
+    classes, how = config.data.num_classes, loaded.preprocessing
+    phase("reading the lists of images")
+    source = distributed.first_then_others(lambda: open_source(config.data, "test"))
+    with distributed.together():
+        labels, remark = match_classes(source.class_names[:classes], loaded)  # the weights' label of each class
+        indices = select(source.labels, source.names, classes=len(source.class_names), num_classes=classes)
+    if remark:
+        say(remark)
+    distributed.check_same(
+        {
+            **distributed.comparable(config),
+            "what the weights are": {**loaded.settings, **dataclasses.asdict(how)},
+            "the digest of the weights": fingerprint({"labels": labels, "params": params}),
+            "the digest of the images' classes, labels and names": digest(source),
+        },
+        "start all processes with the same command, weights and images",
+    )
+    images = EvalExample(source, indices, loaded.settings["image_size"], how.crop_ratio, how.interpolation)
+    count = len(indices)
     batch_size = math.ceil(min(config.eval_batch_size, count) / mesh.size) * mesh.size
     say(f"{count:,} images of {len(labels)} classes in batches of {batch_size}; {how.words()}")
     tell = say if distributed.is_first() else distributed.warn
-    unreadable = Unreadable(images.source, config.data.max_unreadable, tell)
+    unreadable = Unreadable(source, config.data.max_unreadable, tell)
     rows = our_batches(images, unreadable, config, batch_size, 0, math.ceil(count / batch_size))
     progress = Progress("images", count, every=0.1, enabled=distributed.is_first())
 
@@ -109,32 +118,3 @@ def evaluate_weights(config: ConfigDict, loaded: Pretrained, params: dict[str, A
     progress.close()
     assert results is not None  # nothing stops it
     return results[""]
-
-
-def _match_images(config: ConfigDict, loaded: Pretrained, params: dict[str, Any]) -> tuple[EvalExample, np.ndarray]:
-    """(the test images, the weights' label of each class), the same on all processes, as are the parameters."""
-    phase("reading the lists of images")
-    source = distributed.first_then_others(lambda: open_source(config.data, "test"))
-    classes, how = config.data.num_classes, loaded.preprocessing
-    with distributed.together():
-        labels, remark = match_classes(source.class_names[:classes], loaded)
-        indices = select(
-            source.labels,
-            source.names,
-            classes=len(source.class_names),
-            num_classes=classes,
-            rule=config.data.subset_rule,
-            seed=config.seed,
-        )
-    if remark:
-        say(remark)
-    distributed.check_same(
-        {
-            **distributed.comparable(config),
-            "what the weights are": {**loaded.settings, **dataclasses.asdict(how)},
-            "the digest of the weights": fingerprint({"labels": labels, "params": params}),
-            "the digest of the images' classes, labels and names": digest(source),
-        },
-        "start all processes with the same command, weights and images",
-    )
-    return EvalExample(source, indices, loaded.settings["image_size"], how.crop_ratio, how.interpolation), labels

@@ -71,9 +71,7 @@ def put_same(tree: Any, shardings: Any) -> Any:
     jax.device_put would fetch every array from all processes to compare them.
     """
     return jax.tree.map(
-        lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, array.__getitem__),
-        tree,
-        shardings,
+        lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, array.__getitem__), tree, shardings
     )
 
 

@@ -23,7 +23,6 @@ FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was 
 TRAIN_STREAM = 0x7261696E  # separates the keys of training from those of the weights, which count from 0
 
 Arrays = dict[str, jax.Array]  # a batch or metrics, by name
-Whole = Callable[[Any], Any]
 
 
 class State(TypedDict):
@@ -50,14 +49,10 @@ def step_keys(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
 
 
 def train_metrics(*, distilled: bool = False) -> Arrays:
-    """Returns the metrics of an empty window of steps.
-
-    Sums over images: "loss", "correct", "images" and, if distilled, "distill_loss" (the teacher's part). "lr"
-    is that of the last step; "bad_step" the first step with a loss or gradient that is not finite, or FINE.
-    """
+    """Returns the metrics of an empty window of steps: sums over images, the last rate, the first bad step."""
     zero, none = jnp.float32(0), jnp.int32(0)
     sums = {"loss": zero, "correct": none, "images": none, "lr": zero, "bad_step": jnp.int32(FINE)}
-    return sums | ({"distill_loss": zero} if distilled else {})
+    return sums | ({"distill_loss": zero} if distilled else {})  # the teacher's part of the loss
 
 
 def augmented(batch: Arrays, keys: jax.Array, config: ConfigDict, num_classes: int) -> tuple[jax.Array, jax.Array]:
@@ -73,14 +68,13 @@ def make_train_step(
     schedule: Schedule,
     config: ConfigDict,
     num_classes: int,
-    whole: Whole = lambda tree: tree,
+    whole: Callable[[Any], Any] = lambda params: params,
     teacher: Teacher | None = None,
 ) -> Callable[..., tuple[State, Arrays]]:
     """Returns step(state, metrics, batch, seed, teacher_params=None) -> (state, metrics), to be compiled.
 
     batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. seed: uint32 [], an argument so that runs that
-    differ in it alone share a compiled program. graphdef: of the model, in evaluation mode. schedule: for the
-    metrics. whole: gathers parameters that are sharded over devices (sharding.gather).
+    differ in it alone share a compiled program. whole: gathers sharded parameters (sharding.gather).
     """
 
     def loss_fn(
@@ -150,7 +144,7 @@ def _accumulated(grad_fn: Callable[..., Any], parts: int) -> Callable[..., Any]:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, mean: Sequence[float], std: Sequence[float], whole: Whole = lambda tree: tree
+    graphdef: nnx.GraphDef, mean: Sequence[float], std: Sequence[float], whole: Callable[[Any], Any] = lambda x: x
 ) -> Callable[[Any, Arrays], Arrays]:
     """Returns step(params, batch) -> sums over a batch, to be compiled; see make_train_step.
 

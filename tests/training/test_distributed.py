@@ -136,7 +136,7 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
         (status, output, errors), other = two.ends()
     assert (status, errors) == (0, ""), errors
     assert other == (0, "", "")  # process 1 writes nothing
-    assert "... joining the processes that Slurm has started" in output
+    assert "... joining the other processes" in output
     assert "4 x cpu (data 2, fsdp 2) of 2 processes" in output
     assert output.count("Stopped by SIGTERM at step") == 1
     assert not own.exists()
@@ -151,7 +151,6 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
     with Two(command, slurm_tasks="1", flags=True, JAX_LOG_COMPILES="1") as two:
         (status, output, errors), (other_status, nothing, other_errors) = two.ends()
     assert (bool(status), bool(other_status), nothing) == (True, True, ""), errors
-    assert "... joining the 2 processes at 127.0.0.1:" in output
     assert "GPUs of a process: all" in output  # not Slurm's SLURM_LOCALID, one GPU of eight
     assert f"Continuing at step {step}" in output
     assert_same(saved(run), saved(tmp_path / "one"), atol=2e-5, rtol=1e-4)
@@ -250,8 +249,6 @@ def test_who_started_several_processes():
     mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
     assert distributed.cluster({}) is None
     assert distributed.cluster({**slurm, "SLURM_NTASKS": "1"}) is None
-    assert distributed.cluster({**mpi, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}) == ("Open MPI", "1")
-    with pytest.raises(UserError, match="Open MPI 5 does not say where process 0 is: add --coordinator"):
-        distributed.cluster(mpi)
+    assert distributed.cluster({**slurm, "SLURM_NTASKS": "2"}) == distributed.cluster(mpi) == "1"
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
-    assert distributed.cluster(pod) == ("Kubernetes", "3")
+    assert distributed.cluster(pod) == "3"

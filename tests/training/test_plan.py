@@ -46,15 +46,19 @@ def test_fewer_classes_make_a_smaller_head_and_a_smaller_test(digits_config):
 @pytest.mark.parametrize(
     ("field", "value", "devices", "message"),
     [
-        ("batch_size", 100, 8, "batch_size is 100, which 8 devices x 1 micro-batches do not divide: .* as 96, or"),
-        ("batch_size", 3, 8, "use a multiple of 8, as 8,"),
+        (
+            "batch_size",
+            100,
+            8,
+            "batch_size is 100, which 8 devices x 1 micro-batches do not divide",
+        ),
         ("eval_batch_size", 9, 2, "eval_batch_size is 9, which 2 devices"),
-        ("accumulate", 3, 1, "1 devices x 3 micro-batches do not divide: use a multiple of 3, as 81"),
+        ("accumulate", 3, 1, "1 devices x 3 micro-batches do not divide: use a multiple of 3, or"),
         ("epochs", 0, 1, "epochs is 0 .*: it must be in"),
         ("data.name", "digit", 1, "data.name is 'digit', did you mean 'digits'"),
         ("data.dir", "images", 1, "data.dir is set, but data.name=digits reads no files"),
         ("data.mean", (0.5,), 1, r"data.mean is \(0.5,\): give 3 numbers"),
-        ("distill.alpha", 0.9, 1, "distill.alpha is 0.9, which only distill.teacher uses: add that"),
+        ("distill.alpha", 0.9, 1, "distill.alpha is set, which only distill.teacher uses: add that"),
         ("model.num_classes", 5, 1, "model.num_classes is 5, but the data has 10 classes"),
         ("model.patch_size", 3, 1, "image_size 8 x 8 is not a multiple of patch_size 3"),
     ],
@@ -69,5 +73,5 @@ def test_a_distilled_run_may_leave_its_teacher_idle_but_no_field(digits_config):
     digits_config.distill.teacher, digits_config.distill.alpha = "anything", 0.0
     check_run(digits_config, devices=1)
     digits_config.distill.temperature = 3.0
-    with pytest.raises(UserError, match=r"distill.temperature is 3.0, which only distill.kind=soft uses"):
+    with pytest.raises(UserError, match=r"distill.temperature is set, which only distill.kind=soft uses"):
         check_run(digits_config, devices=1)

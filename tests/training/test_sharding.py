@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SPEEDS, assert_same, saved
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model
@@ -16,7 +16,6 @@ from convit_jax.training.loop import train
 from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.plan import make_plan
 from convit_jax.training.sharding import (
-    batch_sharding,
     gather,
     make_mesh,
     put_same,
@@ -69,7 +68,7 @@ def compiled_step(config, data, fsdp):
     shardings = state_shardings(mesh, (state, metrics))
     step = jax.jit(
         make_train_step(graphdef, optimizer, schedule, config, 10, gather(mesh)),
-        in_shardings=(*shardings, batch_sharding(mesh), replicated(mesh)),
+        in_shardings=(*shardings, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), replicated(mesh)),
         out_shardings=shardings,
         donate_argnums=0,
     )
@@ -113,12 +112,7 @@ def test_the_largest_axis_that_fsdp_divides_is_sharded():
 
 @pytest.mark.parametrize(
     ("data", "fsdp"),
-    [
-        (4, 4),
-        (-1, 3),
-        (0, 1),
-        (-1, 0),
-    ],
+    [(4, 4), (-1, 3), (0, 1), (-1, 0)],
 )
 def test_a_mesh_that_the_devices_do_not_fit_is_refused(data, fsdp):
     with pytest.raises(UserError, match=f"mesh.data is {data} and mesh.fsdp is {fsdp}, which does not fit 8 devices"):
