@@ -20,8 +20,6 @@ from convit_jax.training.plan import Plan
 from convit_jax.training.sharding import gather, put_batch, replicated
 from convit_jax.training.step import Arrays
 
-SHARE, MOST = 100, 64  # by default one test image in SHARE, at most MOST
-
 
 def make_attention_log(
     graphdef: nnx.GraphDef, config: ConfigDict, plan: Plan, mesh: Mesh
@@ -31,7 +29,8 @@ def make_attention_log(
     What the model or the config does not have is left out. All processes call it together.
     """
     images = len(plan.test.indices)
-    count = min(-(-images // SHARE), MOST) if config.locality.images is None else min(config.locality.images, images)
+    wanted = config.locality.images
+    count = min(-(-images // 100), 64) if wanted is None else min(wanted, images)
     batch = put_batch(spread_images(plan.test, count, mesh.size), mesh) if count else None
     whole = gather(mesh)
 

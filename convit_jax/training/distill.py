@@ -28,25 +28,19 @@ class Teacher:
 
     graphdef: nnx.GraphDef  # in evaluation mode
     settings: ConfigDict  # config.distill
-    columns: np.ndarray | None  # int32 [C], its label of each of the student's classes; None: the same
-    renormalise: tuple[np.ndarray, np.ndarray] | None  # (scale, shift), float32 [3], to its inputs; None: the same
+    columns: np.ndarray  # int32 [C], its label of each of the student's classes
+    renormalise: tuple[np.ndarray, np.ndarray]  # (scale, shift), float32 [3], from the student's images to its own
     facts: dict[str, Any]  # for run.json
 
     def logits(self, params: Any, images: jax.Array) -> jax.Array:
         """Returns float32 [B, C] for the student's images, float32 [B, H, W, 3]."""
-        if self.renormalise is not None:
-            scale, shift = self.renormalise
-            images = images * scale + shift
-        logits = nnx.merge(self.graphdef, params)(images)
-        return logits if self.columns is None else logits[:, self.columns]
+        scale, shift = self.renormalise
+        return nnx.merge(self.graphdef, params)(images * scale + shift)[:, self.columns]
 
     def loss(
         self, params: Any, student: VisionTransformer, images: jax.Array, targets: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns (loss of a student, D, logits [B, C] as in evaluation: the mean of the heads), float32.
-
-        params: of the teacher. images, targets: normalised float32 [B, H, W, 3], soft labels float32 [B, C].
-        """
+        """Returns (loss of a student, D, logits [B, C] as in evaluation: the mean of the heads), float32."""
         if student.distilled:
             for_labels, for_teacher = student.both_logits(images, key=key)
         else:
@@ -80,11 +74,10 @@ def load_teacher(config: ConfigDict, plan: Plan) -> tuple[Teacher | None, dict[s
     except UserError as error:
         raise UserError(f"distill.teacher: {error}") from error
     mean, std, to_mean, to_std = map(np.array, (config.data.mean, config.data.std, how.mean, how.std))
-    renormalise = None
-    if (mean != to_mean).any() or (std != to_std).any():  # (x std + mean - to_mean) / to_std of a normalised x
-        renormalise = (std / to_std).astype(np.float32), ((mean - to_mean) / to_std).astype(np.float32)
-    notes = [*loaded.changes, "images renormalised for it" if renormalise else None, remark]
+    # (x std + mean - to_mean) / to_std of a normalised x
+    renormalise = (std / to_std).astype(np.float32), ((mean - to_mean) / to_std).astype(np.float32)
+    same = (mean == to_mean).all() and (std == to_std).all()
+    notes = [*loaded.changes, None if same else "images renormalised for it", remark]
     changes = [note for note in notes if note]
     facts = {"source": source, "network": describe_weights(loaded), "changes": changes, "weights": weights}
-    same = np.array_equal(columns, np.arange(known))
-    return Teacher(loaded.network[0], config.distill, None if same else columns, renormalise, facts), params
+    return Teacher(loaded.network[0], config.distill, columns, renormalise, facts), params

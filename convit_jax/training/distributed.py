@@ -125,10 +125,8 @@ def _check_flags(coordinator: str | None, num_processes: int | None, process_id:
 
 
 def cluster(environment: Mapping[str, str]) -> str | None:
-    """Returns the number of this process among several that were started, "?" on a TPU, or None if it is alone.
-
-    JAX finds the same and more, but also joins where a process is alone, as in an interactive job.
-    """
+    """Returns the number of this process among several that were started, "?" on a TPU, or None if it is alone."""
+    # JAX finds the same and more, but also joins where a process is alone, as in an interactive job.
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
         return environment["SLURM_PROCID"]
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
@@ -145,8 +143,7 @@ def cluster(environment: Mapping[str, str]) -> str | None:
 def ends_all() -> Iterator[None]:
     """Ends one of several processes at once, with one sentence, when an error stops only this process.
 
-    An orderly exit would wait for the other processes, which wait for this one. They end when they miss it:
-    after the heartbeat timeout of `join`, or at once if this is process 0.
+    An orderly exit would wait for the others, which wait for this one and end when they miss it.
     """
     try:
         yield

@@ -35,7 +35,7 @@ def evaluate(
     """Evaluates one or several sets of weights, {name: parameters}, in one pass over `our_batches`.
 
     Returns {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count}}, or None if `stopped`,
-    which all processes call before each batch, ended it. Raises UserError if no image could be read.
+    which all processes call before each batch, ended it.
     """
     parts: list[dict[str, Arrays]] = []  # sums over each batch, on the devices
     for batch in batches:
@@ -57,20 +57,15 @@ def evaluate(
 
 
 def our_batches(
-    example: TrainExample | EvalExample,
-    unreadable: Unreadable,
-    config: ConfigDict,
-    batch_size: int,
-    first: int,
-    last: int,
+    example: TrainExample | EvalExample, unreadable: Unreadable, workers: int, batch_size: int, steps: range
 ) -> Generator[Batch, None, None]:
-    """Yields this process's rows of the batches of steps first .. last - 1; close it to end the loader."""
+    """Yields this process's rows of the batches of some steps; close it to end the loader."""
     rows = batches(
         example,
         batch_size=batch_size,
-        start=first,
-        stop=last,
-        workers=min(config.data.workers, (last - first) // 4),  # starting them takes seconds
+        start=steps.start,
+        stop=steps.stop,
+        workers=min(workers, len(steps) // 4),  # starting them takes seconds
         process=jax.process_index(),
         processes=jax.process_count(),
     )
@@ -103,7 +98,7 @@ def evaluate_weights(config: ConfigDict, loaded: Pretrained, params: dict[str, A
     say(f"{count:,} images of {len(labels)} classes in batches of {batch_size}; {how.words()}")
     tell = say if distributed.is_first() else distributed.warn
     unreadable = Unreadable(source, config.data.max_unreadable, tell)
-    rows = our_batches(images, unreadable, config, batch_size, 0, math.ceil(count / batch_size))
+    rows = our_batches(images, unreadable, config.data.workers, batch_size, range(math.ceil(count / batch_size)))
     progress = Progress("images", count, every=0.1, enabled=distributed.is_first())
 
     def relabelled() -> Iterator[Batch]:

@@ -30,7 +30,7 @@ def run_schedule(config: ConfigDict, plan: Plan) -> Schedule:
     epoch_length = plan.train.slots.epoch_length
 
     def rate(t: Any, xp: Any) -> Any:
-        """Of a time in epochs, with numpy or jax.numpy."""
+        # t: a time in epochs; xp: numpy or jax.numpy
         peak, low = optim.lr * batch_size / 512, optim.min_lr
         warmup = optim.warmup_lr + t * (peak - optim.warmup_lr) / max(optim.warmup_epochs, 1e-9)
         cosine = low + 0.5 * (peak - low) * (1 + xp.cos(math.pi * t / epochs))

@@ -47,11 +47,9 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def gather(mesh: Mesh) -> Callable[[Any], Any]:
-    """Returns a function that replicates every array of a tree, for use inside a compiled step.
+    """Returns a function that replicates parameters in a compiled step, and shards their gradients again.
 
-    Parameters sharded over fsdp are gathered once a step and their gradients are sharded like them, so that
-    XLA can scatter the sums over devices. Left to itself, the partitioner shards activations along the
-    parameters' axes, which moves far more data.
+    Left to itself, XLA shards activations along the parameters' axes, which moves far more data.
     """
 
     @jax.custom_vjp
@@ -66,10 +64,7 @@ def gather(mesh: Mesh) -> Callable[[Any], Any]:
 
 
 def put_same(tree: Any, shardings: Any) -> Any:
-    """Returns numpy arrays, the same on every process, as global arrays on the devices.
-
-    jax.device_put would fetch every array from all processes to compare them.
-    """
+    """Returns global arrays of numpy arrays that all processes have; jax.device_put would compare them, at length."""
     return jax.tree.map(
         lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, array.__getitem__), tree, shardings
     )

@@ -17,7 +17,7 @@ from convit_jax.training.loop import train
 def on_folder(config, folder, **fields):
     """A config for an image folder of 18 training and 6 test images: three steps an epoch."""
     config.data.name, config.data.dir = "folder", str(folder)
-    config.batch_size, config.eval_batch_size = 6, 4
+    config.batch_size, config.eval_batch_size, config.model.image_size = 6, 4, (8, 12)
     config.update(fields)
     return config
 
@@ -49,21 +49,8 @@ def test_what_a_run_leaves_behind(tmp_path):
         assert f"  {name} " in summary
 
 
-def test_the_training_step_is_compiled_once(digits_config, tmp_path, monkeypatch):
-    traces, make = [], setup.make_train_step
-
-    def counted(*args):
-        step = make(*args)
-        return lambda *inputs: (traces.append(None), step(*inputs))[1]
-
-    monkeypatch.setattr(setup, "make_train_step", counted)
-    train(digits_config, tmp_path)
-    assert len(traces) == 1
-
-
 def test_images_of_other_names_do_not_continue_a_run(digits_config, image_folder, tmp_path, monkeypatch):
     config = on_folder(digits_config, image_folder, steps=2)
-    config.model.image_size = (12, 18)
     compared = []
     monkeypatch.setattr(setup, "check_same", lambda facts, *_: compared.append(facts))
     assert train(config, tmp_path / "run")["step"] == 2
@@ -110,11 +97,21 @@ def test_evaluation_is_exact(digits_config, trained):
     np.testing.assert_allclose(result["val_loss"], loss, rtol=1e-5)
 
 
-def test_it_learns_an_image_folder_and_evaluates_the_average_too(digits_config, image_folder, tmp_path):
+def test_it_learns_an_image_folder_with_one_compilation_and_evaluates_the_average_too(
+    digits_config, image_folder, tmp_path, monkeypatch
+):
+    traces, make = [], setup.make_train_step
+
+    def counted(*args):
+        step = make(*args)
+        return lambda *inputs: (traces.append(None), step(*inputs))[1]
+
+    monkeypatch.setattr(setup, "make_train_step", counted)
     config = on_folder(digits_config, image_folder, epochs=20, steps=None)
-    config.augment.crop, config.model.image_size, config.optim.lr = "resized", 16, 0.3
+    config.augment.crop, config.optim.lr = "resized", 0.3
     config.optim.ema_decay = 0.9
     last = train(config, tmp_path / "run")
+    assert len(traces) == 1
     assert last["val_top1"] > 99
     assert {"val_ema_top1", "val_ema_top5", "val_ema_loss"} <= set(last)
     assert last["val_loss"] != last["val_ema_loss"]
@@ -134,7 +131,7 @@ def test_unreadable_images_are_named_and_counted_until_there_are_too_many(
     assert last["val_top1"] in [pytest.approx(100 * hits / 5) for hits in range(6)]  # of 6 images
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-2]["unreadable_images"] == 1
 
-    config.epochs, config.steps, config.data.max_unreadable = 4, 12, 0
+    config.data.max_unreadable = 0
     with pytest.raises(UserError, match=r"bee/3\.jpg .* than data\.max_unreadable=0 allows"):
         train(config, tmp_path / "too many")
     assert not list((tmp_path / "too many/checkpoints").glob("[4-9]*"))
