@@ -218,11 +218,10 @@ def check_same(facts: Mapping[str, Any], remedy: str = "start all processes with
     """Raises Everywhere if the processes have different facts, {name: value that JSON can hold}."""
     first, *others = from_all(dict(facts))
     for process, theirs in enumerate(others, start=1):
-        for name in sorted({*first, *theirs}):
-            mine, wanted = theirs.get(name), first.get(name)
-            if mine != wanted:
-                where = f"process {process} of {len(others) + 1}"
-                raise Everywhere(f"{where}: {name} is {mine!r} here and {wanted!r} on process 0: {remedy}.")
+        for name in first:
+            if theirs.get(name) != first[name]:
+                values = f"{theirs.get(name)!r} here and {first[name]!r} on process 0"
+                raise Everywhere(f"process {process} of {len(others) + 1}: {name} is {values}: {remedy}.")
 
 
 def comparable(config: ConfigDict) -> dict[str, Any]:

@@ -50,21 +50,17 @@ def run_schedule(config: ConfigDict, plan: Plan) -> Schedule:
     return per_step if optim.schedule_per == "step" else per_epoch
 
 
-def dotted(path: tuple[Any, ...]) -> str:
-    """Returns "gpsa_blocks.attn.qk.kernel" for a key path of a nested dict."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
 def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
     """Returns a tree of bool: which parameters have one of the patterns in their dotted name."""
     patterns = [pattern for pattern in patterns if pattern]  # --config.optim.frozen= gives an empty one
-    mask = jax.tree_util.tree_map_with_path(
-        lambda path, _: any(pattern in dotted(path) for pattern in patterns), params
+    names = jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), params
     )
-    names = [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    mask = jax.tree.map(lambda name: any(pattern in name for pattern in patterns), names)
     for pattern in patterns:
-        if not any(pattern in name for name in names):
-            raise UserError(f"optim.frozen has {pattern!r}, which matches no parameter. They are: {', '.join(names)}.")
+        if not any(pattern in name for name in jax.tree.leaves(names)):
+            known = ", ".join(jax.tree.leaves(names))
+            raise UserError(f"optim.frozen has {pattern!r}, which matches no parameter. They are: {known}.")
     if all(jax.tree.leaves(mask)):
         raise UserError(f"optim.frozen is {patterns}, which leaves no parameter to train: freeze fewer.")
     return mask

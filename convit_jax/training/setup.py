@@ -145,8 +145,8 @@ class Training:
         with together():
             if not is_first():
                 wait_for_owner(workdir, owner)
-        if config.compilation_cache:  # one folder for all processes, see docs/clusters.md
-            use_compilation_cache(workdir / "compiled" if several() else config.compilation_cache)
+        shared = several() and config.compilation_cache  # one folder for all processes, see docs/clusters.md
+        use_compilation_cache(workdir / "compiled" if shared else config.compilation_cache)
         if config.init_from and not from_first(bool(checkpoint_steps(workdir))):
             phase("reading init_from")
             with together():

@@ -209,22 +209,15 @@ def test_ctrl_c_or_loss_of_one_process_ends_both(tmp_path, number, sentence):
     assert "process 0 of 2: an operation across processes failed (" in errors.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (ValueError("Gloo AllGather failed: closed\nmore"), "failed (Gloo AllGather failed: closed). If another"),
-        (KeyError("a bug"), "Traceback"),
-    ],
-)
-def test_an_error_of_one_process_ends_it_at_once(monkeypatch, capfd, error, sentence):
+def test_a_bug_in_one_process_ends_it_at_once_with_its_trace(monkeypatch, capfd):
     def leave(status):
         raise SystemExit(status)
 
     monkeypatch.setattr(distributed, "several", lambda: True)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit), distributed.ends_all():
-        raise error
-    assert sentence in capfd.readouterr().err
+        raise KeyError("a bug")
+    assert "Traceback" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -233,9 +226,7 @@ def test_an_error_of_one_process_ends_it_at_once(monkeypatch, capfd, error, sent
         ("node1", 2, 0),
         ("localhost:99999", 2, 0),
         ("localhost:1234", 2, 2),
-        ("localhost:1234", 0, 0),
         ("no host:1234", 2, 1),
-        ("localhost:1234", None, 0),
         (None, None, 0),
     ],
 )

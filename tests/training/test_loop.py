@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from conftest import assert_same, run_train, saved
 
-from convit_jax.data import examples
 from convit_jax.data.sources import Digits
 from convit_jax.errors import UserError
 from convit_jax.rundir import read_metrics
@@ -135,19 +134,3 @@ def test_unreadable_images_are_named_and_counted_until_there_are_too_many(
     with pytest.raises(UserError, match=r"bee/3\.jpg .* than data\.max_unreadable=0 allows"):
         train(config, tmp_path / "too many")
     assert not list((tmp_path / "too many/checkpoints").glob("[4-9]*"))
-
-
-def test_the_loader_draws_only_the_images_of_the_subset(digits_config, tmp_path, monkeypatch):
-    digits_config.data.sampling_ratio, digits_config.data.num_classes = 0.1, 4
-    digits_config.batch_size, digits_config.eval_batch_size = 8, 16
-    seen, decode = set(), examples.decode
-
-    def spy(record, name):
-        seen.add(name)
-        return decode(record, name)
-
-    monkeypatch.setattr(examples, "decode", spy)
-    train(digits_config, tmp_path)
-    assert {name.split("/")[0] for name in seen} == {"0", "1", "2", "3"}
-    images = json.loads((tmp_path / "run.json").read_text())["train_images"]
-    assert images == sum(int(count * 0.1) for count in np.bincount(Digits("train").labels)[:4])

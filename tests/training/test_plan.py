@@ -1,5 +1,6 @@
 """What a config amounts to, and which configs are refused."""
 
+import numpy as np
 import pytest
 
 from convit_jax.errors import UserError
@@ -13,13 +14,9 @@ def test_steps_epochs_and_evaluations(digits_config):
     assert plan.eval_at == {18, 36, 54}
     assert plan.eval_steps == 1
     assert plan.epoch(18) == 18 * 80 / 1437
-
-
-def test_a_cap_on_steps_leaves_the_schedule_alone(digits_config):
-    digits_config.epochs, digits_config.steps = 10, 20
+    digits_config.steps = 20  # the schedule stays
     plan = make_plan(digits_config, devices=1)
-    assert (plan.total_steps, plan.epochs) == (20, 10)
-    assert plan.eval_at == {20}
+    assert (plan.total_steps, plan.epochs, plan.eval_at) == (20, 3, {18, 20})
 
 
 def test_keeping_the_number_of_images_multiplies_the_epochs(digits_config):
@@ -36,11 +33,15 @@ def test_keeping_the_number_of_images_multiplies_the_epochs(digits_config):
     assert kept.total_steps == -(-2 * 1437 // 80)  # as many images as without sampling
 
 
-def test_fewer_classes_make_a_smaller_head_and_a_smaller_test(digits_config):
-    digits_config.data.num_classes = 3
+def test_fewer_classes_and_images_make_a_smaller_head_test_and_training(digits_config):
+    digits_config.data.num_classes, digits_config.data.sampling_ratio = 3, 0.1
+    digits_config.batch_size, digits_config.eval_batch_size = 8, 16
     plan = make_plan(digits_config, devices=1)
     assert plan.model["num_classes"] == 3
     assert len(plan.test.indices) == 3 * 36
+    labels, epoch = plan.train.source.labels, plan.train.slots.epoch_length
+    drawn = np.array(sorted({plan.train.slots.example(slot) for slot in range(2 * epoch)}))
+    assert np.bincount(labels[drawn]).tolist() == [int(0.1 * count) for count in np.bincount(labels)[:3]]
 
 
 @pytest.mark.parametrize(
