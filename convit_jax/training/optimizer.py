@@ -6,6 +6,7 @@ epoch, so that epochs 0 and 1 both run at warmup_lr (schedule_per="epoch"). sche
 curve without steps and without that delay.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,9 +54,8 @@ def run_schedule(config: ConfigDict, plan: Plan) -> Schedule:
 def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
     """Returns a tree of bool: which parameters have one of the patterns in their dotted name."""
     patterns = [pattern for pattern in patterns if pattern]  # --config.optim.frozen= gives an empty one
-    names = jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), params
-    )
+    dotted = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    names = jax.tree_util.tree_map_with_path(lambda path, _: dotted(path), params)
     mask = jax.tree.map(lambda name: any(pattern in name for pattern in patterns), names)
     for pattern in patterns:
         if not any(pattern in name for name in jax.tree.leaves(names)):

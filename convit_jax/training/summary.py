@@ -85,23 +85,19 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
     mesh = ", ".join(f"{axis} {size}" for axis, size in run["mesh"].items())
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     each = " to ".join(f"{count:,}" for count in sorted({*run["train_images_per_class"]}))
-    rows = [
-        ("Model", f"{run['model']}, {run['parameters']:,} parameters, {height} x {width} px, {run['dtype']}"),
-        ("Cost", f"{run['macs'] / 1e9:.4g} GMACs = {run['flops'] / 1e9:.4g} GFLOPs per image, forward"),
-        (
-            "Data",
-            f"{run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images "
-            f"({each} per class), {run['classes']} classes, {run['test_images']:,} test images",
-        ),
-        ("Training", f"{run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs"),
-        ("Rate", f"{run['peak_learning_rate']:.4g} at most, with {config.optim.warmup_epochs:g} epochs of warm-up"),
-        ("Devices", f"{run['devices']} x {run['device_kind']} ({mesh}){processes}, jax {run['jax']}"),
+    lines = [
+        f"Model    {run['model']}, {run['parameters']:,} parameters, {height} x {width} px, {run['dtype']}",
+        f"Cost     {run['macs'] / 1e9:.4g} GMACs = {run['flops'] / 1e9:.4g} GFLOPs per image, forward",
+        f"Data     {run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images "
+        f"({each} per class), {run['classes']} classes, {run['test_images']:,} test images",
+        f"Training {run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs",
+        f"Rate     {run['peak_learning_rate']:.4g} at most, with {config.optim.warmup_epochs:g} epochs of warm-up",
+        f"Devices  {run['devices']} x {run['device_kind']} ({mesh}){processes}, jax {run['jax']}",
     ]
     if config.model.attention == "cudnn" and not cudnn_available():
-        rows.append(("Caution", "XLA computes attention: cudnn needs an NVIDIA GPU, Ampere or later"))
+        lines.append("Caution  XLA computes attention: cudnn needs an NVIDIA GPU, Ampere or later")
     if teacher := run["teacher"]:
-        rows.append(("Teacher", "; ".join([f"{teacher['source']}, {teacher['network']}", *teacher["changes"]])))
-    rows.append(("Run", str(workdir)))
+        lines.append("; ".join([f"Teacher  {teacher['source']}, {teacher['network']}", *teacher["changes"]]))
     settings = "  ".join(f"{name}={value}".replace(" ", "") for name, value in flatten(config).items())
     wrapped = textwrap.fill(settings, 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-    return "\n".join([*(f"{name:9}{text}" for name, text in rows), "Config", wrapped])
+    return "\n".join([*lines, f"Run      {workdir}", "Config", wrapped])

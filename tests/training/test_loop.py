@@ -2,11 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 from conftest import assert_same, run_train, saved
 
-from convit_jax.data.sources import Digits
 from convit_jax.errors import UserError
 from convit_jax.rundir import read_metrics
 from convit_jax.training import setup
@@ -48,17 +46,12 @@ def test_what_a_run_leaves_behind(tmp_path):
         assert f"  {name} " in summary
 
 
-def test_images_of_other_names_do_not_continue_a_run(digits_config, image_folder, tmp_path, monkeypatch):
+def test_images_of_other_names_do_not_continue_a_run(digits_config, image_folder, tmp_path):
     config = on_folder(digits_config, image_folder, steps=2)
-    compared = []
-    monkeypatch.setattr(setup, "check_same", lambda facts, *_: compared.append(facts))
     assert train(config, tmp_path / "run")["step"] == 2
     (image_folder / "train/bee/3.jpg").rename(image_folder / "train/bee/9.jpg")
     with pytest.raises(UserError, match="had images with other names"):
         train(config, tmp_path / "run")
-    first, second = compared[:2], compared[2:]  # what several processes compare
-    differ = {name for one, two in zip(first, second, strict=True) for name in one if one[name] != two[name]}
-    assert differ == {"the digest of the images' classes, labels and names"}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(digits_config, tmp_path):
@@ -71,29 +64,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
     with pytest.raises(UserError, match=r"not finite at step 6; step 4 is saved .* lower optim.lr"):
         train(digits_config, tmp_path)
     assert_same(good, saved(tmp_path))
-
-
-def test_evaluation_is_exact(digits_config, trained):
-    from flax import nnx
-
-    from convit_jax.data.augment import normalize
-    from convit_jax.models.variants import abstract_model, model_settings
-    from convit_jax.training.plan import model_arguments
-
-    log = trained / "metrics.jsonl"
-    log.write_text("".join(log.read_text().splitlines(True)[:-1]))  # without the evaluation, which is due
-    digits_config.eval_batch_size = 77  # which does not divide the 360 images
-    result = train(digits_config, trained)
-    graphdef, _ = abstract_model(model_settings(**model_arguments(digits_config, 10)))
-    model = nnx.merge(graphdef, saved(trained)["state"]["params"])
-    digits = Digits("test")
-    logits = np.asarray(model(normalize(digits.images, digits_config.data.mean, digits_config.data.std)))
-    order = np.argsort(-logits, axis=1)
-    label_logit = logits[np.arange(360), digits.labels]
-    assert result["val_top1"] == 100 * np.sum(order[:, 0] == digits.labels) / 360
-    assert result["val_top5"] == 100 * np.sum(order[:, :5] == digits.labels[:, None]) / 360
-    loss = np.mean(np.log(np.exp(logits).sum(1)) - label_logit)
-    np.testing.assert_allclose(result["val_loss"], loss, rtol=1e-5)
 
 
 def test_it_learns_an_image_folder_with_one_compilation_and_evaluates_the_average_too(
