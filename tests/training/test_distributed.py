@@ -1,5 +1,6 @@
 """Real processes over loopback: one training, whatever happens to one of them."""
 
+import contextlib
 import os
 import re
 import signal
@@ -25,58 +26,44 @@ NOISE = re.compile(
 )
 
 
-class Two:
-    """Two processes of a command, with two devices each, in a `with` that ends both."""
-
-    def __init__(self, command, *, slurm_tasks, flags=False, **environment):
-        with socket.socket() as trial:  # the system does not give its port again soon
-            trial.bind(("127.0.0.1", 0))
-            port = trial.getsockname()[1]
-        warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
-        xla = f"--xla_force_host_platform_device_count=2 {QUICK}"
-        ours = {**os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1", **environment}
-        # What srun sets, and JAX reads.
-        ours |= {"SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": slurm_tasks}
-        ours |= {"SLURM_STEP_NUM_NODES": "1", "JAX_COORDINATOR_PORT": f"{port}"}
-        self.processes = []
+@contextlib.contextmanager
+def two(command, *, slurm_tasks, flags=False, **environment):
+    """Two processes of a command, with two devices each, until the end of the context."""
+    with socket.socket() as trial:  # the system does not give its port again soon
+        trial.bind(("127.0.0.1", 0))
+        port = trial.getsockname()[1]
+    warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
+    xla = f"--xla_force_host_platform_device_count=2 {QUICK}"
+    # What srun sets, and JAX reads.
+    slurm = {"SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": slurm_tasks}
+    slurm |= {"SLURM_STEP_NUM_NODES": "1", "JAX_COORDINATOR_PORT": f"{port}"}
+    ours = {**os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1", **environment, **slurm}
+    with contextlib.ExitStack() as stack:
+        processes = []
         for index in range(2):
             which = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"] if flags else []
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, *warnings, *command, *which],
-                    cwd=ROOT,
-                    env={**ours, "SLURM_PROCID": f"{index}", "SLURM_LOCALID": f"{index}"},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
+            process = subprocess.Popen(
+                [sys.executable, *warnings, *command, *which],
+                cwd=ROOT,
+                env={**ours, "SLURM_PROCID": f"{index}", "SLURM_LOCALID": f"{index}"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            processes.append(process)
+        yield processes
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *exception):
-        for process in self.processes:
-            process.kill()
-            process.communicate()
-
-    def wait_for_step(self, workdir, step):
-        """Waits until metrics.jsonl has this step."""
-        deadline = time.monotonic() + 300
-        while not any(line["step"] >= step for line in read_metrics(workdir / "metrics.jsonl")):
-            for process in self.processes:
-                assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def ends(self):
-        """[(exit status, output, errors)] of the processes, without noise."""
-        ended = []
-        for process in self.processes:
-            texts = process.communicate(timeout=300)
-            lines = [[line for line in text.splitlines(True) if not NOISE.fullmatch(line)] for text in texts]
-            ended.append((process.returncode, *map("".join, lines)))
-        return ended
+def ends(processes):
+    """[(exit status, output, errors)] of processes, without noise."""
+    ended = []
+    for process in processes:
+        texts = process.communicate(timeout=300)
+        lines = [[line for line in text.splitlines(True) if not NOISE.fullmatch(line)] for text in texts]
+        ended.append((process.returncode, *map("".join, lines)))
+    return ended
 
 
 # What happens after the stop, in processes of which each step needs both.
@@ -130,10 +117,14 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
     config.compilation_cache = str(own)
     fields = {n: v for n, v in flatten(config).items() if v is not None and not isinstance(v, list)}
     settings = [f"--config.{name}={value}" for name, value in fields.items()]
-    with Two(["train.py", f"--workdir={run}", *settings], slurm_tasks="2") as two:
-        two.wait_for_step(run, 4)
-        two.processes[1].send_signal(signal.SIGTERM)
-        (status, output, errors), other = two.ends()
+    with two(["train.py", f"--workdir={run}", *settings], slurm_tasks="2") as processes:
+        deadline = time.monotonic() + 300
+        while not any(line["step"] >= 4 for line in read_metrics(run / "metrics.jsonl")):
+            assert all(process.poll() is None for process in processes), ends(processes)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        processes[1].send_signal(signal.SIGTERM)
+        (status, output, errors), other = ends(processes)
     assert (status, errors) == (0, ""), errors
     assert other == (0, "", "")  # process 1 writes nothing
     assert "... joining the other processes" in output
@@ -148,8 +139,8 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
     script = tmp_path / "worker"
     script.write_text(WORKER.replace("@ROOT@", str(ROOT)))
     command = [script, f"--checkpoint={run}", "--which=latest", "--heartbeat_timeout=5"]
-    with Two(command, slurm_tasks="1", flags=True, JAX_LOG_COMPILES="1") as two:
-        (status, output, errors), (other_status, nothing, other_errors) = two.ends()
+    with two(command, slurm_tasks="1", flags=True, JAX_LOG_COMPILES="1") as processes:
+        (status, output, errors), (other_status, nothing, other_errors) = ends(processes)
     assert (bool(status), bool(other_status), nothing) == (True, True, ""), errors
     assert "GPUs of a process: all" in output  # not Slurm's SLURM_LOCALID, one GPU of eight
     assert f"Continuing at step {step}" in output
@@ -196,12 +187,12 @@ cli.launch("worker", main, processes=True)
 def test_ctrl_c_or_loss_of_one_process_ends_both(tmp_path, number, sentence):
     script = tmp_path / "worker"
     script.write_text(LOST.replace("@ROOT@", str(ROOT)))
-    with Two([script, "--heartbeat_timeout=5"], slurm_tasks="2") as two:
-        for process in two.processes:
+    with two([script, "--heartbeat_timeout=5"], slurm_tasks="2") as processes:
+        for process in processes:
             while process.stdout.readline() != "started\n":
                 assert process.poll() is None, process.communicate()
-        two.processes[1].send_signal(number)
-        (status, _, errors), (other_status, _, other_errors) = two.ends()
+        processes[1].send_signal(number)
+        (status, _, errors), (other_status, _, other_errors) = ends(processes)
     assert status != 0
     assert other_status != 0
     assert sentence in other_errors

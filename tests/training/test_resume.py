@@ -141,20 +141,15 @@ def test_a_process_with_another_directory_of_that_name_is_told(digits_config, tm
 
 
 def test_killed_in_its_own_process_and_continued(tmp_path):
-    arguments = [
-        f"--workdir={tmp_path / 'killed'}",
-        "--config.steps=30",
-        "--config.batch_size=80",
-        "--config.model.embed_dim=18",
-        "--config.model.depth=2",
-        "--config.model.local_up_to_layer=1",
-        "--config.checkpoint_every=3",
-        "--config.log_every=2",
-    ]
+    model = {"embed_dim": 18, "depth": 2, "local_up_to_layer": 1}
+    fields = {"steps": 30, "batch_size": 80, "checkpoint_every": 3, "log_every": 2}
+    fields |= {f"model.{name}": value for name, value in model.items()}
+    arguments = [f"--config.{name}={value}" for name, value in fields.items()]
+    killed, whole = (f"--workdir={tmp_path}/{name}" for name in ("killed", "whole"))
     environment = {**os.environ, "XLA_FLAGS": ""}  # compiled as a user's
     kill_at = np.random.default_rng().integers(4, 24)
     print("kill at", kill_at)
-    command = [sys.executable, "train.py", *arguments, "--config.data.workers=1"]
+    command = [sys.executable, "train.py", killed, *arguments, "--config.data.workers=1"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not any(line["step"] >= kill_at for line in read_metrics(tmp_path / "killed/metrics.jsonl")):
@@ -163,8 +158,7 @@ def test_killed_in_its_own_process_and_continued(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)  # ends when the loader's worker is gone as well
-    assert run_train(*arguments, xla_flags="").returncode == 0
-    arguments[0] = f"--workdir={tmp_path / 'whole'}"
-    assert run_train(*arguments, xla_flags="").returncode == 0
+    for workdir in (killed, whole):
+        assert run_train(workdir, *arguments, xla_flags="").returncode == 0
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "killed"))
     assert curves(tmp_path / "whole") == curves(tmp_path / "killed")
