@@ -104,9 +104,9 @@ cli.launch("worker", main, define=evaluate._define_flags, config="", processes=T
 
 
 def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both(digits_config, tmp_path):
-    config = digits_config  # everything random on; the same global batch for any number of devices
-    config.steps, config.log_every, config.model.drop_path_rate, config.model.drop_rate = STEPS, 1, 0.2, 0.1
-    config.augment.mixup, config.augment.cutmix, config.mesh.data, config.mesh.fsdp = 0.8, 1.0, 2, 2
+    config = digits_config  # with randomness; the same global batch for any number of devices
+    config.steps, config.log_every, config.model.drop_path_rate, config.augment.mixup = STEPS, 1, 0.2, 0.8
+    config.model.depth, config.model.local_up_to_layer, config.mesh.data, config.mesh.fsdp = 2, 1, 2, 2
     train(config, tmp_path / "one")
 
     # ---- Slurm starts both, and stops one --------------------------------------------------------
