@@ -18,7 +18,6 @@ from convit_jax.training.loop import train
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
 from convit_jax.training.step import augmented, make_train_step, new_state, step_keys, train_metrics
-from convit_jax.training.summary import describe_run
 from convit_jax.weights import names, pretrained
 from convit_jax.weights.formats import Preprocessing, Pretrained, save_converted
 
@@ -52,12 +51,6 @@ def student(digits_config, tmp_path):
     digits_config.model.drop_path_rate = 0.2
     digits_config.distill.teacher = make_teacher(tmp_path / "teacher")
     return digits_config
-
-
-@pytest.fixture
-def run(student, train_once):
-    """The directory of the student's training."""
-    return train_once("student", student)
 
 
 def one_step(config, *, taught=True):
@@ -123,9 +116,6 @@ def test_with_alpha_0_the_student_learns_what_it_learns_alone_also_in_micro_batc
         np.testing.assert_allclose(expected[name], metrics[name], rtol=1e-5)
 
 
-# ---- What the teacher sees and says -----------------------------------------------------
-
-
 def taught_logits(config, images):
     """(Teacher, its logits) of a config for images normalised as the student's."""
     teacher, params = load_teacher(config, make_plan(config, devices=1))
@@ -157,23 +147,17 @@ def test_a_teacher_of_more_classes_computes_in_the_students_dtype_and_without_it
     np.testing.assert_array_equal(logits, expected[:, :3])
 
 
-# ---- Runs -------------------------------------------------------------------------------
-
-
-def test_a_run_logs_the_teachers_part_and_names_it(student, run):
+def test_a_run_names_its_teacher_and_continues_on_eight_devices_where_it_has_moved(student, tmp_path):
+    run, half = tmp_path / "run", tmp_path / "half"
+    train(student, run)
     lines = read_metrics(run / "metrics.jsonl")
     assert all(0 < line["train_distill_loss"] != line["train_loss"] for line in lines if "lr" in line)
-    facts = json.loads((run / "run.json").read_text())
-    assert facts["teacher"]["source"].endswith("/teacher")
+    teacher = json.loads((run / "run.json").read_text())["teacher"]
     tensors = pretrained.load(student.distill.teacher).tensors
     del tensors["pos_embed"]
-    assert facts["teacher"]["weights"] == pretrained.fingerprint(tensors)
-    assert f"Teacher  {facts['teacher']['source']}, ConViT: " in describe_run(student, facts, run)
+    assert (teacher["source"], teacher["weights"]) == (student.distill.teacher, pretrained.fingerprint(tensors))
     assert set(saved(run)["state"]) == {"step", "params", "opt_state"}
 
-
-def test_a_run_continues_on_eight_devices_with_a_teacher_that_moved_and_refuses_another(student, run, tmp_path):
-    half = tmp_path / "half"
     student.steps = 3
     train(student, half)
     (tmp_path / "teacher").rename(tmp_path / "moved")

@@ -212,18 +212,12 @@ def test_a_bug_in_one_process_ends_it_at_once_with_its_trace(monkeypatch, capfd)
 
 
 @pytest.mark.parametrize(
-    ("coordinator", "processes", "process"),
-    [
-        ("node1", 2, 0),
-        ("localhost:99999", 2, 0),
-        ("localhost:1234", 2, 2),
-        ("no host:1234", 2, 1),
-        (None, None, 0),
-    ],
+    "flags",
+    [("node1", 2, 0), ("localhost:99999", 2, 0), ("localhost:1234", 2, 2), ("no host:1234", 2, 1), (None, None, 0)],
 )
-def test_flags_that_do_not_fit_together(coordinator, processes, process):
-    with pytest.raises(UserError, match=rf"--coordinator is {coordinator}, .* give HOST:PORT of process 0"):
-        distributed.join(coordinator, processes, process, start_timeout=1, heartbeat=1)
+def test_flags_that_do_not_fit_together(flags):
+    with pytest.raises(UserError, match=rf"--coordinator is {flags[0]}, .* give HOST:PORT of process 0"):
+        distributed.join(*flags, start_timeout=1, heartbeat=1)
 
 
 def test_who_started_several_processes():
