@@ -88,7 +88,7 @@ def reference(for_labels, for_teacher, targets, teacher, *, kind, alpha, tau):
 
 
 @pytest.mark.parametrize(("kind", "distilled"), [("hard", True), ("soft", False)])
-def test_the_loss_is_deits_also_of_a_run_as_teacher(student, trained, kind, distilled):
+def test_the_loss_is_deits_also_of_a_run_as_teacher(trained, student, kind, distilled):
     student.model.distilled, student.model.drop_path_rate = distilled, 0.0
     if distilled:
         student.distill.teacher = str(trained)
@@ -99,7 +99,7 @@ def test_the_loss_is_deits_also_of_a_run_as_teacher(student, trained, kind, dist
     for_labels, for_teacher = map(np.asarray, both)
     teacher = np.asarray(load_pretrained(student.distill.teacher)(images))
     loss, part = reference(for_labels, for_teacher, targets, teacher, kind=kind, alpha=0.3, tau=tau)
-    assert len({*teacher.argmax(1)}) > 1
+    assert np.ptp(teacher, axis=0).max() > 0.01  # depends on the image
     np.testing.assert_allclose(metrics["loss"] / 16, loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["distill_loss"] / 16, part, rtol=1e-5)
     right = (for_labels + for_teacher).argmax(1) == targets.argmax(1)
