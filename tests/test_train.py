@@ -15,7 +15,7 @@ from convit_jax.config import load_config
         ("--config.batch_size=many", "flag --config.batch_size=many: invalid literal for int()"),
         ("--config=configs/ablations.py:x", "there is no ablation 'x'"),
         ("--epochs=3", "there is no flag --epochs, did you mean --config.epochs?"),
-        ("--config.data.name=digit", ", did you mean 'digits'?"),
+        ("--config.data.name=digit", "cannot open the TFDS data set 'digit' ("),
     ],
 )
 def test_a_mistake_is_one_sentence(argument, sentence, tmp_path):
