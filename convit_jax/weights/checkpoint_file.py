@@ -27,20 +27,10 @@ StorageReader = Callable[[Storage], bytes | memoryview]
 
 
 def read_state_dict(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, np.ndarray]:
-    """Returns the model's tensors in a .pth, .pt, .bin or .safetensors file, whose first bytes tell its kind.
+    """Returns {name: array, perhaps read-only} of the model in a .pth, .pt, .bin or .safetensors file.
 
-    The state dict is the whole file or lies under one of `PLACES`; everything else in the file is ignored.
-
-    Args:
-      path: of the file.
-      ema: read the moving average of the weights, which lies under one of `EMA_PLACES`.
-
-    Returns:
-      {name: array} with the file's shapes and dtypes (ml_dtypes' bfloat16 and float8), perhaps read-only.
-      The names lose `PREFIXES` that all of them have.
-
-    Raises:
-      UserError: the file cannot be read, is damaged or malicious, or has no state dict there.
+    The state dict is the whole file or lies under one of `PLACES` (with `ema`, the moving average, under one of
+    `EMA_PLACES`). Names lose `PREFIXES` that all of them have. Dtypes are the file's, also bfloat16 and float8.
     """
     # Without a buffer, read() makes no second copy.
     with explained(path), open(path, "rb", buffering=0) as file, damage_explained():
@@ -79,11 +69,9 @@ def _open(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
         return _read_safetensors(file), lambda storage: b""
     if head.startswith(b"\x80"):
         return _open_stream(file)
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError("it is a Git LFS pointer, not the file itself: run `git lfs pull`.")
     raise UserError(
-        "it is neither a PyTorch checkpoint (.pth, .pt) nor a safetensors file, perhaps a web page or cut off: "
-        "download it again, or save it with PyTorch 0.4 or later."
+        "it is neither a PyTorch checkpoint (.pth, .pt) nor a safetensors file, perhaps a web page or a Git LFS "
+        "pointer: download it again (`git lfs pull`), or save it with PyTorch 0.4 or later."
     )
 
 
@@ -145,10 +133,8 @@ def _open_zip(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
     if len(pickles) != 1:
         raise UserError("it is a zip archive that torch.save did not write: give the checkpoint inside.")
     root = pickles[0].removesuffix("data.pkl")
-    if any(info.compress_type for info in members.values()):
-        raise UserError("it is compressed, as PyTorch never does: unpack it and zip it again with `zip -0`.")
     if sum(info.file_size for info in members.values()) > size:
-        raise damaged("its members are larger than the file")
+        raise damaged("its members are larger than the file, perhaps compressed as PyTorch never does")
     for info in members.values():
         if not info.CRC:
             del info.CRC  # PyTorch can be told to write no checksums; then zipfile checks none

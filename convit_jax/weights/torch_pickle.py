@@ -29,8 +29,6 @@ ELEMENTS = (  # PyTorch's name, which is NumPy's too; PyTorch's storage class; s
 )
 # fmt: on
 MAX_INSTRUCTIONS = 200_000  # a training checkpoint of ConViT-B with optimizer and EMA has about 30,000
-MAX_AXES = 64  # of an array in NumPy
-WRONG_TENSOR = "its pickle has a tensor with wrong properties"
 
 
 def damaged(reason: str) -> UserError:
@@ -79,11 +77,10 @@ class Tensor:
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, np.dtype):
             raise damaged(f"its pickle has a tensor of an unknown type: {kind_of(self.dtype)}")
-        types = (type(self.storage), type(self.shape), type(self.strides))
-        if types != (Storage, tuple, tuple) or len(self.shape) > MAX_AXES:
-            raise damaged(WRONG_TENSOR)
-        if not all(type(number) is int and 0 <= number < 2**56 for number in (self.offset, *self.shape, *self.strides)):
-            raise damaged(WRONG_TENSOR)
+        typed = (type(self.storage), type(self.shape), type(self.strides)) == (Storage, tuple, tuple)
+        numbers = (self.offset, *self.shape, *self.strides) if typed else ()
+        if not 0 < len(numbers) < 2 * 64 + 2 or not all(type(n) is int and 0 <= n < 2**56 for n in numbers):
+            raise damaged("its pickle has a tensor with wrong properties")
         span = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         if self.nbytes and (self.offset + span + 1) * self.dtype.itemsize > self.storage.nbytes:
             raise damaged(f"a tensor of shape {shown(str(self.shape))} reaches beyond its storage")
@@ -210,10 +207,6 @@ def _storage(pid: Any) -> Storage:
 # ---- What a pickle may call: the functions of the same names in NAMES -----------------------
 
 
-def _ordered_dict() -> dict[Any, Any]:
-    return {}
-
-
 def _tensor_v2(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, flags: Any = None) -> Any:
     return _tensor_v3(storage, offset, shape, strides, grad, hooks, storage.dtype, flags)
 
@@ -237,7 +230,7 @@ def _tensor_of_type(function: Any, kind: Any, arguments: Any, _state: Any) -> An
 
 
 NAMES: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): lambda: {},
     ("torch._utils", "_rebuild_tensor_v2"): _tensor_v2,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _parameter,

@@ -128,8 +128,8 @@ def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
         (GOLDEN, {"dtyp": "bfloat16"}, "no setting 'dtyp', did you mean 'dtype'"),
         (GOLDEN, {"dtype": "float16"}, "choose float32 or bfloat16"),
         (tmp_path / "broken.pth", {}, r"do not fit .*missing: blocks.2.norm1.bias; unexpected: other"),
-        (tmp_path / "json/w", {}, r"cannot read .*config.json: it is damaged \(KeyError: 'class_names'"),
-        (tmp_path / "w", {"ema": True}, "holds no moving average"),
+        (tmp_path / "json/w", {}, r"cannot read .*config.json: it is damaged \(KeyError: 'preprocessing'"),
+        (tmp_path / "w", {"ema": True}, "no state dict under 'model_ema'"),
     ):
         with pytest.raises(UserError, match=message):
             convit_jax.load_pretrained(source, **options)
