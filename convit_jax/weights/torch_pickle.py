@@ -77,9 +77,10 @@ class Tensor:
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, np.dtype):
             raise damaged(f"its pickle has a tensor of an unknown type: {kind_of(self.dtype)}")
-        typed = (type(self.storage), type(self.shape), type(self.strides)) == (Storage, tuple, tuple)
-        numbers = (self.offset, *self.shape, *self.strides) if typed else ()
-        if not 0 < len(numbers) < 2 * 64 + 2 or not all(type(n) is int and 0 <= n < 2**56 for n in numbers):
+        if (type(self.storage), type(self.shape), type(self.strides)) != (Storage, tuple, tuple):
+            raise damaged("its pickle has a tensor with wrong properties")
+        numbers = (self.offset, *self.shape, *self.strides)
+        if len(self.shape) > 64 or not all(type(number) is int and 0 <= number < 2**56 for number in numbers):
             raise damaged("its pickle has a tensor with wrong properties")
         span = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         if self.nbytes and (self.offset + span + 1) * self.dtype.itemsize > self.storage.nbytes:
