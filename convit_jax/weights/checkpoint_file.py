@@ -15,40 +15,31 @@ import numpy as np
 import safetensors
 
 from convit_jax.errors import UserError, explained
-from convit_jax.weights.torch_pickle import DTYPES, ELEMENTS, Storage, Tensor, damaged, kind_of, shown, unpickle
+from convit_jax.weights.torch_pickle import ELEMENTS, Storage, Tensor, damaged, kind_of, shown, unpickle
 
 PLACES = ("model", "state_dict", "model_state_dict")  # where checkpoints keep the model's state dict
 EMA_PLACES = ("model_ema", "state_dict_ema")  # of the authors' and of timm's training
 PREFIXES = ("module.", "_orig_mod.")  # of torch's DataParallel and of torch.compile
 
-SAFETENSORS = {code: DTYPES[name] for name, _, code in ELEMENTS if code}
+SAFETENSORS = {code: np.dtype(name) for name, _, code in ELEMENTS if code}
 MAGIC = 0x1950A86A20F9469CFC6C  # begins a file in PyTorch's stream format
 StorageReader = Callable[[Storage], bytes | memoryview]
 
 
 def read_state_dict(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, np.ndarray]:
-    """Returns the model's tensors in a .pth, .pt, .bin or .safetensors file, whose first bytes tell its kind.
+    """Returns {name: array, perhaps read-only} of the model in a .pth, .pt, .bin or .safetensors file.
 
-    The state dict is the whole file or lies under one of `PLACES`; everything else in the file is ignored.
-
-    Args:
-      path: of the file.
-      ema: read the moving average of the weights, which lies under one of `EMA_PLACES`.
-
-    Returns:
-      {name: array} with the file's shapes and dtypes (ml_dtypes' bfloat16 and float8), perhaps read-only.
-      The names lose `PREFIXES` that all of them have.
-
-    Raises:
-      UserError: the file cannot be read, is damaged or malicious, or has no state dict there.
+    The state dict is the whole file or lies under one of `PLACES` (with `ema`, the moving average, under one of
+    `EMA_PLACES`). Names lose `PREFIXES` that all of them have. Dtypes are the file's, also bfloat16 and float8.
     """
-    with explained(path), open(path, "rb") as file, damage_explained():
+    # Without a buffer, read() makes no second copy.
+    with explained(path), open(path, "rb", buffering=0) as file, damage_explained():
         size = os.fstat(file.fileno()).st_size
         tree, read_storage = _open(file, size)
         tensors = _find_state_dict(tree, ema)
         if sum(tensor.nbytes for tensor in tensors.values()) > 4 * size + 2**24:
             raise damaged("its tensors repeat a few numbers to far more than the file's size")
-        read_once = functools.cache(lambda storage: np.frombuffer(read_storage(storage), np.uint8))
+        read_once = functools.cache(read_storage)
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor):
                 tensors[name] = tensor.array(read_once(tensor.storage))
@@ -64,7 +55,7 @@ def damage_explained() -> Iterator[None]:
         yield
     except (UserError, OSError, MemoryError):
         raise
-    except Exception as error:  # zipfile, pickle and safetensors do not document what they raise
+    except Exception as error:  # zipfile, pickletools and safetensors do not document what they raise
         raise damaged(f"{type(error).__name__}: {shown(str(error))}") from error
 
 
@@ -78,11 +69,9 @@ def _open(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
         return _read_safetensors(file), lambda storage: b""
     if head.startswith(b"\x80"):
         return _open_stream(file)
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError("it is a Git LFS pointer, not the file itself: run `git lfs pull`.")
     raise UserError(
-        "it is neither a PyTorch checkpoint (.pth, .pt) nor a safetensors file, perhaps a web page or cut off: "
-        "download it again, or save it with PyTorch 0.4 or later."
+        "it is neither a PyTorch checkpoint (.pth, .pt) nor a safetensors file, perhaps a web page or a Git LFS "
+        "pointer: download it again (`git lfs pull`), or save it with PyTorch 0.4 or later."
     )
 
 
@@ -94,23 +83,21 @@ def _find_state_dict(tree: Any, ema: bool) -> dict[str, Any]:
     places = EMA_PLACES if ema else PLACES
     inside = [tree.get(place) for place in places] if isinstance(tree, dict) else []
     for found in inside if ema else [*inside, tree]:
-        if isinstance(found, dict) and any(_is_tensor(value) for value in found.values()):
-            others = {name: value for name, value in found.items() if type(name) is not str or not _is_tensor(value)}
+        items = found.items() if isinstance(found, dict) else ()
+        tensors = {name: value for name, value in items if isinstance(value, (Tensor, np.ndarray))}
+        if tensors:
+            others = {name: value for name, value in items if name not in tensors or type(name) is not str}
             if others:
                 raise UserError(
                     f"its state dict has entries that are no tensors ({_described(others)}): "
                     "load it with PyTorch and save the tensors alone."
                 )
-            return dict(found)
+            return tensors
     where = " or ".join(map(repr, places))
     raise UserError(
         f"it has no state dict {'' if ema else 'as a whole or '}under {where}; it holds {_described(tree)}: "
         "save the model's state_dict()."
     )
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, (Tensor, np.ndarray))
 
 
 def _described(tree: Any) -> str:
@@ -125,14 +112,17 @@ def _described(tree: Any) -> str:
 
 
 def _read_safetensors(file: IO[bytes]) -> dict[str, np.ndarray]:
-    tensors = safetensors.deserialize(file.read())  # load_file does not read float8
-    unknown = {tensor["dtype"] for _, tensor in tensors} - SAFETENSORS.keys()
-    if unknown:
-        raise UserError(f"it has tensors of type {', '.join(sorted(unknown))}: save them as another type.")
-    return {
-        name: np.ndarray(tensor["shape"], SAFETENSORS[tensor["dtype"]], tensor["data"])
-        for name, tensor in sorted(tensors, key=lambda entry: entry[0])  # they come in random order
-    }
+    """Views of the file's content. (The library copies every tensor, and does not read float8.)"""
+    data, tensors = file.read(), {}
+    place = 8 + int.from_bytes(data[:8], "little")
+    with safetensors.safe_open(file.name, "np") as header:  # checks it
+        for name in header.offset_keys():  # each tensor begins where the one before it ends
+            tensor = header.get_slice(name)
+            if tensor.get_dtype() not in SAFETENSORS:
+                raise UserError(f"it has tensors of type {tensor.get_dtype()}: save them as another type.")
+            tensors[name] = np.ndarray(tensor.get_shape(), SAFETENSORS[tensor.get_dtype()], data, place)
+            place += tensors[name].nbytes
+    return tensors
 
 
 def _open_zip(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
@@ -143,10 +133,8 @@ def _open_zip(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
     if len(pickles) != 1:
         raise UserError("it is a zip archive that torch.save did not write: give the checkpoint inside.")
     root = pickles[0].removesuffix("data.pkl")
-    if any(info.compress_type for info in members.values()):
-        raise UserError("it is compressed, as PyTorch never does: unpack it and zip it again with `zip -0`.")
     if sum(info.file_size for info in members.values()) > size:
-        raise damaged("its members are larger than the file")
+        raise damaged("its members are larger than the file, perhaps compressed as PyTorch never does")
     for info in members.values():
         if not info.CRC:
             del info.CRC  # PyTorch can be told to write no checksums; then zipfile checks none

@@ -1,4 +1,4 @@
-"""Weights with their settings, from a file, a converted directory, one from the Hub, or a run.
+"""Weights with their settings, as read from files and run directories and written to files.
 
 Tensors keep the original's names and the file's dtype until a model takes them, so that exporting gives
 back the same tensors.
@@ -26,11 +26,9 @@ from convit_jax.models.vit import VisionTransformer
 from convit_jax.rundir import atomic_write
 from convit_jax.weights import names
 from convit_jax.weights.architecture import infer
-from convit_jax.weights.checkpoint_file import damage_explained, read_state_dict
+from convit_jax.weights.checkpoint_file import damage_explained
 
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
-
-
 TIMM = {"crop_ratio": "crop_pct", "interpolation": "interpolation", "mean": "mean", "std": "std"}  # its names
 
 
@@ -82,6 +80,11 @@ class Pretrained:
         """Returns the model."""
         return nnx.merge(self.network[0], names.to_params(self.tensors, self.network[1], jax.device_put))
 
+    def with_settings(self, **changes: Any) -> "Pretrained":
+        """Returns the same weights with some settings changed and checked."""
+        settings = model_settings("convit_tiny", **{**self.settings, **changes})  # every setting is given
+        return dataclasses.replace(self, settings=settings)
+
     def class_name(self, label: int) -> str:
         """Returns the name of a class, "class 7" if it has none."""
         names = self.class_names or ()
@@ -89,45 +92,31 @@ class Pretrained:
 
 
 def from_state_dict(
-    tensors: Mapping[str, np.ndarray], source: str, wanted: Mapping[str, Any], config: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str, image_size: Any, num_heads: int | None
 ) -> Pretrained:
-    """Returns the Pretrained of a state dict. The architecture is inferred.
+    """Returns the Pretrained of a state dict with the config.json beside it, ours or timm's, or an empty one.
 
-    `wanted` has num_heads, num_classes and image_size of the caller. `config` is as timm's config.json; what
-    it lacks is as in the recipe, and 1,000 classes are ImageNet's.
+    What timm's lacks is as in the recipe, and 1,000 classes are ImageNet's.
     """
-    config = {**config, **config.get("pretrained_cfg", {})}
-    trained_at = tuple(config["input_size"][1:]) if "input_size" in config else None
-    settings = infer(tensors, source, trained_at=trained_at, **wanted)
-    # The authors do not resize images of 32 pixels or less.
-    how: dict[str, Any] = {"crop_ratio": 0.875 if max(settings["image_size"]) > 32 else 1.0}
-    how.update({ours: config[theirs] for ours, theirs in TIMM.items() if config.get(theirs) is not None})
-    class_names = config.get("label_names") or (IMAGENET if settings["num_classes"] == len(IMAGENET) else ())
-    return Pretrained(tensors, settings, Preprocessing(**how), tuple(class_names) or None, source)
-
-
-def from_hub(path: Path, file: Path, source: str, wanted: Mapping[str, Any]) -> Pretrained:
-    """Returns the Pretrained of a directory with timm's config.json and a file of weights."""
-    tensors = read_state_dict(file)
-    with _read_json(path / "config.json") as config:
-        return from_state_dict(tensors, source, wanted, config)
-
-
-def from_converted(path: Path) -> Pretrained:
-    """Returns the Pretrained of a directory that `save_converted` wrote."""
-    tensors = read_state_dict(path / "weights.safetensors")
-    with _read_json(path / "config.json") as config:
-        settings = model_settings("convit_tiny", **config["model"])  # the config has every setting
-        class_names = tuple(config["class_names"] or ()) or None
-        return Pretrained(tensors, settings, Preprocessing(**config["preprocessing"]), class_names, str(path))
+    if "model" in config:  # ours has every setting
+        settings, how = model_settings("convit_tiny", **config["model"]), config["preprocessing"]
+        class_names = config["class_names"]
+    else:
+        config = {**config, **config.get("pretrained_cfg", {})}
+        settings = infer(tensors, source, image_size=image_size, num_heads=num_heads)
+        how = {ours: config[theirs] for ours, theirs in TIMM.items() if config.get(theirs) is not None}
+        if max(settings["image_size"]) <= 32:  # the authors do not resize such images
+            how = {"crop_ratio": 1.0, **how}
+        class_names = config.get("label_names") or (IMAGENET if settings["num_classes"] == len(IMAGENET) else None)
+    return Pretrained(tensors, settings, Preprocessing(**how), tuple(class_names or ()) or None, source)
 
 
 def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
-    """Returns the Pretrained of a run directory, with the architecture and preprocessing of its config."""
+    """Reads a run directory, with the architecture and preprocessing of its config."""
     from convit_jax.weights.run import read_run  # Orbax takes a second to import
 
     tensors = names.to_state_dict(read_run(path, which, ema))
-    with _read_json(path / "config.json") as config, _read_json(path / "run.json") as run:
+    with read_json(path / "config.json") as config, read_json(path / "run.json") as run:
         given = {name: value for name, value in config["model"].items() if value is not None}
         settings = model_settings(**{"num_classes": run["classes"], **given})
         how = Preprocessing(**{name: config["data"][name] for name in ("crop_ratio", "mean", "std")})
@@ -135,7 +124,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
 
 
 @contextlib.contextmanager
-def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+def read_json(path: Path) -> Iterator[dict[str, Any]]:
     """What a JSON file holds; errors inside that come from its contents become a UserError."""
     with explained(path), damage_explained():
         yield json.loads(path.read_text())
@@ -150,10 +139,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def save_converted(loaded: Pretrained, directory: Path) -> None:
-    """Writes a directory with weights.safetensors and config.json, completely or not at all.
+    """Writes weights.safetensors and config.json in a directory, completely or not at all.
 
-    Raises:
-      OSError: the disk does not take it; a directory that was there before is kept.
+    Raises OSError if the disk does not take it; then a directory that was there before is kept.
     """
     config = {
         "model": loaded.settings,

@@ -14,15 +14,11 @@ PUBLISHED = {name: f"timm/{name}.fb_in1k" for name in (  # the authors' name: th
     "deit_base_distilled_patch16_224", "deit_base_distilled_patch16_384",
 )}
 # fmt: on
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is taken
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # one of them is in a repository
 
 
 def fetch(source: str) -> Path:
-    """Returns the path of weights: `source` itself, or the folder of what the Hub has under that name.
-
-    Raises:
-      UserError: it is in neither place, or the Hub cannot be reached.
-    """
+    """Returns the path of weights: `source` itself, or the folder of what the Hub has under that name."""
     path, repo = Path(source).expanduser(), PUBLISHED.get(source, source)
     if path.exists():
         return path

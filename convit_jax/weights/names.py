@@ -18,22 +18,46 @@ from convit_jax.errors import UserError
 LEAVES = {"kernel": "weight", "scale": "weight"}
 
 
-def name_table(params: Any) -> list[tuple[list[str], Any, bool, list[str]]]:
-    """Returns (path, leaf, stacked, names) for every leaf of our parameters, a nested dict of arrays or shapes.
-
-    `path` has the keys of the leaf, `names` those of the original's tensors: one per layer if the leaf is
-    stacked, else one.
-    """
+def name_table(params: Any) -> dict[str, Any]:
+    """Returns our parameters (or their shapes) with each leaf replaced by the original's names, one per layer."""
     local = jax.tree.leaves(params["gpsa_blocks"])[0].shape[0] if "gpsa_blocks" in params else 0
     first = {"gpsa_blocks": 0, "sa_blocks": local}
-    rows = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        keys = [entry.key for entry in path]
-        stack, *within = [LEAVES.get(key, key) for key in keys]
-        layers = range(leaf.shape[0]) if stack in first else ()
-        names = [".".join(["blocks", str(first[stack] + layer), *within]) for layer in layers]
-        rows.append((keys, leaf, stack in first, names or [".".join([stack, *within])]))
-    return rows
+
+    def names(path: Any, leaf: Any) -> list[str]:
+        stack, *within = [LEAVES.get(entry.key, entry.key) for entry in path]
+        if stack not in first:
+            return [".".join([stack, *within])]
+        return [".".join(["blocks", str(first[stack] + layer), *within]) for layer in range(leaf.shape[0])]
+
+    return jax.tree_util.tree_map_with_path(names, params)
+
+
+def to_params(
+    tensors: Mapping[str, np.ndarray], params: Any, put: Callable[[np.ndarray], Any] = lambda array: array
+) -> dict[str, Any]:
+    """Returns our parameters, a nested dict of float32 arrays, of a state dict that `check_state_dict` has passed.
+
+    `params` are our parameters or their shapes. `put` takes each finished array, as jax.device_put, so that the
+    host holds one at a time.
+    """
+
+    def fill(leaf: Any, names: list[str]) -> Any:
+        layers = [_from_original(tensors[name]) for name in names]
+        return put(np.stack(layers, dtype=np.float32).reshape(leaf.shape))
+
+    return jax.tree.map(fill, params, name_table(params))
+
+
+def to_state_dict(params: Any) -> dict[str, np.ndarray]:
+    """Returns the original's state dict of our parameters, {name: array or view of the parameters}."""
+    tensors: dict[str, np.ndarray] = {}
+
+    def split(leaf: Any, names: list[str]) -> None:
+        layers = np.asarray(leaf) if names[0].startswith("blocks.") else np.asarray(leaf)[None]
+        tensors.update({name: _to_original(layer) for name, layer in zip(names, layers, strict=True)})
+
+    jax.tree.map(split, params, name_table(params))
+    return tensors
 
 
 def state_dict_shapes(params: Any) -> dict[str, tuple[int, ...]]:
@@ -43,11 +67,7 @@ def state_dict_shapes(params: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_state_dict(tensors: Mapping[str, np.ndarray], params: Any, source: str) -> None:
-    """Checks every name, shape and dtype of a state dict from `source` against our parameters (or their shapes).
-
-    Raises:
-      UserError: lists all names that are missing or unexpected, and all shapes and dtypes that do not fit.
-    """
+    """Raises UserError that lists all names, shapes and dtypes in a state dict that do not fit our parameters."""
     expected = state_dict_shapes(params)
     faults = {
         "missing": [name for name in expected if name not in tensors],
@@ -64,36 +84,6 @@ def check_state_dict(tensors: Mapping[str, np.ndarray], params: Any, source: str
             f"the weights in {source} do not fit a ConViT or DeiT of their sizes ({found}): "
             "give a checkpoint of such a model."
         )
-
-
-def to_params(
-    tensors: Mapping[str, np.ndarray], params: Any, put: Callable[[np.ndarray], Any] = lambda array: array
-) -> dict[str, Any]:
-    """Returns our parameters, a nested dict of float32 arrays, of a state dict.
-
-    Args:
-      tensors: {name: array of any float type}; `check_state_dict` has passed it.
-      params: our parameters, or their shapes.
-      put: called with each finished array, as jax.device_put; so the host holds one at a time.
-    """
-    filled: dict[str, Any] = {}
-    for keys, _, stacked, names in name_table(params):
-        layers = [_from_original(tensors[name]) for name in names]
-        branch = filled
-        for key in keys[:-1]:
-            branch = branch.setdefault(key, {})
-        array = np.stack(layers, dtype=np.float32) if stacked else np.array(layers[0], np.float32, order="C")
-        branch[keys[-1]] = put(array)
-    return filled
-
-
-def to_state_dict(params: Any) -> dict[str, np.ndarray]:
-    """Returns the original's state dict of our parameters, {name: array or view of the parameters}."""
-    tensors = {}
-    for _, leaf, stacked, names in name_table(params):
-        layers = np.asarray(leaf) if stacked else np.asarray(leaf)[None]
-        tensors.update({name: _to_original(array) for name, array in zip(names, layers, strict=True)})
-    return tensors
 
 
 def _from_original(tensor: np.ndarray) -> np.ndarray:

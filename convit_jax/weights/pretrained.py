@@ -16,11 +16,10 @@ import numpy as np
 
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.layers import TRUNC_NORMAL
-from convit_jax.models.variants import model_settings
 from convit_jax.models.vit import VisionTransformer, patch_grid
 from convit_jax.rundir import is_run
 from convit_jax.weights.checkpoint_file import read_state_dict
-from convit_jax.weights.formats import Pretrained, from_converted, from_hub, from_run, from_state_dict
+from convit_jax.weights.formats import Pretrained, from_run, from_state_dict, read_json
 from convit_jax.weights.hub import WEIGHTS, fetch
 from convit_jax.weights.names import check_state_dict
 from convit_jax.weights.positions import resize_pos_embed
@@ -73,31 +72,27 @@ def load(
     ema: bool = False,
     seed: int = 0,
 ) -> Pretrained:
-    """Returns the Pretrained of a source with every name and shape checked; see load_pretrained."""
+    """Returns the Pretrained of a source, with every name and shape checked; see load_pretrained."""
     source = str(source)
     path = fetch(source)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    wanted = dict(num_heads=num_heads, num_classes=num_classes, image_size=size)
-    if path.is_file():
-        loaded = from_state_dict(read_state_dict(path, ema=ema), source, wanted, {})
-    elif is_run(path):
+    if is_run(path):
         loaded = from_run(path, which, ema)
-    elif ema:
-        raise UserError(f"{source} holds no moving average: give a run directory, or leave ema out.")
-    elif (path / "weights.safetensors").exists():
-        loaded = from_converted(path)
-    elif files := [path / name for name in WEIGHTS if (path / name).exists()]:
-        loaded = from_hub(path, files[0], source, wanted)
+    elif path.is_file():
+        loaded = from_state_dict(read_state_dict(path, ema=ema), {}, source, size, num_heads)
+    elif files := [path / name for name in ("weights.safetensors", *WEIGHTS) if (path / name).exists()]:
+        tensors = read_state_dict(files[0], ema=ema)
+        with read_json(path / "config.json") as config:
+            loaded = from_state_dict(tensors, config, source, size, num_heads)
     else:
         raise UserError(
             f"{path} is neither a run directory (it has no checkpoints) nor a converted one (it has no "
             "weights.safetensors): give one of these, or a checkpoint file."
         )
-    head = loaded.tensors.get("head.weight")
-    if num_classes is not None and (head is None or len(head) != num_classes):
+    check_state_dict(loaded.tensors, loaded.network[1], source)
+    if num_classes not in (None, loaded.settings["num_classes"]):
         loaded = _with_new_head(loaded, num_classes, seed)
-    check_state_dict(loaded.tensors, loaded.network[1], loaded.source)
-    return loaded if size is None else _resized(loaded, size)
+    return loaded if size in (None, loaded.settings["image_size"]) else _resized(loaded, size)
 
 
 def with_behaviour(loaded: Pretrained, **behaviour: Any) -> Pretrained:
@@ -110,22 +105,16 @@ def with_behaviour(loaded: Pretrained, **behaviour: Any) -> Pretrained:
             )
     if behaviour.get("dtype") == "float32":  # cuDNN's kernel does not take it
         behaviour = {"attention": "xla", **behaviour}
-    return dataclasses.replace(loaded, settings=_settings(loaded, **behaviour))
+    return loaded.with_settings(**behaviour)
 
 
 def load_into(
     source: str, settings: Mapping[str, Any], seed: int, which: str | int = "best"
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Loads weights to start a training from; `source` and `which` are as of load_pretrained.
+    """Returns (parameters, changes for people) of weights from which a training with these model_settings() starts.
 
-    `settings` are the model_settings() of the training. The head is replaced if the number of classes differs
-    (a new one is initialised from `seed`), the position embedding resized if the image size does.
-
-    Returns:
-      (parameters, a nested dict of float32 numpy arrays; changes, for people).
-
-    Raises:
-      UserError: the source cannot be used, or has another architecture.
+    Another number of classes gets a new head, initialised from `seed`, and another image size a resized position
+    embedding. Other differences raise UserError.
     """
     loaded = load(
         source,
@@ -146,17 +135,10 @@ def load_into(
 
 
 def match_classes(names: Sequence[str], loaded: Pretrained) -> tuple[np.ndarray, str | None]:
-    """Matches the classes of some data, given by their names, with the labels of the weights.
+    """Returns (the weights' label of each class of some data, int32 [C]; a message or None).
 
-    Classes match by name if the weights know all names, otherwise by order if there are as many (a
-    message says so if the weights have other names). Weights without names take fewer classes, as their
-    first labels.
-
-    Returns:
-      (the weights' label of each class, int32 [C]; a message or None).
-
-    Raises:
-      UserError: the data has more classes than the weights, or fewer without names in common.
+    Classes match by name if the weights know all names, otherwise by order if there are as many. Weights without
+    names take fewer classes, as their first labels.
     """
     theirs = {name: label for label, name in enumerate(loaded.class_names or ())}
     if all(name in theirs for name in names):
@@ -167,12 +149,12 @@ def match_classes(names: Sequence[str], loaded: Pretrained) -> tuple[np.ndarray,
             f"the data has {len(names)} classes, as {names[0]!r}, and the weights have {known}: give weights "
             "and images of the same classes, or name the folders as the weights' classes."
         )
-    if not loaded.class_names:
-        return np.arange(len(names), dtype=np.int32), None
-    message = (
-        f"The data's classes ({names[0]!r}, ...) are not the weights' ({loaded.class_names[0]!r}, ...): "
-        "matched in order."
-    )
+    message = None
+    if loaded.class_names:
+        message = (
+            f"The data's classes ({names[0]!r}, ...) are not the weights' ({loaded.class_names[0]!r}, ...): "
+            "matched in order."
+        )
     return np.arange(len(names), dtype=np.int32), message
 
 
@@ -200,31 +182,23 @@ def describe_weights(loaded: Pretrained) -> str:
     )
 
 
-def _settings(loaded: Pretrained, **changes: Any) -> dict[str, Any]:
-    """The settings of the weights with some changed, checked."""
-    return model_settings("convit_tiny", **{**loaded.settings, **changes})  # every setting is given
-
-
 def _resized(loaded: Pretrained, size: tuple[int, int]) -> Pretrained:
     """The same weights for images of another size (height, width) in pixels."""
-    if size == loaded.settings["image_size"]:
-        return loaded
-    settings = _settings(loaded, image_size=size)
-    old, new = patch_grid(loaded.settings), patch_grid(settings)
-    pos_embed = resize_pos_embed(loaded.tensors["pos_embed"], old, new)
+    resized = loaded.with_settings(image_size=size)
+    old, new = patch_grid(loaded.settings), patch_grid(resized.settings)
+    tensors = {**loaded.tensors, "pos_embed": resize_pos_embed(loaded.tensors["pos_embed"], old, new)}
     change = f"position embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"
-    tensors = {**loaded.tensors, "pos_embed": pos_embed}
-    return dataclasses.replace(loaded, tensors=tensors, settings=settings, changes=(*loaded.changes, change))
+    return dataclasses.replace(resized, tensors=tensors, changes=(*loaded.changes, change))
 
 
 def _with_new_head(loaded: Pretrained, num_classes: int, seed: int) -> Pretrained:
     """The same weights with a new head, or two if distilled."""
-    settings = _settings(loaded, num_classes=num_classes)
+    resized = loaded.with_settings(num_classes=num_classes)
     tensors, dtype = {**loaded.tensors}, loaded.tensors["pos_embed"].dtype
-    for number, head in enumerate(("head", "head_dist") if settings["distilled"] else ("head",)):
+    for number, head in enumerate(("head", "head_dist") if loaded.settings["distilled"] else ("head",)):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        weight = TRUNC_NORMAL(key, (num_classes, settings["embed_dim"]))
+        weight = TRUNC_NORMAL(key, (num_classes, loaded.settings["embed_dim"]))
         tensors[f"{head}.weight"] = np.asarray(weight).astype(dtype)
         tensors[f"{head}.bias"] = np.zeros(num_classes, dtype)
     changes = (*loaded.changes, f"new head for {num_classes} classes")
-    return dataclasses.replace(loaded, tensors=tensors, settings=settings, class_names=None, changes=changes)
+    return dataclasses.replace(resized, tensors=tensors, class_names=None, changes=changes)

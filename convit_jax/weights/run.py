@@ -13,10 +13,7 @@ from convit_jax.rundir import checkpoint_steps, read_metrics
 def read_run(directory: Path, which: str | int = "best", ema: bool = False) -> dict[str, Any]:
     """Returns the parameters in a run directory, a nested dict of float32 numpy arrays.
 
-    Each of several processes reads by itself and waits for no other. `which` is a step, or as in `find_step`.
-
-    Raises:
-      UserError: there is no checkpoint yet, it cannot be read, or no average was kept.
+    `which` is a step, or as in `find_step`. Each of several processes reads by itself and waits for no other.
     """
     step = which if isinstance(which, int) else find_step(directory, which, ema)
     path = (directory / "checkpoints" / str(step)).absolute()
@@ -43,13 +40,7 @@ def read_run(directory: Path, which: str | int = "best", ema: bool = False) -> d
 
 
 def find_step(directory: Path, which: str, ema: bool) -> int:
-    """Returns the step of the checkpoint "latest" or "best" in a run directory.
-
-    "best" is by val_top1 (with `ema` by val_ema_top1) among the checkpoints that were kept.
-
-    Raises:
-      UserError: there is no checkpoint yet, or `which` is something else.
-    """
+    """Returns the step of the checkpoint "latest", or "best" by val_top1 (with `ema` by val_ema_top1)."""
     if which not in ("best", "latest"):
         raise UserError(f"there is no checkpoint {which!r}: choose best or latest.")
     steps = checkpoint_steps(directory)

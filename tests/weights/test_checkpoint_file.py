@@ -17,7 +17,7 @@ from forgery import call, named, program, rebuilt, save_torch, storage, torch_zi
 from convit_jax.errors import UserError
 from convit_jax.weights import checkpoint_file
 from convit_jax.weights.checkpoint_file import MAGIC, read_state_dict
-from convit_jax.weights.torch_pickle import DTYPES
+from convit_jax.weights.torch_pickle import ELEMENTS
 
 GOLDEN = ROOT / "tests/golden"
 KINDS = ("kinds_zip.pth", "kinds_zip_protocol_5.pth", "kinds_stream.pth")
@@ -80,10 +80,10 @@ def checkpoint(body):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_element_type_in_every_format(name):
     tensors = read_state_dict(GOLDEN / name)  # DataParallel's `module.` before every name is removed
-    names = [name for name in DTYPES if name != "float8_e8m0fnu"]  # it has no zero to count from
+    names = [name for name, *_ in ELEMENTS if name != "float8_e8m0fnu"]  # it has no zero to count from
     assert {*tensors} == {*names}
     for name in names:
-        same(tensors[name], np.arange(6).reshape(2, 3).astype(DTYPES[name]))
+        same(tensors[name], np.arange(6).reshape(2, 3).astype(name))
     assert tensors["bfloat16"].dtype == ml_dtypes.bfloat16
 
 
@@ -175,7 +175,9 @@ def test_entries_that_are_no_tensors_are_named(refused):
         named("torch._tensor._rebuild_from_type_v2") + b"(" + named("torch._utils._rebuild_tensor_v2")
         + named("torchao.Quantized") + b"(" + storage(4) + value(0) + value((4,)) + value((1,)) + b"\x89}t}tR"
     )  # fmt: skip
+    lazy = [rebuilt(0, (4,), (1,), more=(False, {}, {flag: True})) for flag in ("conj", "neg")]
     for thing, kind in (
+        *((tensor, r"torch.Tensor with a lazy conj\(\) or neg\(\)") for tensor in lazy),
         (call("torch._utils._rebuild_sparse_tensor", 1), "torch._utils._rebuild_sparse_tensor"),
         (subclass, "torchao.Quantized"),
         (value(7), "int"),
@@ -189,43 +191,41 @@ def test_entries_that_are_no_tensors_are_named(refused):
 
 DEEP = b")" + b"\x85" * 150_000
 DOUBLED = b")q\0" + b"h\0h\0\x86q\0" * 40
-LONG_TUPLE = b"(" + b"N" * 60_000 + b"tq\1"
+CALLED_OFTEN = b"(" + b"N" * 60_000 + b"tq\1" + named("torch._utils._rebuild_parameter") + b"q\2" + b"h\2h\1R" * 20
 PICKLES = {
-    "a deep key": (b"}" + DEEP + b"Ns", "a key or a member"),
-    "a deep member": (b"\x8f(" + DEEP + b"\x90", "a key or a member"),
-    "a deep frozen member": (b"(" + DEEP + b"\x91", "a key or a member"),
-    "a doubled key": (b"}" + DOUBLED + b"Ns", "a key or a member"),
-    "a deep key through OrderedDict": (
-        named("collections.OrderedDict") + b"]]" + DEEP + b"aNaa\x85R", "makes a dictionary in a way"),
+    "a deep key": (b"}" + DEEP + b"Ns", "not a plain value"),
+    "a deep member": (b"\x8f(" + DEEP + b"\x90", "it holds one builtins.set"),
+    "a deep frozen member": (b"(" + DEEP + b"\x91", "it holds one builtins.set"),
+    "a doubled key": (DOUBLED + b"}h\0Ns", "not a plain value"),
+    "a deep key through OrderedDict": (named("collections.OrderedDict") + b"]]" + DEEP + b"aNaa\x85R", "damaged"),
     "a deep key through a parameter": (
-        b"}" + named("torch._utils._rebuild_parameter") + DEEP + b"\x89N\x87RNs", "wrong properties"),
+        b"}" + named("torch._utils._rebuild_parameter") + DEEP + b"\x89N\x87RNs", "not a plain value"),
     "a deep element type": (
         rebuilt(0, (4,), (1,), name="torch._utils._rebuild_tensor_v3")[:-2] + DEEP + b"tR", "unknown type"),
-    "a deep storage": (
-        b"(" + value("storage") + named("torch.FloatStorage") + DEEP + b"NK\4tQ", "unknown type"),
-    "long numbers as keys": (value({k * (2**61 - 1): 0 for k in range(1, 9)}), "a key or a member"),
-    "a key that cannot be one": (b"}]Ns", "TypeError: unhashable"),
-    "a long tuple for many calls": (
-        LONG_TUPLE + named("a.b") + b"q\2" + b"h\2h\1R" * 20, "wrong arguments"),
+    "a deep storage": (b"(" + value("storage") + named("torch.FloatStorage") + DEEP + b"NK\4tQ", "not a storage"),
+    "long numbers as keys": (value({k * (2**61 - 1): 0 for k in range(1, 9)}), "not a plain value"),
+    "a key that cannot be one": (b"}]Ns", "not a plain value"),
+    "a long tuple for many calls": (CALLED_OFTEN, "damaged"),
+    "calls in calls": (
+        named("torch._tensor._rebuild_from_type_v2") + b"q\0" + b"(h\0N" * 30_000 + b")" + b"Nt" * 30_000 + b"R",
+        "RecursionError"),
     "instructions": (b"N" * 250_000, "more than 200,000 instructions"),
-    "names": (b"".join(b"ca\n%d\n" % n for n in range(1100)), "more than 1,000 unknown classes"),
     "a memo index of 2**31": (b"Nr\0\0\0\x80", "it holds one NoneType"),
     "a function that changes": (
-        named("torch._utils._rebuild_tensor_v2") + b"N}" + value("__defaults__") + value((1,)) + b"s\x86b",
-        "changes something"),
-    "a tensor that changes": (rebuilt(0, (4,), (1,)) + value({"shape": (2,)}) + b"b", "changes something"),
-    "a dtype that changes": (named("torch.float32") + value((3, ">", None)) + b"b", "damaged"),
+        named("torch._utils._rebuild_tensor_v2") + b"N}" + value("__defaults__") + value((1,)) + b"s\x86b", "BUILD as"),
+    "a tensor that changes": (GOOD + value({"shape": (2,)}) + b"b", "BUILD as"),
+    "a dtype that changes": (named("torch.float32") + value((3, ">", None)) + b"b", "BUILD as"),
     "a text of 4 GB": (b"X\xff\xff\xff\xffabc", "damaged"),
     "a bytearray of 2**40": (b"\x96\0\0\0\0\0\1\0\0", "damaged"),
-    "a number of 2 GB": (b"\x8b\xff\xff\xff\x7f", "KeyError: 139"),
-    "an instance": (b"(ios\nsystem\n", "KeyError: 105"),
-    "an object": (b"(cos\nsystem\no", "KeyError: 111"),
-    "an extension": (b"\x82\1", "KeyError: 130"),
+    "a number of 2 GB": (b"\x8b\xff\xff\xff\x7f", "damaged"),
+    "an instance": (b"(ios\nsystem\n", "INST as PyTorch never does"),
+    "an object": (b"(cos\nsystem\no", "OBJ as"),
+    "an extension": (b"\x82\1", "EXT1 as"),
     "nothing": (b"", "damaged"),
     "under a mark": (b"K\1(\x85", "damaged"),
     "a memo of nothing": (b"h\7", "damaged"),
-    "a name of no text": (b"K\1K\2\x93", "damaged"),
-    "unprintable": (named("a.\x1b[31m"), r"it holds one type"),
+    "a deep name": (DEEP + b"K\2\x93", "STACK_GLOBAL as"),
+    "unprintable": (named("a.\x1b[31m"), r"it holds one a.\\x1b\[31m"),
 }  # fmt: skip
 
 
@@ -237,8 +237,8 @@ TENSORS = {
     "text in a size": (rebuilt(0, ("a", 2**33), (1, 1)), "wrong properties"),  # math.prod would make 8 GB
     "a list for a shape": (rebuilt(0, [4], [1]), "wrong properties"),
     "a size of 2**70": (rebuilt(0, (2**70,), (0,)), "wrong properties"),
-    "a stride missing": (rebuilt(0, (2, 2), (1,)), "wrong properties"),
-    "65 dimensions": (rebuilt(0, (1,) * 65, (1,) * 65), "damaged"),
+    "a stride missing": (rebuilt(0, (2, 2), (1,)), "damaged"),
+    "65 dimensions": (rebuilt(0, (1,) * 65, (1,) * 65), "wrong properties"),
     "empty and endless": (rebuilt(0, (0, 2**55, 2**55), (0,) * 3), "damaged"),
     "one number a billion times": (rebuilt(0, (2**30,), (0,)), "far more than the file's size"),
     "arguments missing": (call("torch._utils._rebuild_tensor_v2", 0), "damaged"),
@@ -250,7 +250,7 @@ TENSORS = {
     "storage of no type": (rebuilt(0, (4,), (1,), of=storage(4, kind="torch.QInt8Storage")), "unknown type"),
     "not a storage": (rebuilt(0, (4,), (1,), of=b"(" + value("module") + b"NNNNtQ"), "is not a storage"),
     "no identity": (rebuilt(0, (4,), (1,), of=b"K\1Q"), "is not a storage"),
-    "of itself": (call("torch._tensor._rebuild_from_type_v2", 1, 2, (), {}), "wrong properties"),
+    "of no type": (call("torch._tensor._rebuild_from_type_v2", 1, 2, (), {}), "REDUCE as"),
 }  # fmt: skip
 
 
@@ -261,22 +261,6 @@ ATTACKS += [pytest.param(state_dict(body), match, id=f"tensor: {name}") for name
 @pytest.mark.parametrize(("body", "match"), ATTACKS)
 def test_pickles_that_attack_or_make_no_sense(refused, body, match):
     refused(checkpoint(body), match)
-
-
-def test_lazily_conjugated_and_negated_tensors(read):
-    numbers = np.array([1 + 2j, 3 - 4j], np.complex64)
-    for flags, expected in (({}, numbers), ({"conj": True}, numbers.conj()), ({"neg": True}, -numbers)):
-        tensor = rebuilt(0, (2,), (1,), of=storage(2, kind="torch.ComplexFloatStorage"), more=(False, {}, flags))
-        same(read(torch_zip(program(state_dict(tensor)), [numbers.tobytes()]))["a"], expected)
-
-
-def test_float8_that_has_no_storage_class(read):
-    numbers = np.arange(4).astype(ml_dtypes.float8_e4m3fn)
-    tensor = (
-        named("torch._utils._rebuild_tensor_v3") + b"(" + storage(4, kind="torch.storage.UntypedStorage")
-        + value(0) + value((2, 2)) + value((1, 2)) + b"\x89}" + named("torch.float8_e4m3fn") + b"tR"
-    )  # fmt: skip
-    same(read(torch_zip(program(state_dict(tensor)), [numbers.tobytes()]))["a"], numbers.reshape(2, 2).T)
 
 
 def test_memory_stays_near_the_size_of_the_file(tmp_path):
@@ -304,7 +288,7 @@ def test_the_file_that_the_others_are_made_of(read):
 
 
 FILES = {
-    "compressed": (torch_zip(program(state_dict(GOOD)), [bytes(10**7)], method=8), "it is compressed"),
+    "compressed": (torch_zip(program(state_dict(GOOD)), [bytes(10**7)], method=8), "perhaps compressed"),
     "no pickle": (torch_zip(b"").replace(b"data.pkl", b"data.txt"), "a zip archive that torch.save did not"),
     "a program": (torch_zip(program(call("__torch__.Net")), **{"constants.pkl": b""}), "it holds one __torch__.Net"),
     "byte order": (torch_zip(b"", byteorder=b"big"), "big-endian"),
@@ -384,13 +368,3 @@ HEADERS = [
 def test_headers_that_lie(refused):
     for data in HEADERS:
         refused(data, "damaged")
-
-
-@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F8_E5M2", "F16", "F64"])
-def test_element_types_of_safetensors(read, dtype):
-    numbers = np.arange(4).astype(checkpoint_file.SAFETENSORS[dtype]).reshape(2, 2)
-    header = {"b": entry(0, numbers.nbytes, (2, 2), dtype), "a": entry(numbers.nbytes, numbers.nbytes, (0, 3))}
-    tensors = read(safetensors_file(header, numbers.tobytes()))
-    assert list(tensors) == ["a", "b"]
-    same(tensors["b"], numbers)
-    assert tensors["a"].shape == (0, 3)
