@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from convit_jax.study import figure
 from convit_jax.study.figure import draw_study
 from convit_jax.study.plan import read_study
 from convit_jax.study.runner import Outcome
-from convit_jax.study.table import format_markdown, relative_gap, write_tables
+from convit_jax.study.table import format_markdown, gap_to_baseline, write_tables
 
 DONE = Outcome("done", 10, 10, {"top1": 50.0, "top5": 90.0, "loss": 1.0}, best=51.0, seconds=7.5)
 
@@ -19,16 +20,20 @@ def scored(top1):
     return dataclasses.replace(DONE, last=DONE.last | {"top1": top1})
 
 
-def test_relative_gap_and_its_error():
-    gap, error = relative_gap([12.0, 14.0], [10.0, 10.0])
-    assert (gap, error) == (pytest.approx(30.0), pytest.approx(10.0))  # standard error of 13 is 1
+def test_gap_to_the_baseline_and_its_error():
+    study = SimpleNamespace(baseline="b")
+
+    def gap(numbers, baseline):
+        return gap_to_baseline(study, {("a", None): numbers, ("b", None): baseline}, "a", None)
+
+    assert gap([12.0, 14.0], [10.0, 10.0]) == (pytest.approx(30.0), pytest.approx(10.0))  # standard error of 13 is 1
     rng = np.random.default_rng(0)  # against the spread of the gap over many drawn studies
     numbers, baseline = rng.normal(60, 3, (20_000, 5)), rng.normal(40, 2, (20_000, 5))
     drawn = 100 * (numbers.mean(1) / baseline.mean(1) - 1)
-    errors = [relative_gap(list(a), list(b))[1] for a, b in zip(numbers[:2000], baseline[:2000], strict=True)]
+    errors = [gap(list(a), list(b))[1] for a, b in zip(numbers[:2000], baseline[:2000], strict=True)]
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(drawn.std(), rel=0.03)
-    assert relative_gap([12.0], [10.0]) == (pytest.approx(20.0), None)
-    assert relative_gap([], [10.0]) is relative_gap([1.0], [0.0]) is None
+    assert gap([12.0], [10.0]) == (pytest.approx(20.0), None)
+    assert gap([], [10.0]) is gap([1.0], [0.0]) is None
 
 
 def test_table_of_sample_efficiency():
