@@ -8,18 +8,20 @@ Content attention before training is nearly uniform and has a linear scale inste
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from convit_jax.analysis.maps import LayerMaps
 from convit_jax.figures.style import COLORS, save_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
 TITLES = {
     "query": "Attention of a patch",
@@ -68,10 +70,8 @@ def _shares(attention: np.ndarray) -> list[str]:
     return [" ".join(f"{n} {share:.2f}" for n, share in zip(names, head, strict=False)) for head in attention]
 
 
-def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query) -> "Figure":
+def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query) -> Figure:
     """The image, and below it the maps."""
-    from matplotlib.figure import Figure
-
     heads, *grid = rows[0][1].shape
     down, across = _steps(grid)
     inch = min(1.3, max(0.78, min(9 / heads, 13 / len(rows)))) / max(grid)
@@ -104,9 +104,6 @@ def draw_init_maps(
 
     The heads are placed like the pixels of the k x k filter that they start as, any others below.
     """
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-
     heads, *grid = next(iter(positions.values())).shape
     panels = (image is not None) + (content is not None) + len(positions)
     figure = Figure(figsize=(max(2.8 * panels, 3.4), 0.9 + 2.9 * grid[0] / grid[1]), layout="constrained")
@@ -134,17 +131,14 @@ def _as_filter(maps: np.ndarray) -> Cells:
     return {place: (values, f"head {n}") for n, (place, values) in enumerate(zip(places, maps, strict=True), 1)}
 
 
-def _draw_photo(axes: "Axes", image: np.ndarray, grid: Sequence[int], query: Query) -> None:
+def _draw_photo(axes: Axes, image: np.ndarray, grid: Sequence[int], query: Query) -> None:
     axes.imshow(image, extent=(0, grid[1], grid[0], 0))
     axes.set_axis_off()
     _frame(axes, 0, 0, query)
 
 
-def _draw_maps(axes: "Axes", cells: Cells, norm: "Normalize", query: Query, image: np.ndarray | None = None) -> None:
+def _draw_maps(axes: Axes, cells: Cells, norm: Normalize, query: Query, image: np.ndarray | None = None) -> None:
     """Draws maps into axes whose unit is a patch, all in one picture because many are slow."""
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
     height, width = next(iter(cells.values()))[0].shape
     down, across = _steps((height, width))
     rows, columns = (1 + max(each) for each in zip(*cells, strict=True))
@@ -168,11 +162,8 @@ def _draw_maps(axes: "Axes", cells: Cells, norm: "Normalize", query: Query, imag
     axes.spines[:].set_visible(False)
 
 
-def _frame(axes: "Axes", left: float, top: float, query: Query) -> None:
+def _frame(axes: Axes, left: float, top: float, query: Query) -> None:
     """Marks the query, in a colour that the palette does not have."""
-    from matplotlib.patches import Rectangle
-    from matplotlib.patheffects import withStroke
-
     if query is not None:
         outline = [withStroke(linewidth=1.8, foreground="white")]
         corner = left + query[1], top + query[0]
@@ -185,18 +176,13 @@ def _steps(grid: Sequence[int]) -> tuple[int, int]:
     return grid[0] + caption + gap, grid[1] + gap
 
 
-def _common_norm(grid: Sequence[int]) -> "Normalize":
+def _common_norm(grid: Sequence[int]) -> Normalize:
     """The logarithmic scale from 1/N to 1."""
-    from matplotlib.colors import LogNorm
-
     return LogNorm(1 / math.prod(grid), 1)
 
 
-def _add_colorbar(figure: "Figure", axes: Sequence["Axes"], norm: "Normalize", label: str) -> None:
+def _add_colorbar(figure: Figure, axes: Sequence[Axes], norm: Normalize, label: str) -> None:
     """Adds the horizontal colour bar of maps below them."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.ticker import PercentFormatter
-
     bar = figure.colorbar(
         ScalarMappable(norm, "YlGnBu"),
         ax=axes,
