@@ -21,18 +21,14 @@ PANELS_PER_ROW = 5
 
 
 def draw_locality(run: Path, directory: Path, model: Mapping[str, Any]) -> list[Path]:
-    """Draws what a run logged about its attention, also while it trains; returns the paths.
-
-    They are nonlocality.png, gates.png and the same as PDF; no gates without GPSA. `model` are the settings of
-    the run's VisionTransformer.
-    """
+    """Draws the non-locality and gates (of GPSA) that a run logged; returns the paths. `model`: its settings."""
     lines = read_metrics(run / "metrics.jsonl")
     paths = []
     for name, plot in (("nonlocality", plot_nonlocality), ("gates", plot_gates)):
         logged = [line for line in lines if name in line]
         if logged:
-            epochs, values = [line["epoch"] for line in logged], np.array([line[name] for line in logged])
-            paths += save_figure(plot(epochs, values, model), directory, name)
+            figure = plot([line["epoch"] for line in logged], np.array([line[name] for line in logged]), model)
+            paths += save_figure(figure, directory, name)
     return paths
 
 

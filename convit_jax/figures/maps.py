@@ -40,10 +40,7 @@ Row = tuple[str, np.ndarray, Sequence[str]]  # layer, its maps [heads, rows, col
 def draw_attention_maps(
     directory: Path, layers: Sequence[LayerMaps], image: np.ndarray, query: tuple[int, int]
 ) -> list[Path]:
-    """Draws the attention of every layer and head for a uint8 image [H, W, 3]; returns the paths.
-
-    They are those of TITLES, as far as the model has them. `query` is the (row, column) of the maps.
-    """
+    """Draws the pages of TITLES that a model has, for a uint8 image [H, W, 3] and a patch; returns the paths."""
     pages: dict[str, list[Row]] = {name: [] for name in TITLES}
     for number, layer in enumerate(layers, 1):
         name, captions = f"layer {number}\nplain", _shares(layer.query_tokens)
@@ -100,10 +97,7 @@ def draw_init_maps(
     image: np.ndarray | None,
     query: tuple[int, int],
 ) -> list[Path]:
-    """Draws what `init_maps` returns (Fig. 3), for a uint8 image [H, W, 3] or None; returns the paths.
-
-    The heads are placed like the pixels of the k x k filter that they start as, any others below.
-    """
+    """Draws what `init_maps` returns (Fig. 3), for a uint8 image [H, W, 3] or None; returns the paths."""
     heads, *grid = next(iter(positions.values())).shape
     panels = (image is not None) + (content is not None) + len(positions)
     figure = Figure(figsize=(max(2.8 * panels, 3.4), 0.9 + 2.9 * grid[0] / grid[1]), layout="constrained")
@@ -125,7 +119,7 @@ def draw_init_maps(
 
 
 def _as_filter(maps: np.ndarray) -> Cells:
-    """Places the maps of k x k heads column by column, as the filter is laid out, and others below."""
+    """Places the maps of k x k heads as the pixels of the filter that they start as, and others below."""
     k = math.isqrt(len(maps))
     places = [(n % k, n // k) if n < k * k else (n // k, n % k) for n in range(len(maps))]
     return {place: (values, f"head {n}") for n, (place, values) in enumerate(zip(places, maps, strict=True), 1)}
@@ -183,13 +177,9 @@ def _common_norm(grid: Sequence[int]) -> Normalize:
 
 def _add_colorbar(figure: Figure, axes: Sequence[Axes], norm: Normalize, label: str) -> None:
     """Adds the horizontal colour bar of maps below them."""
+    colors, shrink = ScalarMappable(norm, "YlGnBu"), 0.9 / len(axes)
     bar = figure.colorbar(
-        ScalarMappable(norm, "YlGnBu"),
-        ax=axes,
-        orientation="horizontal",
-        shrink=0.9 / len(axes),
-        aspect=40,
-        format=PercentFormatter(1),
+        colors, ax=axes, orientation="horizontal", shrink=shrink, aspect=40, format=PercentFormatter(1)
     )
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=6.5)

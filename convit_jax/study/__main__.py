@@ -39,8 +39,7 @@ def main(arguments: list[str], changes: list[str]) -> int:
         raise UserError("give one PLAN, as studies/digits.py:sample_efficiency.")
     study = read_study(arguments[0], changes)
     path, _, name = study.source.partition(":")
-    default = f"runs/{'_'.join(filter(None, (Path(path).stem, name)))}"
-    output = Path(flags.FLAGS.output or default).expanduser()
+    output = Path(flags.FLAGS.output or f"runs/{Path(path).stem}_{name}".rstrip("_")).expanduser()
     if flags.FLAGS.list:
         for run in study.runs:
             print(f"# {run.name}\n{shlex.join(runner.train_command(run, output))}")
@@ -84,8 +83,7 @@ def run_study(study: Study, output: Path, signals: list[int]) -> None:
                     continue
                 tried.add(run.name)
                 done = sum(found.state == "done" for found in outcomes.values())
-                show = functools.partial(progress.update, done)
-                runner.run_training(run, output, signals, show)
+                runner.run_training(run, output, signals, functools.partial(progress.update, done))
                 outcomes = write_results(study, output)
                 now = outcomes[run.name]
                 text = "stopped; the same command continues it"
@@ -112,10 +110,4 @@ def write_results(study: Study, output: Path) -> dict[str, runner.Outcome]:
 if __name__ == "__main__":
     changes = [argument for argument in sys.argv[1:] if argument.lstrip("-").startswith("config.")]
     sys.argv = [argument for argument in sys.argv if argument not in changes]
-    launch(
-        "study",
-        functools.partial(main, changes=changes),
-        define=_define_flags,
-        arguments="PLAN",
-        interrupted="interrupted; the same command continues.",
-    )
+    launch("study", functools.partial(main, changes=changes), define=_define_flags, arguments="PLAN")
