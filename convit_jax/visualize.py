@@ -19,7 +19,7 @@ from absl import flags
 from convit_jax.cli import define_weights, launch, load_weights, required_config
 from convit_jax.config import load_run_config
 from convit_jax.errors import UserError
-from convit_jax.rundir import is_run
+from convit_jax.rundir import is_run, read_metrics
 
 if TYPE_CHECKING:
     from convit_jax.weights.formats import Preprocessing
@@ -64,7 +64,6 @@ def visualize_run(directory: Path) -> list[Path]:
     """Draws learning curves, gates and non-locality of --run."""
     from convit_jax.figures.curves import draw_curves
     from convit_jax.figures.locality import draw_locality
-    from convit_jax.rundir import read_metrics
 
     run = Path(flags.FLAGS.run).expanduser()
     settings = _config_settings(load_run_config(run))
@@ -90,15 +89,16 @@ def visualize_init(directory: Path) -> list[Path]:
     from convit_jax.figures.maps import draw_init_maps
     from convit_jax.weights.formats import Preprocessing
 
-    config = required_config()  # of the run in --checkpoint, unless --config is given
-    settings = _config_settings(config)
-    how = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
     if flags.FLAGS.checkpoint:
-        loaded = load_weights()
-        settings, how = loaded.settings, loaded.preprocessing
+        loaded, config = load_weights(), flags.FLAGS.config  # the run's, unless --config is given
+        settings, how, seed = loaded.settings, loaded.preprocessing, config.seed if config else 0
+    else:
+        config = required_config()
+        settings, seed = _config_settings(config), config.seed
+        how = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
     query = _read_query(settings)
     image, normalised = read_image(settings, how) if flags.FLAGS.image else (None, None)
-    return draw_init_maps(directory, *init_maps(settings, config.seed, query, normalised), image, query)
+    return draw_init_maps(directory, *init_maps(settings, seed, query, normalised), image, query)
 
 
 def _config_settings(config: Any) -> dict[str, Any]:

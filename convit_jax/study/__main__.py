@@ -47,7 +47,7 @@ def main(arguments: list[str], changes: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # the checks load a teacher; the GPU's memory is for the runs
     check_study(study)
     runner.claim_study(output, study)
-    signals: list[int] = []  # that have arrived; after the first only the current run saves
+    signals: list[int] = []  # that have arrived: the current run saves, and no other starts
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
     run_study(study, output, signals)
