@@ -7,9 +7,8 @@ from configs.ablations import CHANGES
 from convit_jax.errors import UserError
 from convit_jax.models.variants import SIZES
 
-# Makes a ConViT of any size the DeiT of the same depth, width and heads.
 GPSA = "model.local_up_to_layer"
-DEIT = {"model.name": "deit_tiny", GPSA: 0}
+DEIT = {"model.name": "deit_tiny", GPSA: 0}  # makes a ConViT of any size the DeiT of the same depth, width, heads
 PAPER_SIZES = {"tiny": "Ti", "small": "S", "base": "B"}
 ABLATIONS = {
     "a": "a: ConViT",
