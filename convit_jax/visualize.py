@@ -5,13 +5,8 @@
     python -m convit_jax.visualize --run=RUN --output=DIR
     python -m convit_jax.visualize --augmentations --config=configs/convit_ti.py --output=augmented.png
 
-1. Attention maps of every layer and head.
-2. Attention of a GPSA layer before training (Fig. 3). With --checkpoint instead of --config: of that model,
-   with the seed of the run.
-3. Learning curves, gates and non-locality of a run (Figs. 5 and 6).
-4. Training images after augmentation.
-
---image is a file, or the number of an image in the test split of the run's data or of --config.
+--init takes --checkpoint too, for that model with the seed of the run. --image is a file, or the number of an
+image in the test split of the run's data or of --config.
 """
 
 import re
@@ -24,7 +19,7 @@ from absl import flags
 from convit_jax.cli import define_weights, launch, load_weights, required_config
 from convit_jax.config import load_run_config
 from convit_jax.errors import UserError
-from convit_jax.rundir import is_run
+from convit_jax.rundir import is_run, read_metrics
 
 if TYPE_CHECKING:
     from convit_jax.weights.formats import Preprocessing
@@ -46,10 +41,7 @@ def main(arguments: list[str]) -> None:
     draw = {"augmentations": visualize_augmentations, "init": visualize_init, "run": visualize_run}
     modes = [mode for mode in draw if values[mode].value]
     if len(modes) > 1 or not (modes or (values.checkpoint and values.image)):
-        raise UserError(
-            "give --checkpoint=PATH --image=IMAGE for attention maps, --init for the convolutional init, --run=DIR "
-            "for curves of a training, or --augmentations."
-        )
+        raise UserError("give --checkpoint=PATH and --image=IMAGE, or one of --init, --run=DIR and --augmentations.")
     if values.output is None:
         raise UserError("there is no place for the pictures: add --output=DIR.")
     for path in (draw[modes[0]] if modes else visualize_attention)(Path(values.output).expanduser()):
@@ -72,12 +64,11 @@ def visualize_run(directory: Path) -> list[Path]:
     """Draws learning curves, gates and non-locality of --run."""
     from convit_jax.figures.curves import draw_curves
     from convit_jax.figures.locality import draw_locality
-    from convit_jax.rundir import read_metrics
 
     run = Path(flags.FLAGS.run).expanduser()
-    if not read_metrics(run / "metrics.jsonl") or not (run / "config.json").exists():
-        raise UserError(f"{run} has no config.json or an empty metrics.jsonl: give a run directory.")
     settings = _config_settings(load_run_config(run))
+    if not read_metrics(run / "metrics.jsonl"):
+        raise UserError(f"{run} has an empty metrics.jsonl, or none: nothing is logged yet.")
     return [*draw_curves(run, directory), *draw_locality(run, directory, settings)]
 
 
@@ -98,17 +89,15 @@ def visualize_init(directory: Path) -> list[Path]:
     from convit_jax.figures.maps import draw_init_maps
     from convit_jax.weights.formats import Preprocessing
 
-    checkpoint = flags.FLAGS.checkpoint
-    if checkpoint:
-        loaded = load_weights()
-        settings, preprocessing = loaded.settings, loaded.preprocessing
-        seed = load_run_config(Path(checkpoint).expanduser()).seed if is_run(checkpoint) else 0
+    if flags.FLAGS.checkpoint:
+        loaded, config = load_weights(), flags.FLAGS.config  # the run's, unless --config is given
+        settings, how, seed = loaded.settings, loaded.preprocessing, config.seed if config else 0
     else:
         config = required_config()
         settings, seed = _config_settings(config), config.seed
-        preprocessing = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
+        how = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
     query = _read_query(settings)
-    image, normalised = read_image(settings, preprocessing) if flags.FLAGS.image else (None, None)
+    image, normalised = read_image(settings, how) if flags.FLAGS.image else (None, None)
     return draw_init_maps(directory, *init_maps(settings, seed, query, normalised), image, query)
 
 
@@ -130,34 +119,27 @@ def _read_query(settings: dict[str, Any]) -> tuple[int, int]:
     return row, column
 
 
-def read_image(settings: dict[str, Any], preprocessing: "Preprocessing") -> tuple[np.ndarray, np.ndarray]:
+def read_image(settings: dict[str, Any], how: "Preprocessing") -> tuple[np.ndarray, np.ndarray]:
     """Returns --image as the network sees it, uint8 [H, W, 3], and normalised, float32 [H, W, 3]."""
     import jax
 
     from convit_jax.data.augment import normalize
     from convit_jax.data.images import centre_crop, decode
+    from convit_jax.data.sources import open_source
     from convit_jax.predict import read_image_file
 
-    if settings["in_chans"] != 3:
-        raise UserError(f"the network takes images with {settings['in_chans']} channels: pictures have 3.")
-    given, how = flags.FLAGS.image, preprocessing
-    is_number = given.isdigit() and not Path(given).exists()
-    record = _read_test_image(int(given)) if is_number else read_image_file(given)
+    given, checkpoint = flags.FLAGS.image, flags.FLAGS.checkpoint
+    if not given.isdigit() or Path(given).exists():
+        record = read_image_file(given)
+    elif checkpoint and not flags.FLAGS["config"].present and not is_run(checkpoint):
+        raise UserError(f"{checkpoint} is not a run directory: add --config for the images.")
+    else:
+        source = open_source(required_config().data, "test")
+        if int(given) >= len(source.labels):
+            raise UserError(f"--image is {given}, but the test split has images 0 to {len(source.labels) - 1}.")
+        record = source[int(given)]
     image = centre_crop(decode(record, given), settings["image_size"], how.crop_ratio, how.interpolation)
     return image, jax.device_get(normalize(jax.numpy.asarray(image[None]), how.mean, how.std))[0]
-
-
-def _read_test_image(number: int) -> Any:
-    """The record of an image of the test split of the run's data or of --config."""
-    from convit_jax.data.sources import open_source
-
-    checkpoint = flags.FLAGS.checkpoint
-    if checkpoint and not flags.FLAGS["config"].present and not is_run(checkpoint):
-        raise UserError(f"{checkpoint} is not a run directory: add --config for the images.")
-    source = open_source(required_config().data, "test")
-    if number >= len(source.labels):
-        raise UserError(f"--image is {number}, but the test split has images 0 to {len(source.labels) - 1}.")
-    return source[number]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """The paper's experiments as studies of any data; the other files of this folder say of which.
 
-convit_jax/study/plan.py describes the dicts. `overrides` are changes of the config for all runs of a study.
+convit_jax/study/plan.py describes the dicts. `overrides` change the config for all runs of a study.
 """
 
 from configs.ablations import CHANGES
 from convit_jax.errors import UserError
 from convit_jax.models.variants import SIZES
 
-# Makes a ConViT of any size the DeiT of the same depth, width and heads.
-DEIT = {"model.name": "deit_tiny", "model.local_up_to_layer": 0}
+GPSA = "model.local_up_to_layer"
+DEIT = {"model.name": "deit_tiny", GPSA: 0}  # makes a ConViT of any size the DeiT of the same depth, width, heads
 PAPER_SIZES = {"tiny": "Ti", "small": "S", "base": "B"}
 ABLATIONS = {
     "a": "a: ConViT",
@@ -28,16 +28,8 @@ def chosen(name, plans):
     return plans[name]
 
 
-def run(row, config, seeds, overrides, *, column=None, paper=None):
-    """Returns an entry of `runs`."""
-    return dict(row=row, column=column, config=config, seeds=seeds, overrides=overrides, paper=paper or {})
-
-
 def part_of_each_class(fraction, overrides):
-    """Returns overrides that train on a part of each class for as many images as on all.
-
-    So does a warm-up that the overrides set.
-    """
+    """Returns overrides that train, and warm up, on a part of each class for as many images as on all."""
     part = {"data.sampling_ratio": fraction, "data.keep_total_images": True}
     if "optim.warmup_epochs" in overrides:
         part["optim.warmup_epochs"] = overrides["optim.warmup_epochs"] / fraction
@@ -47,12 +39,12 @@ def part_of_each_class(fraction, overrides):
 def over_fractions(rows, fractions, seeds, overrides, paper):
     """Returns the runs of {row: (config, overrides)} on each of {column: fraction}."""
     return [
-        run(
-            row,
-            config,
-            seeds,
-            part_of_each_class(fraction, overrides) | own,
+        dict(
+            row=row,
             column=column,
+            config=config,
+            overrides=part_of_each_class(fraction, overrides) | own,
+            seeds=seeds,
             paper={metric: numbers[row][n] for metric, numbers in paper.items()},
         )
         for row, (config, own) in rows.items()
@@ -66,8 +58,9 @@ def models(data, config, width_divisor, seeds, overrides):
     for name, (width, heads) in SIZES.items():
         kind, size, *plus = name.split("_")
         row = f"{'ConViT' if kind == 'convit' else 'DeiT'}-{PAPER_SIZES[size]}{'+' if plus else ''}"
-        shape = {"model.embed_dim": width // width_divisor, "model.num_heads": heads}
-        runs.append(run(row, config, seeds, overrides | (DEIT if kind == "deit" else {}) | shape))
+        own = {"model.embed_dim": width // width_divisor, "model.num_heads": heads}
+        own |= DEIT if kind == "deit" else {}
+        runs.append(dict(row=row, config=config, overrides=overrides | own, seeds=seeds))
     return dict(
         title=f"The twelve models on {data}",
         question=f"ConViT against DeiT, the paper's heads, 1/{width_divisor} of its widths (Table 1).",
@@ -108,6 +101,7 @@ def ablations(data, rows, fractions, seeds, overrides, paper=None):
 
 def distillation(data, config, teacher, seeds, overrides):
     """Table 4: what a student learns from a teacher in addition to the labels."""
+    overrides = overrides | {"distill.teacher": teacher}
     token = DEIT | {"model.distilled": True}
     students = {"DeiT": DEIT, "DeiT with distillation token": token, "ConViT": {}}
     ways = {
@@ -121,7 +115,7 @@ def distillation(data, config, teacher, seeds, overrides):
         rows="student",
         columns="learns from",
         runs=[
-            run(row, config, seeds, overrides | {"distill.teacher": teacher} | student | way, column=column)
+            dict(row=row, column=column, config=config, overrides=overrides | student | way, seeds=seeds)
             for row, student in students.items()
             for column, way in ways.items()
             if (student, column) != (token, "labels only")  # its second head would learn nothing
@@ -132,14 +126,15 @@ def distillation(data, config, teacher, seeds, overrides):
 def locality(data, config, layers, seeds, overrides):
     """Fig. 8: each locality strength with each number of GPSA layers, and the model without GPSA."""
     cells = [("no GPSA", 0, {})]
-    cells += [(a, n, {"model.locality_strength": a}) for a in (0.01, 0.1, 1.0) for n in layers]
+    cells += [(alpha, count, {"model.locality_strength": alpha}) for alpha in (0.01, 0.1, 1.0) for count in layers]
     return dict(
         title=f"Locality on {data}",
         question="Locality strength of the convolutional init, and number of GPSA layers (Fig. 8).",
         rows="locality strength",
         columns="number of GPSA layers",
         runs=[
-            run(row, config, seeds, overrides | {"model.local_up_to_layer": n} | own, column=n) for row, n, own in cells
+            dict(row=row, column=count, config=config, overrides=overrides | own | {GPSA: count}, seeds=seeds)
+            for row, count, own in cells
         ],
     )
 

@@ -8,7 +8,7 @@ python -m convit_jax.study studies/imagenet.py:locality_early --config.data.dir=
 python -m convit_jax.study studies/imagenet.py:distillation --config.data.dir=IMAGENET        # Table 4
 """
 
-from studies import ABLATIONS, ablations, chosen, locality, run, sample_efficiency
+from studies import ABLATIONS, ablations, chosen, locality, sample_efficiency
 
 SEEDS = (0,)
 TABLE_1 = {
@@ -52,7 +52,10 @@ def config_of(row):
 
 def table(rows, title, question, paper, overrides, **keys):
     """A study of one run per row of the paper's table."""
-    runs = [run(row, config_of(row), SEEDS, overrides, paper=numbers) for row, numbers in paper.items()]
+    runs = [
+        dict(row=row, config=config_of(row), overrides=overrides, seeds=SEEDS, paper=numbers)
+        for row, numbers in paper.items()
+    ]
     return dict(title=f"{title} on ImageNet", question=question, rows=rows, runs=runs, **keys)
 
 

@@ -23,9 +23,6 @@ def force_gates(params: dict[str, Any], to: str, layers: int | None = None) -> d
       params: nested dict; gating_param of all GPSA layers is one leaf [layers, H].
       to: "position" (sigma = 1) or "content" (sigma = 0).
       layers: number of leading GPSA layers to change; None changes all.
-
-    Raises:
-      UserError: the model has no GPSA layer, or fewer than `layers`.
     """
     if "gpsa_blocks" not in params:
         raise UserError("these weights have no GPSA layer, so there are no gates to force: use a ConViT.")

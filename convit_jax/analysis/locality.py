@@ -19,15 +19,11 @@ from convit_jax.models.vit import Block, VisionTransformer
 
 
 def centres_and_spans(model: VisionTransformer) -> tuple[jax.Array, jax.Array]:
-    """Returns where the positional attention of a model with GPSA looks, and how widely, in patches.
+    """Returns where positional attention looks, and how widely, in patches: float32 [L, H, 2] and [L, H].
 
-    These are mean and standard deviation of the offset (dx, dy) under softmax(v_h . r) over all offsets of
-    the grid. Where the Gaussian of v = (w1, w2, w3) fits into the grid, they are its maximum (-w1, -w2) / (2
-    w3) and its width 1 / sqrt(-2 w3). Unlike those they also exist for w3 >= 0.
-
-    Returns:
-      (centres float32 [GPSA blocks, heads, 2], spans float32 [GPSA blocks, heads]). A span is the root of the
-      mean of the variances along x and y.
+    Centre and span are mean and standard deviation of the offset (dx, dy) under softmax(v_h . r) over all offsets
+    of the grid, the variance being the mean of those along x and y. Where the Gaussian of v = (w1, w2, w3) fits
+    into the grid, they are (-w1, -w2) / (2 w3) and 1 / sqrt(-2 w3). Unlike those they also exist for w3 >= 0.
     """
     attn = model.gpsa_blocks and model.gpsa_blocks.attn
     assert isinstance(attn, GatedPositionalSelfAttention)
@@ -55,8 +51,7 @@ def nonlocality(
       model: in evaluation mode.
       images: float32 [B, H, W, 3], normalised.
       valid: bool [B], which images count; None counts all.
-      as_logged: compute what the original writes to its log, where every block's attention gets the raw patch
-        embedding (no position, norm, earlier blocks or class token) instead of its true input.
+      as_logged: what the original logs: every block's attention gets the raw patch embedding instead of its input.
     """
     distances = patch_distances(model.grid)
     patches = len(distances)

@@ -1,8 +1,7 @@
 """Where each head looks: attention from one patch and from the class token, layer by layer.
 
 For GPSA layers the two parts of A = (1 - s) content + s position (ConViT, section 3) and the gates
-s = sigma(lambda) are given separately. Each layer gets its true input. Before training the positional part is
-the convolutional init (Fig. 3).
+s = sigma(lambda) are given separately. Each layer gets its true input.
 """
 
 import dataclasses
@@ -41,13 +40,13 @@ def layer_maps(model: VisionTransformer, image: jax.Array | np.ndarray, query: t
     The model must be in evaluation mode; the query is the (row, column) of the patch.
     """
     rows, columns = model.grid
-    patches, patch = rows * columns, query[0] * columns + query[1]
+    patch = query[0] * columns + query[1]
 
     def over_grid(maps: jax.Array) -> jax.Array:
         return maps.reshape(*maps.shape[:-1], rows, columns)
 
     def look(attn: SelfAttention | GatedPositionalSelfAttention, x: jax.Array) -> dict[str, jax.Array | None]:
-        extra = x.shape[1] - patches  # class and distillation token, once they joined
+        extra = x.shape[1] - rows * columns  # class and distillation token, once they joined
         whole = attn.attention_maps(x)[0]  # [H, N, N]
         of_tokens = whole[:, :extra].transpose(1, 0, 2)
         gpsa = attn if isinstance(attn, GatedPositionalSelfAttention) else None
@@ -71,21 +70,12 @@ def layer_maps(model: VisionTransformer, image: jax.Array | np.ndarray, query: t
 def init_maps(
     settings: dict[str, Any], seed: int, query: tuple[int, int], image: jax.Array | np.ndarray | None = None
 ) -> tuple[np.ndarray | None, dict[float | None, np.ndarray]]:
-    """Returns the attention of the first GPSA layer before training (Fig. 3).
-
-    Args:
-      settings: of VisionTransformer.
-      seed: of the weights.
-      query: (row, column) of a patch.
-      image: float32 [H, W, C], normalised, or None.
+    """Returns the attention of a patch in the first GPSA layer before training (Fig. 3), as `layer_maps` takes it.
 
     Returns:
       (content, position by locality strength), float32 [H, rows, columns] each. Content is None without an
       image. The strengths are half the model's, its own and twice it; with conv_init=False only None, the
-      ordinary init.
-
-    Raises:
-      UserError: the model has no GPSA layer.
+      ordinary init. UserError without a GPSA layer.
     """
     if settings["local_up_to_layer"] == 0:
         raise UserError("this model has no GPSA layer, so nothing starts as a convolution: use a ConViT.")

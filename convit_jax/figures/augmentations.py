@@ -1,22 +1,17 @@
 """Training images after augmentation, as one picture."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure, SubFigure
 
 from convit_jax.figures.style import save_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import SubFigure
 
 Pictures = list[list[tuple[np.ndarray, str]]]  # rows of images, in 0..1 or 0..255, with captions
 
 
 def draw_augmentations(path: Path, crops: Pictures, mixed: Pictures) -> list[Path]:
     """Draws what `preview_augmentation` returns into one file, whose ending is the format."""
-    from matplotlib.figure import Figure
-
     size = 1.4 * len(crops[0]), 1.7 * (len(crops) + len(mixed))
     figure = Figure(figsize=size, layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(len(crops), len(mixed)))[:, 0]
@@ -25,7 +20,7 @@ def draw_augmentations(path: Path, crops: Pictures, mixed: Pictures) -> list[Pat
     return save_figure(figure, path.parent, path.stem, [path.suffix[1:]])
 
 
-def _draw_rows(figure: "SubFigure", title: str, row_name: str, rows: Pictures) -> None:
+def _draw_rows(figure: SubFigure, title: str, row_name: str, rows: Pictures) -> None:
     figure.suptitle(title, fontsize=12)
     panels = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for number, (row, of_row) in enumerate(zip(rows, panels, strict=True)):

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from convit_jax.figures.style import COLORS, save_figure, tidy_axes
 from convit_jax.rundir import read_metrics
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def draw_curves(run: Path, directory: Path) -> list[Path]:
@@ -16,16 +15,10 @@ def draw_curves(run: Path, directory: Path) -> list[Path]:
     return save_figure(plot_curves(read_metrics(run / "metrics.jsonl")), directory, "curves")
 
 
-def plot_curves(lines: Sequence[Mapping[str, Any]]) -> "Figure":
+def plot_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
     """Returns the figure of the lines of a metrics.jsonl."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = (
-        ("loss", "train_loss", "loss"),
-        ("top-1 (%)", "train_top1", "top1"),
-        ("learning rate", "lr", ""),
-    )
+    panels = ("loss", "train_loss", "loss"), ("top-1 (%)", "train_top1", "top1"), ("learning rate", "lr", "")
     for axes, (title, training, test) in zip(figure.subplots(1, 3), panels, strict=True):
         for name, label, color, marker in (
             (training, "training", COLORS[1], None),

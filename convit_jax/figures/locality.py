@@ -6,41 +6,34 @@ These are figures 5 and 6 of the paper. Layers and heads are counted from 1, as 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from convit_jax.analysis.locality import patch_distances
 from convit_jax.figures.style import save_figure, tidy_axes
 from convit_jax.rundir import read_metrics
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 PANELS_PER_ROW = 5
 
 
 def draw_locality(run: Path, directory: Path, model: Mapping[str, Any]) -> list[Path]:
-    """Draws what a run logged about its attention, also while it trains; returns the paths.
-
-    They are nonlocality.png, gates.png and the same as PDF; no gates without GPSA. `model` are the settings of
-    the run's VisionTransformer.
-    """
+    """Draws the non-locality and gates (of GPSA) that a run logged; returns the paths. `model`: its settings."""
     lines = read_metrics(run / "metrics.jsonl")
     paths = []
     for name, plot in (("nonlocality", plot_nonlocality), ("gates", plot_gates)):
         logged = [line for line in lines if name in line]
         if logged:
-            epochs, values = [line["epoch"] for line in logged], np.array([line[name] for line in logged])
-            paths += save_figure(plot(epochs, values, model), directory, name)
+            figure = plot([line["epoch"] for line in logged], np.array([line[name] for line in logged]), model)
+            paths += save_figure(figure, directory, name)
     return paths
 
 
-def plot_nonlocality(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, Any]) -> "Figure":
+def plot_nonlocality(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, Any]) -> Figure:
     """Returns the figure of non-locality [evaluations, layers, heads] in patches, Eq. 8: the mean of each layer."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6, 3.75), layout="constrained")
     axes = figure.subplots()
     layers = values.shape[1]
@@ -56,10 +49,8 @@ def plot_nonlocality(epochs: Sequence[float], values: np.ndarray, model: Mapping
     return figure
 
 
-def plot_gates(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, Any]) -> "Figure":
+def plot_gates(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, Any]) -> Figure:
     """Returns the figure of gates [evaluations, GPSA layers, heads]: a panel per layer, a curve per head."""
-    from matplotlib.figure import Figure
-
     layers, heads = values.shape[1:]
     columns = min(PANELS_PER_ROW, layers)
     rows = math.ceil(layers / columns)
@@ -82,13 +73,11 @@ def plot_gates(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, 
 
 def _look(number: int, count: int, epochs: Sequence[float]) -> dict[str, Any]:
     """Shade and markers of curve `number` of `count`; a few evaluations are marked one by one."""
-    from matplotlib import colormaps
-
     shade = colormaps["viridis"](0.88 * number / max(count - 1, 1))
     return {"color": shade, "lw": 1.6, "marker": "o" if len(epochs) <= 12 else None, "ms": 4}
 
 
-def _add_legend(figure: "Figure", axes: "Axes", title: str, columns: int = 1) -> None:
+def _add_legend(figure: Figure, axes: Axes, title: str, columns: int = 1) -> None:
     """Puts the legend of one panel to the right of all."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, title=title, loc="outside right center", ncols=columns, frameon=False)

@@ -8,18 +8,20 @@ Content attention before training is nearly uniform and has a linear scale inste
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from convit_jax.analysis.maps import LayerMaps
 from convit_jax.figures.style import COLORS, save_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
 TITLES = {
     "query": "Attention of a patch",
@@ -38,10 +40,7 @@ Row = tuple[str, np.ndarray, Sequence[str]]  # layer, its maps [heads, rows, col
 def draw_attention_maps(
     directory: Path, layers: Sequence[LayerMaps], image: np.ndarray, query: tuple[int, int]
 ) -> list[Path]:
-    """Draws the attention of every layer and head for a uint8 image [H, W, 3]; returns the paths.
-
-    They are those of TITLES, as far as the model has them. `query` is the (row, column) of the maps.
-    """
+    """Draws the pages of TITLES that a model has, for a uint8 image [H, W, 3] and a patch; returns the paths."""
     pages: dict[str, list[Row]] = {name: [] for name in TITLES}
     for number, layer in enumerate(layers, 1):
         name, captions = f"layer {number}\nplain", _shares(layer.query_tokens)
@@ -68,10 +67,8 @@ def _shares(attention: np.ndarray) -> list[str]:
     return [" ".join(f"{n} {share:.2f}" for n, share in zip(names, head, strict=False)) for head in attention]
 
 
-def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query) -> "Figure":
+def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query) -> Figure:
     """The image, and below it the maps."""
-    from matplotlib.figure import Figure
-
     heads, *grid = rows[0][1].shape
     down, across = _steps(grid)
     inch = min(1.3, max(0.78, min(9 / heads, 13 / len(rows)))) / max(grid)
@@ -100,13 +97,7 @@ def draw_init_maps(
     image: np.ndarray | None,
     query: tuple[int, int],
 ) -> list[Path]:
-    """Draws what `init_maps` returns (Fig. 3), for a uint8 image [H, W, 3] or None; returns the paths.
-
-    The heads are placed like the pixels of the k x k filter that they start as, any others below.
-    """
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-
+    """Draws what `init_maps` returns (Fig. 3), for a uint8 image [H, W, 3] or None; returns the paths."""
     heads, *grid = next(iter(positions.values())).shape
     panels = (image is not None) + (content is not None) + len(positions)
     figure = Figure(figsize=(max(2.8 * panels, 3.4), 0.9 + 2.9 * grid[0] / grid[1]), layout="constrained")
@@ -128,23 +119,20 @@ def draw_init_maps(
 
 
 def _as_filter(maps: np.ndarray) -> Cells:
-    """Places the maps of k x k heads column by column, as the filter is laid out, and others below."""
+    """Places the maps of k x k heads as the pixels of the filter that they start as, and others below."""
     k = math.isqrt(len(maps))
     places = [(n % k, n // k) if n < k * k else (n // k, n % k) for n in range(len(maps))]
     return {place: (values, f"head {n}") for n, (place, values) in enumerate(zip(places, maps, strict=True), 1)}
 
 
-def _draw_photo(axes: "Axes", image: np.ndarray, grid: Sequence[int], query: Query) -> None:
+def _draw_photo(axes: Axes, image: np.ndarray, grid: Sequence[int], query: Query) -> None:
     axes.imshow(image, extent=(0, grid[1], grid[0], 0))
     axes.set_axis_off()
     _frame(axes, 0, 0, query)
 
 
-def _draw_maps(axes: "Axes", cells: Cells, norm: "Normalize", query: Query, image: np.ndarray | None = None) -> None:
+def _draw_maps(axes: Axes, cells: Cells, norm: Normalize, query: Query, image: np.ndarray | None = None) -> None:
     """Draws maps into axes whose unit is a patch, all in one picture because many are slow."""
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
     height, width = next(iter(cells.values()))[0].shape
     down, across = _steps((height, width))
     rows, columns = (1 + max(each) for each in zip(*cells, strict=True))
@@ -168,11 +156,8 @@ def _draw_maps(axes: "Axes", cells: Cells, norm: "Normalize", query: Query, imag
     axes.spines[:].set_visible(False)
 
 
-def _frame(axes: "Axes", left: float, top: float, query: Query) -> None:
+def _frame(axes: Axes, left: float, top: float, query: Query) -> None:
     """Marks the query, in a colour that the palette does not have."""
-    from matplotlib.patches import Rectangle
-    from matplotlib.patheffects import withStroke
-
     if query is not None:
         outline = [withStroke(linewidth=1.8, foreground="white")]
         corner = left + query[1], top + query[0]
@@ -185,25 +170,16 @@ def _steps(grid: Sequence[int]) -> tuple[int, int]:
     return grid[0] + caption + gap, grid[1] + gap
 
 
-def _common_norm(grid: Sequence[int]) -> "Normalize":
+def _common_norm(grid: Sequence[int]) -> Normalize:
     """The logarithmic scale from 1/N to 1."""
-    from matplotlib.colors import LogNorm
-
     return LogNorm(1 / math.prod(grid), 1)
 
 
-def _add_colorbar(figure: "Figure", axes: Sequence["Axes"], norm: "Normalize", label: str) -> None:
+def _add_colorbar(figure: Figure, axes: Sequence[Axes], norm: Normalize, label: str) -> None:
     """Adds the horizontal colour bar of maps below them."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.ticker import PercentFormatter
-
+    colors, shrink = ScalarMappable(norm, "YlGnBu"), 0.9 / len(axes)
     bar = figure.colorbar(
-        ScalarMappable(norm, "YlGnBu"),
-        ax=axes,
-        orientation="horizontal",
-        shrink=0.9 / len(axes),
-        aspect=40,
-        format=PercentFormatter(1),
+        colors, ax=axes, orientation="horizontal", shrink=shrink, aspect=40, format=PercentFormatter(1)
     )
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=6.5)

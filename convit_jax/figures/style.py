@@ -2,33 +2,26 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from convit_jax.errors import UserError
 from convit_jax.rundir import atomic_write
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def tidy_axes(axes: "Axes") -> None:
+def tidy_axes(axes: Axes) -> None:
     """Adds a light grid and removes the upper and right edges."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save_figure(figure: "Figure", directory: Path, name: str, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
-    """Writes directory/name.KIND for each kind; returns the paths.
-
-    Raises:
-      UserError: a file cannot be written, or Matplotlib does not know its format.
-    """
-    from matplotlib import rc_context
-
+def save_figure(figure: Figure, directory: Path, name: str, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
+    """Writes directory/name.KIND for each kind; returns the paths. UserError if it cannot."""
     paths = [directory / f"{name}.{kind}" for kind in kinds]
     for path, kind in zip(paths, kinds, strict=True):
         try:

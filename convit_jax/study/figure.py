@@ -7,49 +7,41 @@ lines or diamonds.
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from convit_jax.figures.style import COLORS, save_figure, tidy_axes
 from convit_jax.study.plan import METRICS, Study, is_number
 from convit_jax.study.runner import Outcome
-from convit_jax.study.table import Cells, Estimate, collect_cells, mean_over_seeds, relative_gap
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from convit_jax.study.table import Cells, Estimate, collect_cells, gap_to_baseline, mean_over_seeds
 
 
 def draw_study(study: Study, outcomes: Mapping[str, Outcome], output: Path) -> None:
     """Draws figure.pdf and figure.png of a study's first metric into its directory; nothing if no run is done."""
-    metric, columns = study.metrics[0], study.column_names()
-    cells = collect_cells(study, outcomes, metric)
-    paper: Cells = {cell: [numbers[metric]] for cell, numbers in study.paper.items() if metric in numbers}
-    if any(cells.values()):
+    ours, paper = collect_cells(study, outcomes, study.metrics[0])
+    if any(ours.values()):
+        columns = study.column_names()
         plot = _plot_lines if len(columns) > 1 and all(map(is_number, columns)) else _plot_dots
-        figure = plot(study, cells, paper)
+        figure = plot(study, ours, paper)
         figure.suptitle(study.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
         save_figure(figure, output, "figure")
 
 
-def _plot_lines(study: Study, cells: Cells, paper: Cells) -> "Figure":
+def _plot_lines(study: Study, ours: Cells, paper: Cells) -> Figure:
     """The metric over the columns; next to it the gap to the baseline, if there is one."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator
-
     columns, gaps = study.column_names(), study.baseline is not None
     figure = Figure(figsize=(9.6 if gaps else 6.2, 3.9), layout="constrained")
     panels = figure.subplots(1, 1 + gaps, squeeze=False, width_ratios=(3, 2)[: 1 + gaps])[0]
     for row, color, marker in zip(study.row_names(), itertools.cycle(COLORS), itertools.cycle("os^DvPX"), strict=False):
         label = f"{study.rows} {row:g}" if is_number(row) else study.row_label(row)
-        ours = {"color": color, "marker": marker, "label": label}
-        theirs = {"color": color, "ls": ":", "label": f"{label}, paper"}
-        for source, style in ((cells, ours), (paper, theirs)):
-            numbers = {column: source.get((row, column), []) for column in columns}
-            _plot_estimates(panels[0], {column: mean_over_seeds(numbers[column]) for column in columns}, style)
-            if gaps and row != study.baseline:
-                baseline = {column: source.get((study.baseline, column), []) for column in columns}
-                gap = {column: relative_gap(numbers[column], baseline[column]) for column in columns}
-                _plot_estimates(panels[1], gap, style)
+        styles = {"marker": marker, "label": label}, {"ls": ":", "label": f"{label}, paper"}
+        for cells, style in zip((ours, paper), styles, strict=True):
+            for axes, estimate in zip(panels, (mean_over_seeds, gap_to_baseline), strict=False):
+                points = {column: estimate(study, cells, row, column) for column in columns}
+                _plot_estimates(axes, points, {"color": color, **style})
     for axes in panels:
         tidy_axes(axes)
         axes.set_xscale("linear" if study.scale == "linear" else "log")
@@ -64,19 +56,16 @@ def _plot_lines(study: Study, cells: Cells, paper: Cells) -> "Figure":
     return figure
 
 
-def _plot_dots(study: Study, cells: Cells, paper: Cells) -> "Figure":
-    from matplotlib.figure import Figure
-
+def _plot_dots(study: Study, ours: Cells, paper: Cells) -> Figure:
     rows = study.row_names()
     figure = Figure(figsize=(6.2, 1.8 + 0.33 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for column, color in zip(study.column_names(), itertools.cycle(COLORS), strict=False):
         of = f"{study.columns}: {study.column_label(column)}, " if study.columns else ""
-        ours = {"color": color, "marker": "o", "ls": "", "label": f"{of}this code"}
-        theirs = {"color": color, "marker": "D", "mfc": "none", "ls": "", "label": f"{of}paper"}
-        for source, style in ((cells, ours), (paper, theirs)):
-            points = {place: mean_over_seeds(source.get((row, column), [])) for place, row in enumerate(rows)}
-            _plot_estimates(axes, points, style, across=True)
+        styles = {"marker": "o", "label": f"{of}this code"}, {"marker": "D", "mfc": "none", "label": f"{of}paper"}
+        for cells, style in zip((ours, paper), styles, strict=True):
+            points = {place: mean_over_seeds(study, cells, row, column) for place, row in enumerate(rows)}
+            _plot_estimates(axes, points, {"color": color, "ls": "", **style}, across=True)
     tidy_axes(axes)
     axes.set_yticks(range(len(rows)), [study.row_label(row) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -85,9 +74,7 @@ def _plot_dots(study: Study, cells: Cells, paper: Cells) -> "Figure":
     return figure
 
 
-def _plot_estimates(
-    axes: "Axes", points: Mapping[Any, Estimate | None], style: Mapping[str, Any], *, across: bool = False
-) -> None:
+def _plot_estimates(axes: Axes, points: Mapping[Any, Estimate | None], style: Any, *, across: bool = False) -> None:
     """Values with error bars, along x instead of y if `across`; places without a value are left out."""
     known = [(place, *found) for place, found in points.items() if found]
     if known:

@@ -5,7 +5,6 @@ in outcome.json what train.py cannot know: seconds over all starts, exit status,
 other state, so several commands can share a study, and each can be stopped at any time.
 """
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -14,19 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from convit_jax.config import ROOT, compare_configs
 from convit_jax.errors import UserError
-from convit_jax.rundir import (
-    DirectoryLocked,
-    disk_errors,
-    lock_directory,
-    read_json,
-    read_metrics,
-    write_json,
-)
+from convit_jax.rundir import disk_errors, lock_directory, read_json, read_metrics, write_json
 from convit_jax.study.plan import Study, StudyRun, run_identity
 
 LOCK = "study.lock"  # of a study's directory while it is written, of a run while a command works on it
@@ -43,17 +35,11 @@ class Outcome:
     best: float | None = None  # top-1 of all evaluations, in per cent
     seconds: float = 0.0  # spent on it so far
     failure: str | None = None  # why it failed
-    ended_at: float | None = None  # when its last process ended, in seconds since 1970
 
 
 def run_directory(output: Path, run: StudyRun) -> Path:
     """Returns the run directory of a run in the directory of its study."""
     return output / "runs" / run.name
-
-
-def read_outcomes(output: Path, study: Study) -> dict[str, Outcome]:
-    """Returns the outcome of each run by name."""
-    return {run.name: read_outcome(run_directory(output, run)) for run in study.runs}
 
 
 def read_outcome(directory: Path) -> Outcome:
@@ -72,33 +58,22 @@ def read_outcome(directory: Path) -> Outcome:
         best=max((line["val_top1"] for line in evaluations), default=None),
         seconds=ended.get("seconds", 0.0),
         failure=failure,
-        ended_at=ended.get("at"),
     )
 
 
 def claim_study(output: Path, study: Study) -> None:
-    """Starts a study in a directory or continues it there; it may have got more runs since.
-
-    Raises:
-      UserError: the directory holds another study or a single run, or cannot be written.
-    """
-    if (output / "config.json").exists():
-        raise UserError(f"{output} is a run directory of train.py, not of a study: use another --output.")
+    """Starts or continues a study, which may have got more runs, in a directory; UserError if that has another."""
     runs = {run.name: run_identity(run.config) for run in study.runs}
     with lock_directory(output, LOCK, wait=True), disk_errors(output):
         saved = read_json(output / "study.json")
-        different = []
-        for name, fields in saved.get("runs", {}).items():
-            if name in runs:
-                different += compare_configs(runs[name], run_identity(fields), ())
-            else:
-                different.append(f"it has no run {name}")
-        if different:
-            theirs = " ".join([saved["plan"], *saved["changes"]])
-            raise UserError(
-                f"{output} holds another study, {theirs} ({'; '.join(list(dict.fromkeys(different))[:5])}): "
-                "use another --output, or the old study to continue it."
-            )
+        for name, then in saved.get("runs", {}).items():
+            known = name in runs
+            different = compare_configs(runs[name], run_identity(then), ()) if known else [f"it has no run {name}"]
+            if different:
+                raise UserError(
+                    f"{output} holds another study, {' '.join([saved['plan'], *saved['changes']])} "
+                    f"({'; '.join(different)}): use another --output, or the old study to continue it."
+                )
         record = {"plan": study.source, "changes": study.changes, "title": study.title, "runs": runs}
         write_json(output / "study.json", record)
 
@@ -108,37 +83,10 @@ def train_command(run: StudyRun, output: Path) -> list[str]:
     return ["python", os.path.relpath(ROOT / "train.py"), *run.flags, f"--workdir={run_directory(output, run)}"]
 
 
-@contextlib.contextmanager
-def lock_run(output: Path, run: StudyRun) -> Iterator[bool]:
-    """Locks a run for this command; gives False if another command or train.py works on it."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lock_directory(run_directory(output, run), LOCK))
-            with lock_directory(run_directory(output, run)):  # train.py's, perhaps of a killed command
-                pass
-        except DirectoryLocked:
-            yield False
-        else:
-            yield True
+def run_training(run: StudyRun, output: Path, signals: list[int], show: Callable[[str], None]) -> None:
+    """Starts or continues a run as a process, waits for it and writes outcome.json; the caller has locked it.
 
-
-@contextlib.contextmanager
-def collect_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list instead of ending the process."""
-    arrived: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in numbers}
-    try:
-        yield arrived
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run_training(run: StudyRun, output: Path, signals: list[int], show: Callable[[str], None]) -> Outcome:
-    """Starts or continues a run, locked by this command, as a process, waits for it and writes outcome.json.
-
-    Signals that arrive are passed on; the first makes train.py save. `show` gets the last line of output.
+    Signals that arrive are passed on; the first makes train.py save. `show` gets the run and its last line.
     """
     directory, command, began = run_directory(output, run), train_command(run, output), time.monotonic()
     seconds = read_json(directory / "outcome.json").get("seconds", 0.0)
@@ -158,18 +106,16 @@ def run_training(run: StudyRun, output: Path, signals: list[int], show: Callable
             for number in signals[passed_on:]:
                 process.send_signal(number)
                 passed_on += 1
-            show(_read_end(log_path, start)[-1])
+            show(f"{run.name}: {_read_end(log_path, start)[-1]}")
             time.sleep(0.2)
     failed = process.returncode != 0 and not signals
     record = {
         "seconds": round(seconds + time.monotonic() - began, 1),
         "status": process.returncode,
         "failure": _find_reason(process.returncode, _read_end(log_path, start)) if failed else None,
-        "at": time.time(),
     }
     with disk_errors(directory / "outcome.json"):
         write_json(directory / "outcome.json", record)
-    return read_outcome(directory)
 
 
 def _read_end(path: Path, start: int) -> list[str]:
@@ -184,6 +130,6 @@ def _find_reason(status: int, lines: list[str]) -> str:
     if status < 0:
         hint = " (was the machine out of memory?)" if -status == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{hint}"
-    own = [line.removeprefix("train.py: ") for line in lines if line.startswith("train.py: ")]
+    own = [line for line in lines if line.startswith("train.py: ")]
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return (own or raised or lines)[-1].strip() or f"exit status {status}"
+    return (own or raised or lines)[-1].removeprefix("train.py: ").strip() or f"exit status {status}"

@@ -17,19 +17,15 @@ SMALL = dict(image_size=(12, 16), patch_size=4, embed_dim=16, depth=4, num_class
 IMAGES = jax.random.normal(jax.random.key(0), (2, 12, 16, 3))
 
 
-def convit(**settings):
-    model = create_model("convit_tiny", **SMALL, local_up_to_layer=3, **settings)
-    return nnx.graphdef(model), jax.device_get(nnx.to_pure_dict(nnx.state(model)))
-
-
 @pytest.mark.parametrize(
     ("to", "layers", "dtype"),
-    [("position", None, "float32"), ("content", 1, "float32"), ("content", None, "bfloat16")],
+    [("position", None, "float32"), ("content", 1, "bfloat16")],
 )
 def test_forced_gates_leave_one_part_of_the_attention(to, layers, dtype):
-    graphdef, params = convit(dtype=dtype)
+    model = create_model("convit_tiny", **SMALL, local_up_to_layer=3, dtype=dtype)
+    graphdef, params = nnx.graphdef(model), jax.device_get(nnx.to_pure_dict(nnx.state(model)))
     before = jax.tree.map(np.copy, params)
-    model, forced = nnx.merge(graphdef, params), nnx.merge(graphdef, force_gates(params, to, layers))
+    forced = nnx.merge(graphdef, force_gates(params, to, layers))
     assert_same(params, before)
     inputs = itertools.chain(*forced.map_attention(IMAGES, lambda attn, x: x))
     for number, (block, x) in enumerate(zip(forced.blocks, inputs, strict=True)):
@@ -51,27 +47,22 @@ def test_forced_gates_leave_one_part_of_the_attention(to, layers, dtype):
 
 
 def test_a_gate_between_one_and_all_layers_or_a_sentence():
-    params = convit()[1]
+    params = {"gpsa_blocks": {"attn": {"gating_param": np.ones((3, 4))}}}
     gating = force_gates(params, "content", 2)["gpsa_blocks"]["attn"]["gating_param"]
     np.testing.assert_array_equal(gating, [[-np.inf] * 4, [-np.inf] * 4, [1] * 4])
     for layers in (0, 4):
         with pytest.raises(UserError, match=f"gpsa_layers is {layers}, but the weights have 3 GPSA layers"):
             force_gates(params, "position", layers)
-    deit = nnx.to_pure_dict(nnx.state(create_model("deit_tiny", **SMALL)))
     with pytest.raises(UserError, match="no GPSA layer"):
-        force_gates(deit, "position")
+        force_gates({"sa_blocks": {}}, "position")
 
 
-@pytest.mark.parametrize("name", ["convit_tiny", "deit_tiny"])
-def test_without_position_embedding_the_patches_enter_bare(name):
-    model = create_model(name, **SMALL, local_up_to_layer=3 if name == "convit_tiny" else 0)
+def test_without_position_embedding_the_patches_enter_bare():
+    model = create_model("deit_tiny", **SMALL)  # its class token has a position of its own, which goes too
     graphdef, params = nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model))
-    masked = nnx.merge(graphdef, mask_position_embedding(params))
-    x = masked.map_attention(IMAGES, lambda attn, x: x)[0][0]
-    patches = model.patch_embed(IMAGES)
-    if name == "deit_tiny":  # its class token has a position of its own, which goes too
-        token = jnp.broadcast_to(model.cls_token[...], (2, 1, 16))
-        patches = jnp.concatenate([token, patches], axis=1)
-    np.testing.assert_allclose(x, model.blocks[0].norm1(patches), atol=1e-6)
     changed = mask_position_embedding(params)
+    x = nnx.merge(graphdef, changed).map_attention(IMAGES, lambda attn, x: x)[0][0]
+    token = jnp.broadcast_to(model.cls_token[...], (2, 1, 16))
+    bare = jnp.concatenate([token, model.patch_embed(IMAGES)], axis=1)
+    np.testing.assert_allclose(x, model.blocks[0].norm1(bare), atol=1e-6)
     assert_same({**changed, "pos_embed": params["pos_embed"]}, params)

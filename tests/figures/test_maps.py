@@ -100,8 +100,3 @@ def test_heads_before_training_stand_as_the_pixels_of_a_filter(pages, tmp_path):
     pages.clear()
     maps.draw_init_maps(tmp_path, None, {None: values}, None, QUERY)
     assert pages["init"].axes[0].get_title() == "position, ordinary init"
-
-
-def test_a_page_is_written(tmp_path):
-    paths = maps.draw_attention_maps(tmp_path / "new", [layer(0, tokens=1)], PIXELS, QUERY)
-    assert sorted(paths) == sorted((tmp_path / "new").iterdir())

@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
-from conftest import QUICK, ROOT, says
+from conftest import QUICK, ROOT
 
-TINY = {"batch_size": 80, "steps": 120, "log_every": 5, "mesh.data": 1, "optim.warmup_epochs": 0.0} | {
+from convit_jax.errors import UserError
+from convit_jax.study import __main__ as command
+
+TINY = {"batch_size": 80, "steps": 80, "log_every": 5, "mesh.data": 1, "optim.warmup_epochs": 0.0} | {
     "model.embed_dim": 16,
     "model.num_heads": 4,
     "model.depth": 3,
@@ -24,20 +28,26 @@ def plan(make_study, tmp_path):
     """The file of a study of three runs, of which the second fails: a plan is no checkpoint."""
     rows = {"first": {}, "broken": {"init_from": str(tmp_path / "mine.py")}, "last": {}}
     make_study(*({"row": row, "overrides": TINY | own, "seeds": [0]} for row, own in rows.items()))
-    return tmp_path / "mine.py"
+    return str(tmp_path / "mine.py")
 
 
-def start(*arguments):
-    environment = {**os.environ, "XLA_FLAGS": QUICK}
-    command = [sys.executable, "-m", "convit_jax.study", *map(str, arguments)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+@pytest.fixture
+def study(plan, tmp_path, monkeypatch):
+    """Runs the command in this process; returns its exit status."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
+    def run(*changes, listed=False):
+        flags = SimpleNamespace(FLAGS=SimpleNamespace(output=f"{tmp_path}/out", list=listed))
+        monkeypatch.setattr(command, "flags", flags)
+        return command.main([plan], list(changes))
+
+    return run
 
 
 def pretend_done(run):
     run.mkdir(parents=True, exist_ok=True)
-    line = {"step": 120, "epoch": 1.0, "val_top1": 50.0, "val_top5": 90.0, "val_loss": 1.0}
-    for name, value in {"metrics.jsonl": line, "run.json": {"steps": 120}, "outcome.json": {"status": 0}}.items():
+    line = {"step": 80, "epoch": 1.0, "val_top1": 50.0, "val_top5": 90.0, "val_loss": 1.0}
+    for name, value in {"metrics.jsonl": line, "run.json": {"steps": 80}, "outcome.json": {"status": 0}}.items():
         (run / name).write_text(json.dumps(value) + "\n")
 
 
@@ -46,10 +56,13 @@ def states(output):
     return {line["run"].removesuffix("-seed0"): line["state"] for line in lines}
 
 
-def test_a_study_survives_a_failure_and_a_signal_and_skips_what_is_done(plan, tmp_path):
+def test_a_study_survives_a_failure_and_a_signal_and_skips_what_is_done(plan, study, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     pretend_done(output / "runs/first-seed0")
-    process, metrics = start(plan, f"--output={output}"), output / "runs/last-seed0/metrics.jsonl"
+    arguments = [sys.executable, "-m", "convit_jax.study", plan, f"--output={output}"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK}, **pipes)
+    metrics = output / "runs/last-seed0/metrics.jsonl"
     try:
         until = time.monotonic() + 300
         while not (metrics.exists() and "train_loss" in metrics.read_text()) and process.poll() is None:
@@ -65,25 +78,25 @@ def test_a_study_survives_a_failure_and_a_signal_and_skips_what_is_done(plan, tm
     assert "[3/3] last-seed0: stopped; the same command continues it" in printed
     again = f"python -m convit_jax.study {plan} --output={output}"
     assert f"2 of 3 runs, 1 failed; the same command continues:\n          {again}\n" in printed
+    assert "Failed:\n\n- broken-seed0: cannot read " in printed
     assert states(output) == {"first": "done", "broken": "failed", "last": "begun"}
 
-    assert "Failed:\n\n- broken-seed0: cannot read " in (output / "table.md").read_text()
-
     pretend_done(output / "runs/broken-seed0")
-    process = start(plan, f"--output={output}")
-    printed, errors = process.communicate(timeout=300)
-    assert (process.returncode, errors) == (0, "")
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
+    monkeypatch.chdir(ROOT)
+    assert study() == 0
+    printed = capsys.readouterr().out
     assert "2 done, 1 begun" in printed
     assert "[3/3] last-seed0: top-1 " in printed
     assert "Continuing at step " in (output / "runs/last-seed0/output.log").read_text()
     assert not (output / "runs/first-seed0/output.log").exists()
     assert set(states(output).values()) == {"done"}
-    assert json.loads((output / "runs/last-seed0/outcome.json").read_text())["status"] == 0
     assert (output / "figure.png").exists()
 
 
-def test_a_mistake_is_one_sentence_before_anything_runs(plan, tmp_path):
-    teacher = f"--config.distill.teacher={tmp_path}/none.pth"
-    sentence = says("-m", "convit_jax.study", plan, f"--output={tmp_path}/out", teacher)
-    assert sentence.startswith(f"study: run first-seed0: distill.teacher: there is no file or directory {tmp_path}")
+def test_a_list_and_a_mistake_leave_no_directory(study, tmp_path, capsys):
+    assert study(listed=True) == 0
+    assert "# last-seed0\npython " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^run first-seed0: distill\.teacher: there is no file or directory none"):
+        study("--config.distill.teacher=none")
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,6 @@ import re
 
 import pytest
 from conftest import ROOT
-from huggingface_hub import constants
 
 from convit_jax.errors import UserError
 from convit_jax.models.variants import FAMILIES, model_settings
@@ -58,20 +57,6 @@ def test_runs_of_a_study_show_as_many_images():
         assert run.config.data.sampling_ratio == run.column
     for run in read_study("studies/digits.py:sample_efficiency").runs:
         assert run.config.optim.warmup_epochs == 5 / run.column
-    whole, early = (
-        [run.config.to_dict() for run in read_study(f"studies/imagenet.py:{name}").runs]
-        for name in ("locality", "locality_early")
-    )
-    assert early == [config | {"steps": 2539} for config in whole]  # 20 of 300 epochs, of 130,000 images
-
-
-def test_the_small_ablations_change_what_those_of_the_paper_change():
-    small, large = by_row("digits.py:ablations"), by_row("imagenet.py:ablations")
-    for row in "abcdfg":
-        for field in ("gate_init", "conv_init"):
-            assert small[row].model[field] == large[row].model[field]
-        assert small[row].optim.frozen == large[row].optim.frozen
-    assert settings(small["e"])["local_up_to_layer"] == settings(large["e"])["local_up_to_layer"] == 0
 
 
 def test_a_change_reaches_every_run_and_its_command(make_study, tmp_path):
@@ -86,14 +71,11 @@ def test_a_change_reaches_every_run_and_its_command(make_study, tmp_path):
     [
         ([{}], {"titel": ""}, r"cannot read the plan .*/mine.py \(TypeError: .*'titel'\): .* lists all keys"),
         ([{"colum": 1}], {}, r"cannot read the plan .*/mine.py \(TypeError: .*'colum'\)"),
-        ([{}, {}], {}, "has two runs a-seed[01]: list each row and column once"),
-        ([{}], {"baseline": "b"}, r"has the baseline 'b': choose from \[None, 'a'\]"),
-        ([{}], {"scale": "logs"}, "has the scale 'logs': choose from"),
-        ([{"column": "all"}], {"scale": "log"}, "has the scale 'log': all columns must be numbers above 0"),
-        ([{}], {"metrics": ["top2"]}, "has the metric 'top2': choose from"),
-        ([{"overrides": {"optim.lrr": 1}}], {}, "run a-seed0: the config has no field"),
-        ([{"overrides": {"epochs": "many"}}], {}, "run a-seed0: flag --config.epochs"),
-        ([{"config": "configs/digit.py"}], {}, "did you mean 'configs/digits.py'?"),
+        ([{}, {}], {}, "two runs have the same row, column and seed"),
+        ([{}], {"baseline": "b"}, r"baseline \['b'\]: choose from \[None, 'a'\]"),
+        ([{}], {"metrics": ["top2"]}, r"metrics \['top2'\]: choose from"),
+        ([{"overrides": {"optim.lrr": 1}}], {}, "the config has no field 'optim.lrr'"),
+        ([{"overrides": {"epochs": "many"}}], {}, "flag --config.epochs"),
     ],
 )
 def test_a_mistake_in_a_study_is_named(entries, keys, sentence, make_study, monkeypatch):
@@ -127,19 +109,12 @@ def test_a_mistake_in_the_command_is_named(source, changes, sentence, monkeypatc
         ({"data.num_classes": 11}, "data.num_classes is 11"),
         ({"init_from": "none.pth"}, "none.pth"),
         ({"optim.frozen": ("gates",)}, "optim.frozen has 'gates'"),
-        ({"distill.teacher": "empty"}, "distill.teacher: the run in empty has"),
         ({"distill.teacher": str(GOLDEN), "data.num_classes": 9}, str(GOLDEN)),
     ],
 )
-def test_every_run_is_checked_before_the_first(overrides, words, make_study, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty/checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError) as raised:
+def test_every_run_is_checked_before_the_first(overrides, words, make_study):
+    with pytest.raises(UserError, match=f"^run b-seed0: .*{re.escape(words)}"):
         check_study(make_study({}, {"row": "b", "overrides": overrides}))
-    assert str(raised.value).startswith("run b-seed0: ")
-    assert words in str(raised.value)
 
 
 def test_a_config_file_of_the_user_comes_before_the_repository(make_study, tmp_path, monkeypatch):

@@ -2,16 +2,15 @@
 
 import contextlib
 import json
-import os
 import signal
-import time
 
 import pytest
 
 from convit_jax.errors import UserError
 from convit_jax.rundir import lock_directory
 from convit_jax.study import __main__ as command
-from convit_jax.study.runner import claim_study, collect_signals, lock_run, read_outcome, run_directory
+from convit_jax.study import runner
+from convit_jax.study.runner import claim_study, read_outcome, run_directory
 
 LARGER = {"seeds": [0, 1, 2]}
 
@@ -21,52 +20,24 @@ def output(tmp_path):
     return tmp_path / "out"
 
 
-def refusal(output, study):
-    with pytest.raises(UserError) as raised:
-        claim_study(output, study)
-    return str(raised.value)
-
-
-def test_a_directory_belongs_to_one_study_which_may_grow(make_study, output, tmp_path):
+def test_a_directory_belongs_to_one_study_which_may_grow(make_study, output):
     claim_study(output, make_study())
     claim_study(output, make_study(changes=["--config.data.workers=3"]))  # changes no number
     claim_study(output, make_study(LARGER))
-    (output / "runs").mkdir()
-    (output / "runs/config.json").touch()
-    assert "is a run directory of train.py, not of a study" in refusal(output / "runs", make_study())
-    for changes, sentence in (
-        (["--config.epochs=3"], "(epochs was 100, is 3)"),
-        (["--config.steps=3"], "(steps was None, is 3)"),
-        (["--config.distill.teacher=x"], "(distill.teacher was None, is 'x')"),
+    for study, difference in (
+        (make_study(LARGER, changes=["--config.epochs=3"]), "epochs was 100, is 3"),
+        (make_study(LARGER, changes=["--config.steps=3"]), "steps was None, is 3"),
+        (make_study(LARGER, changes=["--config.distill.teacher=x"]), "distill.teacher was None, is 'x'"),
+        (make_study(), "it has no run a-seed2"),
     ):
-        assert f"{sentence}: use another --output" in refusal(output, make_study(LARGER, changes=changes))
-    sentence = refusal(output, make_study())
-    assert sentence.startswith(f"{output} holds another study, {tmp_path}/mine.py (it has no run a-seed2): ")
+        with pytest.raises(UserError, match=rf"out holds another study, .*/mine.py \({difference}\): use another"):
+            claim_study(output, study)
     older = json.loads((output / "study.json").read_text())
     for fields in older["runs"].values():
         del fields["optim.clip_norm"]  # a field that older code did not have
         fields["eval_every"] = 7  # and one that it counted
     (output / "study.json").write_text(json.dumps(older))
     claim_study(output, make_study(LARGER))
-
-
-@pytest.mark.parametrize("name", ["study.json", "runs/a-seed0/run.json", "runs/a-seed0/outcome.json"])
-@pytest.mark.parametrize("damage", [b"", b'{"seconds": 3', b"\xff\xff"])
-def test_a_damaged_file_is_named_and_may_be_removed(name, damage, make_study, output):
-    study = make_study()
-    run = run_directory(output, study.runs[0])
-    run.mkdir(parents=True)
-    (output / name).write_bytes(damage)
-
-    def look():
-        claim_study(output, study)
-        return read_outcome(run).state
-
-    with pytest.raises(UserError) as raised:
-        look()
-    assert str(raised.value).startswith(f"{output / name} is damaged (")
-    (output / name).unlink()
-    assert look() == "to do"
 
 
 def test_a_run_is_done_after_its_last_evaluation_and_a_good_exit(tmp_path):
@@ -86,42 +57,27 @@ def test_a_run_is_done_after_its_last_evaluation_and_a_good_exit(tmp_path):
 
 def test_commands_share_the_runs(make_study, output, monkeypatch):
     study = make_study(LARGER)
+    directories = [run_directory(output, run) for run in study.runs]
     trained = []
 
     def train(run, output, signals, show):
-        trained.append(run.name)
+        trained.append(run.seed)
         if held:  # another command takes the run, fails with seed 2 and stops
-            record = {"status": 1, "failure": "no room", "at": time.time()}
-            run_directory(output, study.runs[2]).mkdir(exist_ok=True)
-            (run_directory(output, study.runs[2]) / "outcome.json").write_text(json.dumps(record))
+            directories[2].mkdir(exist_ok=True)
+            (directories[2] / "outcome.json").write_text(json.dumps({"status": 1, "failure": "no room"}))
             held.pop().close()
-        return read_outcome(run_directory(output, run))
 
-    monkeypatch.setattr(command, "run_training", train)
-    monkeypatch.setattr(command, "write_results", lambda study, output: command.read_outcomes(output, study))
-    claim_study(output, study)
+    monkeypatch.setattr(runner, "run_training", train)
     held = [contextlib.ExitStack()]
-    held[0].enter_context(lock_directory(run_directory(output, study.runs[0])))  # its command was killed
-    with lock_run(output, study.runs[0]) as locked:
-        assert not locked
-    assert command.run_study(study, output, []) == 0
-    assert trained == ["a-seed1", "a-seed0"]
-    with lock_run(output, study.runs[0]) as locked:
-        assert locked
-        trained.clear()
-        assert command.run_study(study, output, []) == 1  # the failed one is tried again
-    assert trained == ["a-seed1", "a-seed2"]
-    assert command.run_study(study, output, [signal.SIGINT]) == 0
-    assert trained == ["a-seed1", "a-seed2"]
-
-
-def test_signals_are_collected():
-    before = signal.getsignal(signal.SIGINT)
-    with collect_signals() as signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals == [signal.SIGTERM, signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is before
+    held[0].enter_context(lock_directory(directories[0]))  # train.py's lock: its command was killed
+    command.run_study(study, output, [])
+    assert trained == [1, 0]
+    trained.clear()
+    with lock_directory(directories[0], runner.LOCK):
+        command.run_study(study, output, [])
+    assert trained == [1, 2]  # the failed one is tried again
+    command.run_study(study, output, [signal.SIGINT])
+    assert trained == [1, 2]
 
 
 def test_tables_are_written_when_the_figure_fails(make_study, tmp_path, monkeypatch, capsys):
