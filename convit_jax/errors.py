@@ -22,6 +22,8 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check the path.") from error
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: it is damaged ({error}).") from error
     except MemoryError as error:
         raise UserError(f"cannot read {path}: not enough memory.") from error
 

@@ -13,16 +13,12 @@ embedding, and with gates forced to position or content.
 """
 
 import signal
-from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from convit_jax.cli import define_weights, launch, load_weights
-from convit_jax.config import load_run_config
+from convit_jax.cli import define_weights, launch, load_weights, required_config
 from convit_jax.errors import UserError
-from convit_jax.rundir import is_run
 
 
 def _define_flags() -> None:
@@ -47,7 +43,7 @@ def main(arguments: list[str]) -> None:
     with together():
         loaded = load_weights(which=which)
         params, changes = _changed(loaded.params())
-        config = values.config or _own_config(values.checkpoint)
+        config = required_config()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     if not several():  # see docs/clusters.md
         use_compilation_cache(config.compilation_cache)
@@ -74,16 +70,6 @@ def _changed(params: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     elif values.gpsa_layers is not None:
         raise UserError("--gpsa_layers needs --gates: add --gates=position or --gates=content.")
     return params, changes
-
-
-def _own_config(checkpoint: str) -> ConfigDict:
-    """The config of a run directory; UserError if the weights are none."""
-    if not is_run(checkpoint):
-        raise UserError(
-            f"{checkpoint} is not a run directory, so its images are unknown: add "
-            "--config=configs/convit_s.py --config.data.dir=IMAGES, or another config with a data section."
-        )
-    return load_run_config(Path(checkpoint).expanduser())
 
 
 if __name__ == "__main__":

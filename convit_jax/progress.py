@@ -2,7 +2,6 @@
 
 import sys
 import time
-from typing import TextIO
 
 from tqdm import tqdm
 
@@ -10,28 +9,17 @@ BAR = "{desc} {n_fmt}/{total_fmt} [{bar:20}] left {remaining}{postfix}"  # tqdm 
 
 
 class Progress:
-    """Shows how far a command is.
+    """Shows on standard output how far a command is.
 
     Args:
       label: what is counted, as "step".
-      total: number of units; None for a text without a bar.
+      total: number of units.
       every: outside a terminal, the share of the total between two lines.
       enabled: False for processes that must not print.
-      stream: standard output by default.
     """
 
-    def __init__(
-        self,
-        label: str,
-        total: int | None,
-        *,
-        every: float = 0.0,
-        enabled: bool = True,
-        stream: TextIO | None = None,
-    ) -> None:
+    def __init__(self, label: str, total: int, *, every: float = 0.0, enabled: bool = True) -> None:
         self.label, self.total, self.every, self.enabled = label, total, every, enabled
-        self.stream = stream or sys.stdout
-        self.live = enabled and self.stream.isatty()
         self._bar: tqdm | None = None
         self._first: int | None = None
         self._last_line = 0
@@ -42,13 +30,13 @@ class Progress:
         self.close()
         self._first = self._last_line = done
         self._began = time.monotonic()
-        if self.live:
+        if self.enabled and sys.stdout.isatty():
             self._bar = tqdm(
                 desc=self.label,
                 total=self.total,
                 initial=done,
-                file=self.stream,
-                bar_format=BAR if self.total else "{desc} {postfix}",
+                file=sys.stdout,
+                bar_format=BAR,
                 dynamic_ncols=True,
                 smoothing=0,
                 leave=False,
@@ -61,26 +49,17 @@ class Progress:
         if self._bar is not None:
             self._bar.n = done
             self._bar.set_postfix_str(text)
-        elif self.total and (done == self.total or done - self._last_line >= self.every * self.total):
+        elif done == self.total or done - self._last_line >= self.every * self.total:
             self._last_line = done
-            self.say(f"{self.label} {done}/{self.total}  {text}  left {self._left(done)}")
-
-    def _left(self, done: int) -> str:
-        assert self.total is not None
-        assert self._first is not None
-        if done == self._first:
-            return "?"
-        seconds = (time.monotonic() - self._began) / (done - self._first) * (self.total - done)
-        return tqdm.format_interval(seconds)
+            elapsed = time.monotonic() - self._began
+            left = tqdm.format_meter(done, self.total, elapsed, initial=self._first, bar_format="{remaining}")
+            self.say(f"{self.label} {done}/{self.total}  {text}  left {left}")
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        if self._bar is not None:
-            self._bar.clear()
         if self.enabled:
-            print(text, file=self.stream, flush=True)
-        if self._bar is not None:
-            self._bar.refresh()
+            with tqdm.external_write_mode():
+                print(text, flush=True)
 
     def close(self) -> None:
         """Removes the bar."""
