@@ -51,7 +51,10 @@ def launch(
         if processes:
             _define_processes()
         rest = _parse(sys.argv, define, config, arguments)[1:]
-        _import_jax()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C would crash C++ modules during the import
+        import jax  # noqa: F401
+
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         sys.exit(_run_with_others(main, rest) if processes else main(rest))
     except UserError as error:
         message = str(error)
@@ -73,16 +76,6 @@ def launch(
     os._exit(130)  # JAX may still compile in a thread, which crashes when Python's shutdown removes the device
 
 
-def _import_jax() -> None:
-    """Imports JAX; Ctrl-C during the import ends the process at once instead of crashing C++ modules."""
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # ignored in background jobs
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    import jax  # noqa: F401
-
-    signal.signal(signal.SIGINT, handler)
-
-
 # ---- Several processes -----------------------------------------------------------------------
 
 
@@ -91,8 +84,7 @@ def _define_processes() -> None:
     flags.DEFINE_integer("num_processes", None, "Number of processes.")
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
     flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
-    silence = "Seconds of silence after which a process counts as lost."
-    flags.DEFINE_integer("heartbeat_timeout", 100, silence, lower_bound=1)
+    flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds after which a silent process is lost.", lower_bound=1)
 
 
 def _run_with_others(main: Main, arguments: list[str]) -> int | None:
@@ -127,6 +119,8 @@ def _parse(argv: list[str], define: Callable[[], None], config: str | None, argu
         raise UserError(_explain(error, config)) from error
     if len(rest) > 1 and not arguments:
         raise UserError(f"unexpected argument {rest[1]!r}: flags look like --config.epochs=10.")
+    if len(rest) - 1 != len(arguments.split()) and not arguments.endswith("..."):
+        raise UserError(f"give {arguments}, not {len(rest) - 1} arguments; see --help.")
     return rest
 
 

@@ -34,8 +34,6 @@ def main(arguments: list[str]) -> None:
     from convit_jax.weights.formats import save_converted, write_safetensors
     from convit_jax.weights.pretrained import describe_weights
 
-    if len(arguments) != 2:
-        raise UserError(f"give SOURCE and TARGET, not {len(arguments)} arguments; see --help.")
     source, target = arguments[0], Path(arguments[1]).expanduser()
     check_target(target, flags.FLAGS.overwrite)
     to_file = target.suffix == FILE

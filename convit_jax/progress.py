@@ -9,13 +9,9 @@ BAR = "{desc} {n_fmt}/{total_fmt} [{bar:20}] left {remaining}{postfix}"  # tqdm 
 
 
 class Progress:
-    """Shows on standard output how far a command is.
+    """Shows on standard output how many of `total` units, such as "step", are done.
 
-    Args:
-      label: what is counted, as "step".
-      total: number of units.
-      every: outside a terminal, the share of the total between two lines.
-      enabled: False for processes that must not print.
+    `every` is the share of the total between two lines outside a terminal. Some processes must not print.
     """
 
     def __init__(self, label: str, total: int, *, every: float = 0.0, enabled: bool = True) -> None:

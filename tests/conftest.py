@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from convit_jax import cli
 from convit_jax.rundir import checkpoint_steps
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +129,26 @@ def tfds_data(tmp_path):
     with tarfile.open(ROOT / "tests/golden/tfds.tar.gz") as archive:
         archive.extractall(tmp_path / "tfds", filter="data")
     return tmp_path / "tfds"
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """A function: runs a command in this process, as its module's last lines do; returns what it prints."""
+    monkeypatch.chdir(ROOT)
+    before = set(flags.FLAGS)
+
+    def forget():
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+
+    def run(command, *arguments, config=None, expects="..."):
+        forget()
+        words = cli._parse(["", *map(str, arguments)], command._define_flags, config, expects)
+        command.main(words[1:])
+        return capsys.readouterr().out
+
+    yield run
+    forget()
 
 
 def saved(workdir, step=None):
