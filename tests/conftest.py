@@ -133,7 +133,7 @@ def tfds_data(tmp_path):
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """A function: runs a command in this process, as its module's last lines do; returns what it prints."""
+    """A function: runs a command in this process, as its module's last lines do; returns a CompletedProcess."""
     monkeypatch.chdir(ROOT)
     before = set(flags.FLAGS)
 
@@ -144,8 +144,7 @@ def run_here(monkeypatch, capsys):
     def run(command, *arguments, config=None, expects="..."):
         forget()
         words = cli._parse(["", *map(str, arguments)], command._define_flags, config, expects)
-        command.main(words[1:])
-        return capsys.readouterr().out
+        return subprocess.CompletedProcess(arguments, command.main(words[1:]), *capsys.readouterr())
 
     yield run
     forget()

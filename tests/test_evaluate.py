@@ -6,27 +6,28 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python, says
+from conftest import ROOT, run_python
 from flax import nnx
 
+from convit_jax import evaluate
 from convit_jax.analysis.interventions import force_gates, mask_position_embedding
 from convit_jax.data.sources import open_source
 from convit_jax.errors import UserError
 from convit_jax.rundir import read_metrics
-from convit_jax.training.evaluation import evaluate
+from convit_jax.training import evaluation
 from convit_jax.training.sharding import make_mesh
 from convit_jax.weights import pretrained
 from convit_jax.weights.formats import save_converted
 from convit_jax.weights.pretrained import match_classes
 
 
-def last_line(*arguments):
-    done = run_python("-m", "convit_jax.evaluate", *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip().splitlines()[-1]
+@pytest.fixture
+def lines(run_here):
+    """A function: what evaluate prints."""
+    return lambda *arguments: run_here(evaluate, *arguments, config="").stdout.splitlines()
 
 
-def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(trained, tmp_path):
+def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(trained, lines, tmp_path):
     result = read_metrics(trained / "metrics.jsonl")[-1]
     expected = "top-1 {val_top1:.3f}  top-5 {val_top5:.3f}  loss {val_loss:.3f}  images 360".format(**result)
     # Also where the training had other devices, its data lay elsewhere, and a field was not there yet.
@@ -37,21 +38,19 @@ def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(traine
     del saved["data"]["max_unreadable"]
     file.write_text(json.dumps(saved))
     changed = ["--config.data.name=digits", "--config.data.dir=", "--config.eval_batch_size=50"]
-    assert last_line(f"--checkpoint={tmp_path}/run", *changed) == expected
+    assert lines(f"--checkpoint={tmp_path}/run", *changed)[-1] == expected
     save_converted(pretrained.load(tmp_path / "run"), tmp_path / "w")
     config = ["--config=configs/digits.py", "--config.eval_batch_size=77"]
-    assert last_line(f"--checkpoint={tmp_path}/w", *config) == expected
+    assert lines(f"--checkpoint={tmp_path}/w", *config)[-1] == expected
 
 
-def test_what_is_changed_for_an_evaluation_is_said(digits_config, trained, tmp_path):
-    command = ("-m", "convit_jax.evaluate", f"--checkpoint={tmp_path}/run")
-    done = run_python(*command, "--mask=position_embedding", "--gates=content", "--gpsa_layers=1")
-    assert done.returncode == 0, done.stderr
+def test_what_is_changed_for_an_evaluation_is_said(digits_config, trained, lines, tmp_path):
+    changes = ["--mask=position_embedding", "--gates=content", "--gpsa_layers=1"]
+    *shown, last = lines(f"--checkpoint={tmp_path}/run", *changes)
     assert (
         "Changed for this evaluation: position embedding set to 0; gates of the first 1 of 2 GPSA layers "
-        "set to content only (sigma = 0)\n" in done.stdout
+        "set to content only (sigma = 0)" in shown
     )
-    last = done.stdout.splitlines()[-1]
     assert re.fullmatch(r"top-1 \d+\.\d{3}  top-5 \d+\.\d{3}  loss \d\.\d{3}  images 360", last)
 
     loaded = pretrained.load(tmp_path / "run")
@@ -61,11 +60,6 @@ def test_what_is_changed_for_an_evaluation_is_said(digits_config, trained, tmp_p
     logits = nnx.merge(loaded.network[0], params)(normalised)
     top1 = 100 * np.mean(logits.argmax(-1) == digits.labels)
     assert last.startswith(f"top-1 {top1:.3f} ")
-
-
-def test_what_does_not_fit_is_refused():
-    golden = ("-m", "convit_jax.evaluate", f"--checkpoint={ROOT}/tests/golden/convit_golden.pth")
-    assert "--gpsa_layers needs --gates" in says(*golden, "--gpsa_layers=2")
 
 
 def test_images_in_folders(image_folder, tmp_path):
@@ -81,7 +75,7 @@ def test_images_in_folders(image_folder, tmp_path):
 
 def test_a_split_of_which_no_image_can_be_read_is_refused():
     with pytest.raises(UserError, match="none of the test images can be read"):
-        evaluate({"": None}, [], None, make_mesh(1, 1))
+        evaluation.evaluate({"": None}, [], None, make_mesh(1, 1))
 
 
 def test_labels_are_matched_by_name_where_names_are_known():
