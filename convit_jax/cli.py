@@ -23,12 +23,10 @@ from convit_jax.rundir import is_run
 if TYPE_CHECKING:
     from convit_jax.weights.formats import Pretrained
 
-Main = Callable[[list[str]], int | None]
-
 
 def launch(
     name: str,
-    main: Main,
+    main: Callable[[list[str]], int | None],
     *,
     define: Callable[[], None] = lambda: None,
     config: str | None = None,
@@ -87,7 +85,7 @@ def _define_processes() -> None:
     flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds after which a silent process is lost.", lower_bound=1)
 
 
-def _run_with_others(main: Main, arguments: list[str]) -> int | None:
+def _run_with_others(main: Callable[[list[str]], int | None], arguments: list[str]) -> int | None:
     """Joins the other processes, if there are any, and runs main."""
     from convit_jax.training.distributed import Everywhere, ends_all, is_first, join
 
@@ -117,10 +115,9 @@ def _parse(argv: list[str], define: Callable[[], None], config: str | None, argu
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         raise UserError(_explain(error, config)) from error
-    if len(rest) > 1 and not arguments:
-        raise UserError(f"unexpected argument {rest[1]!r}: flags look like --config.epochs=10.")
     if len(rest) - 1 != len(arguments.split()) and not arguments.endswith("..."):
-        raise UserError(f"give {arguments}, not {len(rest) - 1} arguments; see --help.")
+        expected = arguments or "only flags, such as --config.epochs=10"
+        raise UserError(f"expected {expected}, got {' '.join(rest[1:]) or 'nothing'}: see --help.")
     return rest
 
 

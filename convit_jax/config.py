@@ -50,9 +50,7 @@ class Field:
 def _inside(value: float, interval: str) -> bool:
     """Whether a number is in an interval such as "(0, 1]"; NaN is in none."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
-    above = low <= value if interval[0] == "[" else low < value
-    below = value <= high if interval[-1] == "]" else value < high
-    return above and below
+    return low < value < high or (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
 
 
 def make_config(fields: Mapping[str, Field]) -> ConfigDict:
@@ -79,9 +77,6 @@ def declared_fields() -> dict[str, Field]:
 def default_config() -> ConfigDict:
     """Returns the config of configs/default.py; an empty one where the package is installed without it."""
     return make_config(declared_fields())
-
-
-# ---- Loading ---------------------------------------------------------------------------------
 
 
 def load_config_file(source: str) -> ConfigDict:
@@ -163,9 +158,6 @@ def _check_names(names: Iterable[str], words: str) -> None:
             inside = [each for each in known if each.endswith(f".{name}")]
             hint = f", did you mean {inside[0]!r}?" if inside else nearest(name, known)
             raise UserError(f"{words} {name!r}{hint} configs/default.py explains all fields.")
-
-
-# ---- Checking and comparing ------------------------------------------------------------------
 
 
 def check_config(config: ConfigDict) -> None:

@@ -13,7 +13,6 @@ embedding, and with gates forced to position or content.
 """
 
 import signal
-from typing import Any
 
 from absl import flags
 
@@ -30,6 +29,7 @@ def _define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     """Evaluates what the flags describe."""
+    from convit_jax.analysis.interventions import force_gates, mask_position_embedding
     from convit_jax.training.distributed import agree_on_checkpoint, phase, say, several, together
     from convit_jax.training.evaluation import evaluate_weights
     from convit_jax.training.setup import use_compilation_cache
@@ -42,7 +42,17 @@ def main(arguments: list[str]) -> None:
     which = agree_on_checkpoint(values.checkpoint, values.which, values.ema)
     with together():
         loaded = load_weights(which=which)
-        params, changes = _changed(loaded.params())
+        params, changes = loaded.params(), []
+        if values.mask:
+            params = mask_position_embedding(params)
+            changes.append("position embedding set to 0")
+        if values.gates:
+            params = force_gates(params, values.gates, values.gpsa_layers)
+            total = len(params["gpsa_blocks"]["attn"]["gating_param"])
+            layers = f"the first {values.gpsa_layers or total} of {total} GPSA layers"
+            changes.append(f"gates of {layers} set to {values.gates} only (sigma = {int(values.gates == 'position')})")
+        elif values.gpsa_layers is not None:
+            raise UserError("--gpsa_layers needs --gates: add --gates=position or --gates=content.")
         config = required_config()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     if not several():  # see docs/clusters.md
@@ -52,24 +62,6 @@ def main(arguments: list[str]) -> None:
         say(f"Changed for this evaluation: {'; '.join(changes)}")
     result = evaluate_weights(config, loaded, params, mesh)
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
-
-
-def _changed(params: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the parameters with --mask and --gates applied, a description of the changes)."""
-    from convit_jax.analysis.interventions import force_gates, mask_position_embedding
-
-    values, changes = flags.FLAGS, []
-    if values.mask:
-        params = mask_position_embedding(params)
-        changes.append("position embedding set to 0")
-    if values.gates:
-        params = force_gates(params, values.gates, values.gpsa_layers)
-        total = len(params["gpsa_blocks"]["attn"]["gating_param"])
-        layers = f"the first {values.gpsa_layers or total} of {total} GPSA layers"
-        changes.append(f"gates of {layers} set to {values.gates} only (sigma = {int(values.gates == 'position')})")
-    elif values.gpsa_layers is not None:
-        raise UserError("--gpsa_layers needs --gates: add --gates=position or --gates=content.")
-    return params, changes
 
 
 if __name__ == "__main__":

@@ -57,8 +57,7 @@ def export(loaded: "Pretrained", platforms: list[str]) -> "jax.export.Exported":
 
     loaded = with_behaviour(loaded, attention="xla", scan_unroll=1)  # the format cannot hold cuDNN's kernel
     model, how, s = loaded.model(), loaded.preprocessing, loaded.settings
-    batch = jax_export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((*batch, *s["image_size"], s["in_chans"]), "uint8")
+    images = jax.ShapeDtypeStruct((*jax_export.symbolic_shape("b"), *s["image_size"], s["in_chans"]), "uint8")
     network = jax.jit(lambda images: model(normalize(images, how.mean, how.std)))
     return jax_export.export(network, platforms=tuple(platforms))(images)
 

@@ -18,8 +18,6 @@ from absl import flags
 from convit_jax.cli import define_weights, launch, load_weights
 from convit_jax.errors import UserError, explained
 
-SHOWN = 5
-
 
 def _define_flags() -> None:
     define_weights()
@@ -40,13 +38,12 @@ def main(arguments: list[str]) -> int:
     paths = find_images(arguments)
     loaded = load_weights()
     how, size = loaded.preprocessing, loaded.settings["image_size"]
-    graphdef, _ = loaded.network
     batch_size = min(flags.FLAGS.batch_size, len(paths))
 
     @jax.jit
     def predict(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(graphdef, params)(normalize(images, how.mean, how.std))
-        return jax.lax.top_k(jax.nn.softmax(logits), min(SHOWN, logits.shape[-1]))
+        logits = nnx.merge(loaded.network[0], params)(normalize(images, how.mean, how.std))
+        return jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
 
     params = jax.device_put(loaded.params())
     failed = False

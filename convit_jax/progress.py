@@ -5,7 +5,8 @@ import time
 
 from tqdm import tqdm
 
-BAR = "{desc} {n_fmt}/{total_fmt} [{bar:20}] left {remaining}{postfix}"  # tqdm puts ", " before the postfix
+FORMAT = "{desc} {n_fmt}/{total_fmt} [{bar:20}] left {remaining}{postfix}"  # tqdm puts ", " before the postfix
+BAR = dict(bar_format=FORMAT, dynamic_ncols=True, smoothing=0, leave=False)
 
 
 class Progress:
@@ -27,16 +28,7 @@ class Progress:
         self._first = self._last_line = done
         self._began = time.monotonic()
         if self.enabled and sys.stdout.isatty():
-            self._bar = tqdm(
-                desc=self.label,
-                total=self.total,
-                initial=done,
-                file=sys.stdout,
-                bar_format=BAR,
-                dynamic_ncols=True,
-                smoothing=0,
-                leave=False,
-            )
+            self._bar = tqdm(desc=self.label, total=self.total, initial=done, file=sys.stdout, **BAR)
 
     def update(self, done: int, text: str) -> None:
         """Shows that `done` units are done, with a text such as the loss."""

@@ -25,9 +25,6 @@ class DirectoryLocked(UserError):
     """Another process works in the directory."""
 
 
-# ---- Files -----------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turns errors of a full or unwritable disk into a UserError."""
@@ -89,9 +86,6 @@ def checkpoint_steps(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-# ---- The lock --------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait: bool = False) -> Iterator[None]:
     """Locks a directory for this process until the context or the process ends.
@@ -129,9 +123,6 @@ def wait_for_owner(workdir: Path, owner: str, seconds: float = 10) -> None:
                 "give all processes the same absolute --workdir on a shared file system."
             )
         time.sleep(0.2)
-
-
-# ---- One directory, one run ------------------------------------------------------------------
 
 
 def claim_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ The last line has the number of images and the SHA-256 of the lines with their n
 """
 
 import hashlib
-import sys
 
 import numpy as np
 from absl import flags
@@ -30,7 +29,7 @@ def main(arguments: list[str]) -> None:
     names = source.names
     lines = "".join(f"{names[index]}\n" for index in indices)
     if flags.FLAGS.list:
-        sys.stdout.write(lines)
+        print(lines, end="")
     digest = hashlib.sha256(lines.encode()).hexdigest()
     classes = len(np.unique(source.labels[indices]))
     print(

@@ -13,6 +13,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # they would put the folder into each key
 
 import contextlib
+import runpy
 import shutil
 import site
 import subprocess
@@ -133,18 +134,23 @@ def tfds_data(tmp_path):
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """A function: runs a command in this process, as its module's last lines do; returns a CompletedProcess."""
+    """A function: runs a command such as "predict" in this process; returns a CompletedProcess."""
     monkeypatch.chdir(ROOT)
-    before = set(flags.FLAGS)
+    before, status = set(flags.FLAGS), []
+
+    def launch(name, main, *, define=lambda: None, config=None, arguments="", **others):
+        status.append(main(cli._parse(sys.argv, define, config, arguments)[1:]))
 
     def forget():
         for name in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, name)
 
-    def run(command, *arguments, config=None, expects="..."):
+    def run(command, *arguments):
         forget()
-        words = cli._parse(["", *map(str, arguments)], command._define_flags, config, expects)
-        return subprocess.CompletedProcess(arguments, command.main(words[1:]), *capsys.readouterr())
+        monkeypatch.setattr(cli, "launch", launch)
+        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
+        runpy.run_path("train.py" if command == "train" else f"convit_jax/{command}.py", run_name="__main__")
+        return subprocess.CompletedProcess(arguments, status[-1], *capsys.readouterr())
 
     yield run
     forget()

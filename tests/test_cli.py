@@ -9,62 +9,54 @@ import pytest
 from conftest import ROOT, run_python, says
 
 import train
-from convit_jax import cli, config, evaluate, export, predict, visualize
+from convit_jax import cli, config
 from convit_jax.config import load_config
 from convit_jax.errors import UserError, out_of_memory
 
-GOLDEN = f"{ROOT}/tests/golden/convit_golden.pth"
-WEIGHTS = f"--checkpoint={GOLDEN}"
+WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
 DIGITS = "--config=configs/digits.py"
-MODES = {  # what their modules give to launch
-    evaluate: dict(config="", expects=""),
-    predict: {},
-    export: dict(expects="OUTPUT"),
-    visualize: dict(config="configs/digits.py"),
-    train: dict(config="configs/digits.py", expects=""),
-}
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments", "sentence"),
+    ("line", "sentence"),
     [
-        (evaluate, [], "there are no weights: add --checkpoint=PATH"),
-        (evaluate, [WEIGHTS, "--config.data.dir=x"], "--config.data.dir changes a config: add --config=FILE"),
-        (evaluate, [WEIGHTS], "this needs a config: add --config="),
-        (evaluate, [WEIGHTS, DIGITS, "--gpsa_layers=2"], "--gpsa_layers needs --gates"),
-        (evaluate, ["--batch_size=8", DIGITS], "there is no flag --batch_size, did you mean --config.batch_size?"),
-        (evaluate, [WEIGHTS, DIGITS, "--config.epoch=8"], "the config has no field 'epoch', did you mean 'epochs'"),
-        (evaluate, [WEIGHTS, "photo.jpg"], "unexpected argument 'photo.jpg'"),
-        (evaluate, [WEIGHTS, "--image_size=3x4x5"], "--image_size is '3x4x5': give 384"),
-        (predict, [WEIGHTS], "give at least one IMAGE"),
-        (predict, [WEIGHTS, "--checkpiont=x"], "Unknown command line flag 'checkpiont'. Did you mean: checkpoint"),
-        (export, [WEIGHTS, "--platforms=cpu,gpu", "x"], "there is no platform 'gpu': choose from cpu"),
-        (export, [WEIGHTS], "give OUTPUT, not 0 arguments"),
-        (train, ["--config.batch_size=many"], "flag --config.batch_size=many: invalid literal for int()"),
-        (train, ["--config=configs/ablations.py:x"], "there is no ablation 'x'"),
-        (train, ["--epochs=3"], "there is no flag --epochs, did you mean --config.epochs?"),
+        ("evaluate", "there are no weights: add --checkpoint=PATH"),
+        (f"evaluate {WEIGHTS} --config.data.dir=x", "--config.data.dir changes a config: add --config=FILE"),
+        (f"evaluate {WEIGHTS}", "this needs a config: add --config="),
+        (f"evaluate {WEIGHTS} {DIGITS} --gpsa_layers=2", "--gpsa_layers needs --gates"),
+        (f"evaluate {DIGITS} --batch_size=8", "there is no flag --batch_size, did you mean --config.batch_size?"),
+        (f"evaluate {DIGITS} --config.epoch=8", "the config has no field 'epoch', did you mean 'epochs'"),
+        (f"evaluate {WEIGHTS} photo.jpg", "expected only flags, such as --config.epochs=10, got photo.jpg"),
+        (f"evaluate {WEIGHTS} --image_size=3x4x5", "--image_size is '3x4x5': give 384"),
+        (f"predict {WEIGHTS}", "give at least one IMAGE"),
+        (f"predict {WEIGHTS} --checkpiont=x", "Unknown command line flag 'checkpiont'. Did you mean: checkpoint"),
+        (f"export {WEIGHTS} --platforms=cpu,gpu x", "there is no platform 'gpu': choose from cpu"),
+        (f"export {WEIGHTS}", "expected OUTPUT, got nothing"),
+        ("train --config.batch_size=many", "flag --config.batch_size=many: invalid literal for int()"),
+        ("train --config=configs/ablations.py:x", "there is no ablation 'x'"),
+        ("train --epochs=3", "there is no flag --epochs, did you mean --config.epochs?"),
     ],
 )
-def test_wrong_flags(run_here, command, arguments, sentence):
+def test_wrong_flags(run_here, line, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
-        run_here(command, *arguments, **MODES[command])
+        run_here(*line.split())
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments", "sentence"),
+    ("line", "sentence"),
     [
-        (evaluate, ["--checkpont=x"], "Unknown command line flag 'checkpont'. Did you mean: checkpoint"),
-        (evaluate, ["--config=own.py"], "there is no config file 'own.py'. They are in a clone of"),
-        (visualize, ["--init", "--output=o"], "this needs a config: add --config="),
-        (visualize, ["--init", "--config.seed=1"], "--config.seed changes a config: add --config=FILE"),
+        ("evaluate --checkpont=x", "Unknown command line flag 'checkpont'. Did you mean: checkpoint"),
+        ("evaluate --config=own.py", "there is no config file 'own.py'. They are in a clone of"),
+        ("visualize --init --output=o", "this needs a config: add --config="),
+        ("visualize --init --config.seed=1", "--config.seed changes a config: add --config=FILE"),
     ],
 )
-def test_package_without_configs(run_here, monkeypatch, tmp_path, command, arguments, sentence):
+def test_package_without_configs(run_here, monkeypatch, tmp_path, line, sentence):
     monkeypatch.setattr(config, "IN_CLONE", False)
     for module in (config, cli):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     with pytest.raises(UserError, match=re.escape(sentence)):
-        run_here(command, *arguments, **MODES[command])
+        run_here(*line.split())
 
 
 def test_package_without_the_clone_draws_attention_maps(tmp_path):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_same, run_python
 
-from convit_jax import convert
 from convit_jax.convert import check_target
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, model_settings
@@ -23,7 +22,7 @@ def test_a_training_checkpoint_becomes_a_directory_and_goes_back(tmp_path, run_h
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ConViT: 58,246 parameters (float32), 4 blocks, 3 of them GPSA, 4 heads,")
     assert done.stderr == ""
-    run_here(convert, tmp_path / "weights", tmp_path / "back.safetensors")
+    run_here("convert", tmp_path / "weights", tmp_path / "back.safetensors")
     back = pretrained.load(tmp_path / "back.safetensors").tensors
     assert_same(back, pretrained.load(GOLDEN / "convit_golden.pth").tensors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.safetensors", "weights"]
@@ -34,14 +33,14 @@ def test_a_new_head_larger_images_and_heads_that_a_file_cannot_tell(tmp_path, ru
     shapes = state_dict_shapes(abstract_model(settings)[1])
     write_safetensors(tmp_path / "it.safetensors", {name: np.zeros(shape, "f4") for name, shape in shapes.items()})
     files = [tmp_path / "it.safetensors", tmp_path / "new.safetensors"]
-    done = run_here(convert, *files, "--num_classes=5", "--image_size=16x32", "--heads=4")
+    done = run_here("convert", *files, "--num_classes=5", "--image_size=16x32", "--heads=4")
     assert "16 x 32 px in patches of 16, 5 classes\nnew head for 5 classes\nposition emb" in done.stdout
     assert done.stdout.endswith("cannot tell that the model has 4 heads: load it with --heads=4.\n")
 
 
 def test_only_converted_weights_are_replaced(tmp_path, run_here):
     with pytest.raises(UserError, match=r"cannot read .*/README.md: it is neither"):
-        run_here(convert, GOLDEN / "README.md", tmp_path / "new")
+        run_here("convert", GOLDEN / "README.md", tmp_path / "new")
     check_target(tmp_path / "new", overwrite=False)
     for suffix in (".bin", ".pth"):
         with pytest.raises(UserError, match=rf"writes no {suffix}: give a directory or .*new.safetensors"):

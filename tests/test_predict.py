@@ -10,10 +10,11 @@ import pytest
 from conftest import ROOT, run_python
 from PIL import Image
 
-from convit_jax import export, predict
+from convit_jax import predict
 from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.data.images import centre_crop
 from convit_jax.errors import UserError
+from convit_jax.export import export
 from convit_jax.weights import pretrained
 from convit_jax.weights.formats import save_converted
 
@@ -32,7 +33,7 @@ def test_probabilities_of_readable_images_and_a_report_of_the_others(weights, im
     bad = image_folder / "train/ant/1.jpg"
     bad.write_bytes(b"")
     arguments = [image_folder / "train/ant", f"{image_folder}/val/*/1.jpg", "missing.jpg", "--batch_size=4"]
-    done = run_here(predict, f"--checkpoint={weights}", "--json", *arguments)
+    done = run_here("predict", f"--checkpoint={weights}", "--json", *arguments)
     assert done.returncode == 1
     assert f"predict: cannot decode the image {bad} (it is empty" in done.stderr
     assert "predict: cannot read missing.jpg (No such file" in done.stderr
@@ -71,8 +72,6 @@ def test_files_folders_and_patterns(image_folder):
     (val / "empty").mkdir()
     for nothing in (f"{val}/*.png", f"{val}/empty"):
         assert predict.find_images([nothing]) == [nothing]  # reported when it is read; the others go on
-        with pytest.raises(UserError, match=r"cannot read .*(empty|\.png) \("):
-            predict.read_image_file(nothing)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def test_files_folders_and_patterns(image_folder):
 def test_an_exported_network_gives_the_same_logits_at_any_batch_size(behaviour, xla_for_cudnn):
     loaded = pretrained.load(ROOT / "tests/golden/convit_golden.pth")
     loaded = pretrained.with_behaviour(loaded, **behaviour)
-    exported = jax.export.deserialize(export.export(loaded, ["cpu", "cuda"]).serialize())
+    exported = jax.export.deserialize(export(loaded, ["cpu", "cuda"]).serialize())
     assert exported.platforms == ("cpu", "cuda")
     model, how = loaded.model(), loaded.preprocessing
     for batch in (1, 3):
@@ -98,4 +97,4 @@ def test_the_command_writes_one_file(weights, tmp_path, run_here):
     done = run_python("-m", "convit_jax.export", *arguments)
     assert done.stdout.endswith("net.stablehlo: uint8[b,48,48,3] -> float32[b,10], for cpu\n"), done.stderr
     with pytest.raises(UserError, match=r"net.stablehlo exists: give another OUTPUT, or add --overwrite"):
-        run_here(export, *arguments)
+        run_here("export", *arguments)
