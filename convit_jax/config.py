@@ -143,11 +143,12 @@ def take_config(argv: Sequence[str], default: ConfigDict | None = None) -> tuple
 def load_config(arguments: Sequence[str]) -> ConfigDict:
     """Returns the config of ["--config=configs/digits.py", "--config.epochs=5"]; UserError as train.py reports it."""
     try:
-        config, _ = take_config(["", *arguments])
+        config, rest = take_config(["", *arguments])
+        if config is None:
+            raise UserError("there is no config: add --config=FILE.")
+        flags.FlagValues()(rest)  # there are no other flags
     except flags.Error as error:
         raise UserError(str(error).strip()) from error
-    if config is None:
-        raise UserError("there is no config: add --config=FILE.")
     return config
 
 
@@ -174,7 +175,10 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
         config = json.loads(config.to_json_best_effort())
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            flat[name] = value
     return flat
 
 

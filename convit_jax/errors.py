@@ -1,7 +1,4 @@
-"""UserError, the exception for everything that the user can fix, and helpers that phrase its message.
-
-Commands print the message alone, without a traceback.
-"""
+"""UserError, the exception for everything that the user can fix, and helpers that phrase its message."""
 
 import contextlib
 import difflib

@@ -1,7 +1,6 @@
 """Top-1, top-5 and loss of weights over a whole test split, exactly.
 
-    python -m convit_jax.evaluate --checkpoint=convit_small --config=configs/convit_s.py \\
-        --config.data.dir=IMAGENET
+    python -m convit_jax.evaluate --checkpoint=convit_small --config=configs/convit_s.py --config.data.dir=IMAGENET
     python -m convit_jax.evaluate --checkpoint=runs/convit_s
     python -m convit_jax.evaluate --checkpoint=runs/convit_s --mask=position_embedding
     python -m convit_jax.evaluate --checkpoint=runs/convit_s --gates=content --gpsa_layers=5

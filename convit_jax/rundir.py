@@ -132,7 +132,6 @@ def claim_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> No
     checkpoint: without it the run cannot continue, and its log must not be overwritten.
     """
     with disk_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
         evaluated = any("val_top1" in line for line in read_metrics(workdir / "metrics.jsonl"))
         saved = bool(checkpoint_steps(workdir))
         if saved or evaluated:
@@ -148,8 +147,8 @@ def claim_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> No
 
 def _check_same_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> None:
     """Raises UserError if a directory holds a run with another config, other data or another teacher."""
-    saved = flatten(read_json(workdir / "config.json"))
-    if saved and (changed := compare_configs(flatten(config), saved, may_change())):
+    saved_config = flatten(read_json(workdir / "config.json"))
+    if saved_config and (changed := compare_configs(flatten(config), saved_config, may_change())):
         raise UserError(
             f"{workdir} holds a run with another config ({'; '.join(changed)}): use another --workdir, "
             "or the old values to continue that run."
