@@ -96,7 +96,7 @@ def test_ratios_are_medians_over_rounds_with_the_same_form():
 
 def test_the_loop_and_its_step_give_a_rate_for_each_window(digits_config):
     digits_config.steps, digits_config.batch_size = 8, 8
-    digits_config.model.depth = digits_config.model.local_up_to_layer = 1
+    digits_config.model.depth, digits_config.model.local_up_to_layer = 2, 1
     loop.prepare(digits_config)
     for rates in (loop.loop_rates(digits_config), loop.step_rates(digits_config)):
         assert len(rates) == 2
