@@ -53,12 +53,11 @@ def random_batch(config):
 
 def loop_rates(config):
     """Returns the images/s of each window of the loop."""
-    batch = random_batch(config)
-    batch |= {"unreadable": np.full(config.batch_size, -1), "valid": np.ones(config.batch_size, bool)}
+    more = {"unreadable": np.full(config.batch_size, -1), "valid": np.ones(config.batch_size, bool)}
 
     def batches(example, *, start, stop, **_):
         """Yields the batch, as a training or an evaluation batch."""
-        yield from itertools.repeat(batch, stop - start)
+        yield from itertools.repeat(random_batch(config) | more, stop - start)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluation, "batches", batches):
         train(config, folder)
