@@ -69,7 +69,7 @@ def step_rates(config):
     """Returns the images/s of each window of the step alone."""
     setup.use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(1, 1)
-    steps = setup.make_steps(config, make_plan(config, devices=1), mesh)
+    steps = setup.Steps(config, make_plan(config, devices=1), mesh)
     tree = steps.first(None)
     state, sums = tree["state"], tree["metrics"]
     batch = put_batch(random_batch(config), mesh)
