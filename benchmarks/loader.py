@@ -1,6 +1,6 @@
 """Compares how fast one core makes training images with plain Pillow and with timm's transform.
 
-    python -m benchmarks.loader --images=DIR [--peer=PYTHON] [--seconds=10] [--rounds=3] [--json=FILE]
+    python -m benchmarks.loader --images=DIR [--peer=PYTHON] [--seconds=10] [--rounds=3]
 
 DIR holds JPEG photos at any depth, as ImageNet's. Every program reads the same photos from memory in its own
 process, and the programs take turns; medians over the rounds. The ratios count: rates move with the machine.
@@ -10,7 +10,6 @@ PYTHON is an interpreter with PyTorch and timm.
 import argparse
 import contextlib
 import io
-import json
 import statistics
 import subprocess
 import sys
@@ -56,18 +55,15 @@ print(done / (time.perf_counter() - began))
 """
 
 
-class InMemory:
+class InMemory(list):
     """A source of encoded images in memory."""
 
     def __init__(self, images):
-        self.images = images
+        super().__init__(images)
         self.labels = np.zeros(len(images), np.int32)
 
     def name(self, number):
         return str(number)
-
-    def __getitem__(self, index):
-        return self.images[index]
 
 
 def pillow(files):
@@ -126,7 +122,6 @@ def main():
     parser.add_argument("--peer", help="a Python with PyTorch and timm, to compare with")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", help="file for the results")
     parser.add_argument("--program", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.program:
@@ -136,20 +131,17 @@ def main():
     paths = sorted(str(p) for p in Path(options.images).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
     if not options.images or not paths:
         parser.error("--images must be a folder of JPEG photos")
-    names = [name for name in PROGRAMS if name != "timm" or options.peer]
-    rates = {name: [] for name in names}
+    rates = {name: [] for name in PROGRAMS if name != "timm" or options.peer}
     for _ in range(options.rounds):
-        for name in names:
+        for name in rates:
             rates[name].append(run_alone(name, paths, options.seconds, options.peer))
     print(f"{len(paths)} photos to {SIZE} x {SIZE}, {options.rounds} rounds of {options.seconds:g} s")
-    for name in names:
+    for name in rates:
         print(f"{statistics.median(rates[name]):8.0f} images/s  {PROGRAMS[name]}")
     for a, b in RATIOS:
         if a in rates and b in rates:
             ratio = statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True))
             print(f"{ratio:8.2f} x  {PROGRAMS[a]} / {PROGRAMS[b]}")
-    if options.json:
-        Path(options.json).write_text(json.dumps(rates, indent=1))
 
 
 if __name__ == "__main__":

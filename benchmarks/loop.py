@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags
 
 from convit_jax.cli import launch
+from convit_jax.rundir import read_metrics
 from convit_jax.training import evaluation, setup
 from convit_jax.training.loop import train
 from convit_jax.training.plan import make_plan
@@ -47,21 +48,20 @@ def random_batch(config):
     return {
         "image": rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8),
         "label": rng.integers(0, 10, config.batch_size, np.int32),
-        "unreadable": np.full(config.batch_size, -1, np.int64),
     }
 
 
 def loop_rates(config):
     """Returns the images/s of each window of the loop."""
-    batch = random_batch(config)
+    more = {"unreadable": np.full(config.batch_size, -1), "valid": np.ones(config.batch_size, bool)}
 
-    def batches(example, *, batch_size, start, stop, **_):
+    def batches(example, *, start, stop, **_):
         """Yields the batch, as a training or an evaluation batch."""
-        yield from itertools.repeat({**batch, "valid": np.ones(batch_size, bool)}, stop - start)
+        yield from itertools.repeat(random_batch(config) | more, stop - start)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluation, "batches", batches):
         train(config, folder)
-        lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+        lines = read_metrics(Path(folder) / "metrics.jsonl")
         return [line["images_per_second"] for line in lines if "images_per_second" in line]
 
 
@@ -72,9 +72,7 @@ def step_rates(config):
     steps = setup.Steps(config, make_plan(config, devices=1), mesh)
     tree = steps.first(None)
     state, sums = tree["state"], tree["metrics"]
-    batch = random_batch(config)
-    del batch["unreadable"]
-    batch = put_batch(batch, mesh)
+    batch = put_batch(random_batch(config), mesh)
     rates = []
     for _ in range(config.steps // config.log_every):
         began = time.perf_counter()

@@ -81,13 +81,10 @@ def run_once(process, tasks, seconds, timeout):
     return dict(zip(tasks, answers, strict=False))
 
 
-def measure(processes, options, deadline, keep):
-    """Runs all programs for all rounds; a program that fails is not run again.
+def measure(processes, options, deadline):
+    """Runs all programs, {program: (command, environment)}, for all rounds; a program that fails is not run again.
 
-    Args:
-      processes: {program: (command, environment)}.
-      deadline: of time.monotonic(); no process runs longer.
-      keep: called with {program: [{task: answer} of each round]} after each process.
+    Yields {program: [{task: answer} of each round]} after each process. None runs longer than the deadline.
     """
     answers, failed = {program: [] for program in processes}, set()
     reference = next(program for program in processes if program.startswith(OURS))
@@ -109,7 +106,7 @@ def measure(processes, options, deadline, keep):
                     failed.add(program)
                     result = " gave no result"
                 print(f"  {task:10}{program:36}{result}", flush=True)
-            keep(answers)
+            yield answers
 
 
 def references(program, programs):
@@ -209,20 +206,18 @@ def main():
     for entry, batch in options.models.items():
         model, _, size = entry.partition("@")
 
-        def keep(answers, entry=entry, batch=batch):
-            devices = [a["device"] for turns in answers.values() for turn in turns for a in turn.values()]
-            found = {"batch": batch, "device": devices[0] if devices else "no device", **summary(answers)}
-            results["models"][entry] = {**found, "answers": answers}
-            if options.json:
-                Path(options.json).write_text(json.dumps(results, indent=1))
-
         print(f"{entry}, batch {batch}", flush=True)
         with tempfile.TemporaryDirectory() as cache:
             processes = {
                 program: command(program, model, int(size or 224), batch, options, f"{cache}/{program}")
                 for program in options.programs
             }
-            measure(processes, options, deadline, keep)
+            for answers in measure(processes, options, deadline):
+                devices = [a["device"] for turns in answers.values() for turn in turns for a in turn.values()]
+                found = {"batch": batch, "device": devices[0] if devices else "no device", **summary(answers)}
+                results["models"][entry] = {**found, "answers": answers}
+                if options.json:
+                    Path(options.json).write_text(json.dumps(results, indent=1))
         if found := results["models"].get(entry):
             print(f"{entry}, batch {batch}, {options.rounds} rounds, {found['device']}")
             show(found)

@@ -88,11 +88,8 @@ print(f"top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {len(labels)
 
 
 def run(*command):
-    """Returns the last line that a command prints, or ""; ends with its errors if it fails."""
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return done.stdout.strip().rpartition("\n")[2]
+    """Returns the last line that a command prints, or ""."""
+    return subprocess.check_output([*map(str, command)], text=True).strip().rpartition("\n")[2]
 
 
 def compare(name, peer, folder):

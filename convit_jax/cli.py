@@ -5,39 +5,28 @@ prints a UserError alone and exits with status 1.
 """
 
 import contextlib
-import gc
+import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from convit_jax.config import (
-    ROOT,
-    check_overrides,
-    default_config,
-    find_option,
-    flatten,
-    load_config_file,
-    load_run_config,
-    without_option,
-)
+from convit_jax.config import ROOT, declared_fields, load_config_file, load_run_config, take_config, take_option
 from convit_jax.errors import UserError, out_of_memory
 from convit_jax.rundir import is_run
 
 if TYPE_CHECKING:
     from convit_jax.weights.formats import Pretrained
 
-Main = Callable[[list[str]], int | None]
-
 
 def launch(
     name: str,
-    main: Main,
+    main: Callable[[list[str]], int | None],
     *,
     define: Callable[[], None] = lambda: None,
     config: str | None = None,
@@ -47,78 +36,42 @@ def launch(
 ) -> NoReturn:
     """Reads the command line and runs a command; never returns.
 
-    Args:
-      name: Command name, printed before its messages, for example "train.py".
-      main: gets the arguments that are not flags, with absl's flags parsed; returns the exit status or None.
-      define: defines the command's own flags.
-      config: None: the command takes no --config. Otherwise its default config file, relative to the clone,
-        or "" for none.
-      arguments: Expected arguments besides flags, such as "SOURCE TARGET".
-      processes: whether several processes can run the command together; adds the flags for this.
-      interrupted: end of the message after Ctrl-C.
+    `name` begins each message. `main` gets the arguments that are not flags; it returns the exit status or None.
+    `define` defines the command's own flags. `config` is the default of --config, relative to the clone; "": there
+    is no default; None: the command takes no config. `arguments` names what is expected besides flags.
+    `processes`: several processes can run the command together. `interrupted` is said after Ctrl-C.
     """
+    faulthandler.enable()
+    logging.use_absl_handler()
+    app.define_help_flags()
+    message = None
+    try:
+        if processes:
+            _define_processes()
+        rest = _parse(sys.argv, define, config, arguments)[1:]
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C would crash C++ modules during the import
+        import jax  # noqa: F401
 
-    def fail(message: str) -> NoReturn:
-        sys.exit(f"{name}: {message}")
-
-    def parse(argv: list[str]) -> list[str]:
-        try:
-            if processes:
-                _define_processes()
-            return _parse(argv, define, config, arguments)
-        except UserError as error:
-            fail(str(error))
-
-    def run(argv: list[str]) -> int | None:
-        import_jax()
-        import jax
-
-        if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
-        try:
-            return _run_with_others(main, argv[1:]) if processes else main(argv[1:])
-        except UserError as error:
-            message: str | None = str(error)
-        except KeyboardInterrupt:
-            message = None
-        except jax.errors.JaxRuntimeError as error:
-            message = out_of_memory(error)
-            if message is None:
-                raise
-        except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        # Outside of `except`, where the error no longer holds a loader's batch in shared memory.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        sys.exit(_run_with_others(main, rest) if processes else main(rest))
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except RuntimeError as error:  # of JAX
+        message = out_of_memory(error)
         if message is None:
-            print(f"{name}: {interrupted}", file=sys.stderr)
-            leave(130)
-        fail(message)
-
-    app.run(run, flags_parser=parse)
-    raise AssertionError("app.run never returns")
-
-
-def import_jax() -> None:
-    """Imports JAX; Ctrl-C during the import ends the process at once instead of crashing C++ modules."""
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # ignored in background jobs
-    if ours:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    import jax  # noqa: F401
-
-    if ours:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def leave(status: int) -> NoReturn:
-    """Ends the process without Python's shutdown.
-
-    JAX's compiler thread goes on after Ctrl-C and crashes when Python's shutdown removes the device.
-    """
-    gc.collect()  # ends loader processes, which Grain keeps in reference cycles
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(status)
+            raise
+    # Outside of `except`, where the error no longer holds a loader's batch in shared memory.
+    if message is not None:
+        sys.exit(f"{name}: {message}")
+    print(f"{name}: {interrupted}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(130)  # JAX may still compile in a thread, which crashes when Python's shutdown removes the device
 
 
 # ---- Several processes -----------------------------------------------------------------------
@@ -129,22 +82,16 @@ def _define_processes() -> None:
     flags.DEFINE_integer("num_processes", None, "Number of processes.")
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
     flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
-    silence = "Seconds of silence after which a process counts as lost."
-    flags.DEFINE_integer("heartbeat_timeout", 100, silence, lower_bound=1)
+    flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds after which a silent process is lost.", lower_bound=1)
 
 
-def _run_with_others(main: Main, arguments: list[str]) -> int | None:
+def _run_with_others(main: Callable[[list[str]], int | None], arguments: list[str]) -> int | None:
     """Joins the other processes, if there are any, and runs main."""
     from convit_jax.training.distributed import Everywhere, ends_all, is_first, join
 
     values = flags.FLAGS
-    join(
-        values.coordinator,
-        values.num_processes,
-        values.process_id,
-        start_timeout=values.start_timeout,
-        heartbeat=values.heartbeat_timeout,
-    )
+    where = values.coordinator, values.num_processes, values.process_id
+    join(*where, start_timeout=values.start_timeout, heartbeat=values.heartbeat_timeout)
     try:
         with ends_all():
             return main(arguments)
@@ -168,32 +115,27 @@ def _parse(argv: list[str], define: Callable[[], None], config: str | None, argu
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         raise UserError(_explain(error, config)) from error
-    if len(rest) > 1 and not arguments:
-        raise UserError(f"unexpected argument {rest[1]!r}: flags look like --config.epochs=10.")
+    if len(rest) - 1 != len(arguments.split()) and not arguments.endswith("..."):
+        expected = arguments or "only flags, such as --config.epochs=10"
+        raise UserError(f"expected {expected}, got {' '.join(rest[1:]) or 'nothing'}: see --help.")
     return rest
 
 
 def _define_config(argv: list[str], default: str) -> list[str]:
-    """Defines --config and --config.FIELD; returns argv without --config.
+    """Defines --config, whose value becomes the ConfigDict with all changes; returns argv without these flags.
 
     The config is that of --config, or of the run directory in --checkpoint, or the default.
     """
-    words = "Config file; --config.FIELD=VALUE changes a field."
-    given, checkpoint = find_option(argv[1:], "config"), find_option(argv[1:], "checkpoint")
-    check_overrides(argv)
-    if given is not None:
-        config = load_config_file(given)
-    elif is_run(checkpoint):
+    given, checkpoint = (take_option(argv, name)[0] for name in ("config", "checkpoint"))
+    config = None
+    if given is None and is_run(checkpoint):
         config = load_run_config(Path(str(checkpoint)).expanduser())
-    elif default and (ROOT / default).exists():
+    elif given is None and default and (ROOT / default).exists():
         config = load_config_file(default)
-    else:
-        flags.DEFINE_string("config", None, words)
-        return argv
-    argv = without_option(argv, "config")
-    config_flags.DEFINE_config_dict("config", config, words, sys_argv=argv)
+    flags.DEFINE_string("config", None, "Config file; --config.FIELD=VALUE changes a field.")
+    flags.FLAGS["config"].value, rest = take_config(argv, config)
     flags.FLAGS["config"].present = int(given is not None)
-    return argv
+    return rest
 
 
 def _explain(error: flags.Error, config: str | None) -> str:
@@ -201,79 +143,54 @@ def _explain(error: flags.Error, config: str | None) -> str:
     name = error.flagname if isinstance(error, flags.UnrecognizedFlagError) else ""
     if name.startswith("config."):
         return f"--{name} changes a config: add --config=FILE."
-    if config is not None and name in flatten(default_config()):
+    if config is not None and name in declared_fields():
         return f"there is no flag --{name}, did you mean --config.{name}?"
     return str(error).strip()
 
 
 def config_name(default: str) -> str:
     """Returns a name for the config on the command line: "convit_s", or "ablations_b" for ablations.py:b."""
-    path, _, row = (find_option(sys.argv[1:], "config") or default).partition(":")
+    given, _ = take_option(sys.argv, "config")
+    path, _, row = (given or default).partition(":")
     return "_".join(filter(None, (Path(path).stem, row)))
 
 
 def required_config() -> ConfigDict:
     """Returns the config of the command line. Raises UserError if there is none."""
     if flags.FLAGS.config is None:
-        raise UserError("this needs a config: add --config=FILE, one of configs/ in the repository.")
+        raise UserError("this needs a config: add --config=configs/convit_s.py --config.data.dir=IMAGES, or another.")
     return flags.FLAGS.config
 
 
 # ---- Weights ---------------------------------------------------------------------------------
 
 
-def define_weights(*, checkpoint: bool = True, new_head: bool = False) -> None:
-    """Defines the flags of commands that load weights: --checkpoint, and --num_classes for a new head."""
+def define_weights(*, checkpoint: bool = True) -> None:
+    """Defines the flags of commands that load weights, with or without --checkpoint."""
     if checkpoint:
-        flags.DEFINE_string(
-            "checkpoint",
-            None,
-            "A .pth, .pt or .safetensors file, a converted directory, a run directory, a Hub id, or the name "
-            "of a published model.",
-        )
-    if new_head:
-        flags.DEFINE_integer("num_classes", None, "Replace the head by a new one with this many classes.")
-        flags.DEFINE_integer("seed", 0, "Seed of the new head.")
-    flags.DEFINE_string(
-        "image_size", None, "Image size for the position embedding: SIDE or HEIGHTxWIDTH, such as 384 or 224x448."
-    )
+        words = "A .pth, .pt or .safetensors file, a converted or run directory, a Hub id, or a published model's name."
+        flags.DEFINE_string("checkpoint", None, words)
+    flags.DEFINE_string("image_size", None, "Resize the position embedding: SIDE or HEIGHTxWIDTH, as 384 or 224x448.")
     flags.DEFINE_integer("heads", None, "Number of attention heads; needed only if the file does not determine it.")
     flags.DEFINE_enum("which", "best", ["best", "latest"], "Which checkpoint of a run directory.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "dtype of the computation.")
     flags.DEFINE_bool("ema", False, "Use the moving average of the weights.")
 
 
-def load_weights(source: str | None = None, which: str | int | None = None) -> "Pretrained":
-    """Returns the weights that the flags of `define_weights` describe.
-
-    Args:
-      source: instead of --checkpoint.
-      which: instead of --which.
-    """
+def load_weights(source: str | None = None, **options: Any) -> "Pretrained":
+    """Returns the weights of `source`, or of --checkpoint, as the flags and more options of `load` describe."""
     from convit_jax.weights.pretrained import load, with_behaviour
 
     values = flags.FLAGS
     source = source or values.checkpoint
     if source is None:
         raise UserError("there are no weights: add --checkpoint=PATH; --help lists what PATH can be.")
-    names = [name for name in ("num_classes", "seed") if name in values]
-    new_head: dict[str, Any] = {name: values[name].value for name in names}
-    loaded = load(
-        source,
-        image_size=_image_size(values.image_size),
-        num_heads=values.heads,
-        which=values.which if which is None else which,
-        ema=values.ema,
-        **new_head,
-    )
+    size = values.image_size
+    if size is not None:
+        sides = size.split("x")
+        if len(sides) > 2 or not all(side.isdigit() for side in sides):
+            raise UserError(f"--image_size is {size!r}: give 384, or HEIGHTxWIDTH such as 224x448.")
+        size = int(sides[0]), int(sides[-1])
+    options = {"which": values.which, **options}
+    loaded = load(source, image_size=size, num_heads=values.heads, ema=values.ema, **options)
     return with_behaviour(loaded, dtype=values.dtype) if values.dtype else loaded
-
-
-def _image_size(text: str | None) -> tuple[int, int] | None:
-    """Returns (height, width) of "384" or "224x448"."""
-    if text is None:
-        return None
-    sides: Sequence[str] = text.split("x")
-    if len(sides) > 2 or not all(side.isdigit() for side in sides):
-        raise UserError(f"--image_size is {text!r}: give 384, or HEIGHTxWIDTH such as 224x448.")
-    return int(sides[0]), int(sides[-1])

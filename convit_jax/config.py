@@ -6,10 +6,10 @@ config is an ml_collections.ConfigDict with these fields. Config files change so
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
+import runpy
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
-from ml_collections.config_dict import placeholder
 
 from convit_jax.errors import UserError, explained, nearest
 
@@ -36,12 +35,6 @@ class Field:
     kind: type | None = None  # type of the values, if the default does not tell it
     may_change: bool = False  # whether a run may continue with another value: it changes nothing but rounding
 
-    def initial(self) -> Any:
-        """Returns the field's entry in a ConfigDict."""
-        if self.default is None:
-            return placeholder(self.kind)
-        return FieldReference(self.default, field_type=self.kind) if self.kind else self.default
-
     def check(self, name: str, value: Any) -> None:
         """Raises UserError if a value is not allowed."""
         if value is None or not self.allowed:
@@ -57,27 +50,25 @@ class Field:
 def _inside(value: float, interval: str) -> bool:
     """Whether a number is in an interval such as "(0, 1]"; NaN is in none."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
-    above = low <= value if interval[0] == "[" else low < value
-    below = value <= high if interval[-1] == "]" else value < high
-    return above and below
+    return low < value < high or (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
 
 
 def make_config(fields: Mapping[str, Field]) -> ConfigDict:
     """Returns the ConfigDict of declared fields, named such as "optim.lr", at their defaults."""
-    config = ConfigDict()
+    config: dict[str, Any] = {}
     for name, field in fields.items():
         section, _, last = name.rpartition(".")
-        if section and section not in config:
-            config[section] = ConfigDict()
-        (config[section] if section else config)[last] = field.initial()
-    return config
+        value = FieldReference(field.default, field_type=field.kind) if field.kind else field.default
+        (config.setdefault(section, {}) if section else config)[last] = value
+    return ConfigDict(config)
 
 
 def declared_fields() -> dict[str, Field]:
     """Returns the fields of configs/default.py; none where the package is installed without configs/."""
     if not IN_CLONE:
         return {}
-    _make_configs_importable()
+    if sys.path[0] != str(ROOT):  # from any working directory; config files import each other, too
+        sys.path.insert(0, str(ROOT))
     from configs import default
 
     return default.FIELDS
@@ -88,38 +79,25 @@ def default_config() -> ConfigDict:
     return make_config(declared_fields())
 
 
-def _make_configs_importable() -> None:
-    """Lets config files import each other from any working directory."""
-    if IN_CLONE and sys.path[0] != str(ROOT):
-        sys.path.insert(0, str(ROOT))
-
-
-# ---- Loading ---------------------------------------------------------------------------------
-
-
 def load_config_file(source: str) -> ConfigDict:
     """Returns get_config() of FILE.py, or get_config(ROW) of FILE.py:ROW; UserError if a field is wrong or missing."""
     path, _, row = source.partition(":")
     file = Path(path) if Path(path).is_file() else ROOT / path
     if not file.is_file():
         files = sorted(os.path.relpath(each) for each in ROOT.glob("configs/[!_]*.py"))
-        known = f"The files are: {', '.join(files)}." if files else "They are in a clone of the repository."
-        raise UserError(f"there is no config file {path!r}{nearest(path, files)} {known}")
-    _make_configs_importable()
-    spec = importlib.util.spec_from_file_location("config_file", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+        where = f"The files are: {', '.join(files)}." if files else "They are in a clone of the repository."
+        raise UserError(f"there is no config file {path!r}{nearest(path, files)} {where}")
+    known = declared_fields()
     try:
-        spec.loader.exec_module(module)
+        get_config = runpy.run_path(str(file))["get_config"]
     except ModuleNotFoundError as error:
         if error.name != "configs":
             raise
         raise UserError(f"{path} imports from configs/: run the command in a clone of the repository.") from error
-    config = module.get_config(*[row] if row else [])
+    config = get_config(*[row] if row else [])
     names = flatten(config)
     _check_names(names, f"the config file {path} sets")
-    if missing := [name for name in declared_fields() if name not in names]:
+    if missing := [name for name in known if name not in names]:
         raise UserError(f"the config file {path} lacks {missing[0]!r}: start from default.get_config().")
     return config
 
@@ -128,49 +106,50 @@ def load_run_config(directory: Path) -> ConfigDict:
     """Returns the config of a run directory, on all local devices, whatever the run was trained on."""
     file = directory / "config.json"
     with explained(file):
-        try:
-            saved = flatten(json.loads(file.read_text()))
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"it is damaged ({error}).") from error
-    config = default_config()
-    with config.ignore_type():
-        for name, value in {**saved, "mesh.data": -1, "mesh.fsdp": 1}.items():
-            section, _, field = name.rpartition(".")
-            if section and section not in config:
-                config[section] = ConfigDict()
-            part = config[section] if section else config
-            if value is not None:
-                part[field] = tuple(value) if isinstance(value, list) else value
-            elif part.get(field) is not None or field not in part:
-                part[field] = placeholder(object)
-    return config
+        saved = flatten(json.loads(file.read_text()))
+    fields = {**declared_fields()}
+    for name, value in {**saved, "mesh.data": -1, "mesh.fsdp": 1}.items():
+        kind = fields[name].kind if name in fields else None
+        value = tuple(value) if isinstance(value, list) else value
+        fields[name] = Field(value, "", kind=kind or (object if value is None else None))
+    return make_config(fields)
 
 
-def find_option(arguments: Sequence[str], name: str) -> str | None:
-    """Returns the value of --name=VALUE or --name VALUE in a command line, or None."""
+def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Returns the value of --name=VALUE or --name VALUE in a command line, or None, and the line without it."""
     values = flags.FlagValues()
     flags.DEFINE_string(name, None, "", flag_values=values)
-    values(["", *arguments], known_only=True)
-    return values[name].value
+    rest = values(argv, known_only=True)
+    return values[name].value, rest
 
 
-def without_option(arguments: Sequence[str], name: str) -> list[str]:
-    """Returns a command line without --name=VALUE or --name VALUE."""
-    rest, skip = [], False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif re.fullmatch(f"--?{name}", argument):
-            skip = True
-        elif not re.match(f"--?{name}=", argument):
-            rest.append(argument)
-    return rest
+def take_config(argv: Sequence[str], default: ConfigDict | None = None) -> tuple[ConfigDict | None, list[str]]:
+    """Returns the config of --config=FILE, else the default, with all --config.FIELD=VALUE; and the line without these.
 
-
-def check_overrides(arguments: Iterable[str]) -> None:
-    """Raises UserError for the first --config.FIELD=VALUE whose field does not exist."""
-    found = [re.match(r"--?config\.([^=]+)", argument) for argument in arguments]
+    Without any config the line keeps its --config.FIELD.
+    """
+    source, rest = take_option(argv, "config")
+    found = [re.match(r"--?config\.([^=]+)", argument) for argument in rest]
     _check_names([match[1] for match in found if match], "the config has no field")
+    config = default if source is None else load_config_file(source)
+    if config is None:
+        return None, rest
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
+    rest = values(rest, known_only=True)
+    return values["config"].value, rest
+
+
+def load_config(arguments: Sequence[str]) -> ConfigDict:
+    """Returns the config of ["--config=configs/digits.py", "--config.epochs=5"]; UserError as train.py reports it."""
+    try:
+        config, rest = take_config(["", *arguments])
+        if config is None:
+            raise UserError("there is no config: add --config=FILE.")
+        flags.FlagValues()(rest)  # there are no other flags
+    except flags.Error as error:
+        raise UserError(str(error).strip()) from error
+    return config
 
 
 def _check_names(names: Iterable[str], words: str) -> None:
@@ -180,25 +159,6 @@ def _check_names(names: Iterable[str], words: str) -> None:
             inside = [each for each in known if each.endswith(f".{name}")]
             hint = f", did you mean {inside[0]!r}?" if inside else nearest(name, known)
             raise UserError(f"{words} {name!r}{hint} configs/default.py explains all fields.")
-
-
-def load_config(arguments: Sequence[str]) -> ConfigDict:
-    """Returns the config of ["--config=configs/digits.py", "--config.epochs=5"]; UserError as train.py reports it."""
-    source = find_option(arguments, "config")
-    if source is None:
-        raise UserError("there is no config: add --config=FILE.")
-    check_overrides(arguments)
-    values = flags.FlagValues()
-    argv = ["", *without_option(arguments, "config")]
-    try:
-        config_flags.DEFINE_config_dict("config", load_config_file(source), flag_values=values, sys_argv=argv)
-        values(argv)
-    except flags.Error as error:
-        raise UserError(str(error).strip()) from error
-    return values["config"].value
-
-
-# ---- Checking and comparing ------------------------------------------------------------------
 
 
 def check_config(config: ConfigDict) -> None:
@@ -213,10 +173,10 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Returns {"optim.lr": 0.0005, ...}, with values as JSON gives them back (lists, not tuples)."""
     if isinstance(config, ConfigDict):
         config = json.loads(config.to_json_best_effort())
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            flat.update({f"{name}.{key}": item for key, item in value.items()})
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
         else:
             flat[name] = value
     return flat

@@ -8,7 +8,6 @@ SOURCE: .pth, .pt, .safetensors, a converted directory, a run directory, a Hub i
 a model. TARGET: a directory, or a file that ends in .safetensors.
 """
 
-import time
 from pathlib import Path
 
 from absl import flags
@@ -23,7 +22,9 @@ DIRECTORY = {"weights.safetensors", "config.json"}  # the files of a converted o
 
 
 def _define_flags() -> None:
-    define_weights(checkpoint=False, new_head=True)
+    define_weights(checkpoint=False)
+    flags.DEFINE_integer("num_classes", None, "Replace the head by a new one with this many classes.")
+    flags.DEFINE_integer("seed", 0, "Seed of the new head.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing TARGET.")
 
 
@@ -33,15 +34,12 @@ def main(arguments: list[str]) -> None:
     from convit_jax.weights.formats import save_converted, write_safetensors
     from convit_jax.weights.pretrained import describe_weights
 
-    if len(arguments) != 2:
-        raise UserError(f"give SOURCE and TARGET, not {len(arguments)} arguments; see --help.")
     source, target = arguments[0], Path(arguments[1]).expanduser()
     check_target(target, flags.FLAGS.overwrite)
     to_file = target.suffix == FILE
     if to_file and flags.FLAGS.dtype:
         raise UserError("only a converted directory keeps --dtype: remove it, or give a directory as TARGET.")
-    start = time.monotonic()
-    loaded = load_weights(source)
+    loaded = load_weights(source, num_classes=flags.FLAGS.num_classes, seed=flags.FLAGS.seed)
     print("\n".join([describe_weights(loaded), *loaded.changes]), flush=True)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +47,7 @@ def main(arguments: list[str]) -> None:
             write_safetensors(target, loaded.tensors)
         else:
             save_converted(loaded, target)
-    print(f"Written to {target} in {time.monotonic() - start:.1f} s")
+    print(f"Written to {target}")
     s = loaded.settings
     table, heads = heads_by_width(s["qkv_bias"], s["pos_embed_class_token"]), s["num_heads"]
     if to_file and not s["local_up_to_layer"] and table.get(s["embed_dim"]) != heads:
@@ -67,11 +65,8 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{target} exists: give another TARGET, or add --overwrite to replace it.")
-    if target.is_file():
-        replaceable = target.suffix == FILE
-    else:
-        replaceable = target.suffix != FILE and {path.name for path in target.iterdir()} <= DIRECTORY
-    if not replaceable:
+    converted = {path.name for path in target.iterdir()} <= DIRECTORY if target.is_dir() else target.suffix == FILE
+    if not converted:
         raise UserError(f"{target} holds other things than converted weights: give another TARGET.")
 
 

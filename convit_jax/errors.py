@@ -1,7 +1,4 @@
-"""UserError, the exception for everything that the user can fix, and helpers that phrase its message.
-
-Commands print the message alone, without a traceback.
-"""
+"""UserError, the exception for everything that the user can fix, and helpers that phrase its message."""
 
 import contextlib
 import difflib
@@ -22,6 +19,8 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check the path.") from error
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: it is damaged ({error}).") from error
     except MemoryError as error:
         raise UserError(f"cannot read {path}: not enough memory.") from error
 

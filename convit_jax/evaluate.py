@@ -1,7 +1,6 @@
 """Top-1, top-5 and loss of weights over a whole test split, exactly.
 
-    python -m convit_jax.evaluate --checkpoint=convit_small --config=configs/convit_s.py \\
-        --config.data.dir=IMAGENET
+    python -m convit_jax.evaluate --checkpoint=convit_small --config=configs/convit_s.py --config.data.dir=IMAGENET
     python -m convit_jax.evaluate --checkpoint=runs/convit_s
     python -m convit_jax.evaluate --checkpoint=runs/convit_s --mask=position_embedding
     python -m convit_jax.evaluate --checkpoint=runs/convit_s --gates=content --gpsa_layers=5
@@ -13,16 +12,11 @@ embedding, and with gates forced to position or content.
 """
 
 import signal
-from pathlib import Path
-from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from convit_jax.cli import define_weights, launch, load_weights
-from convit_jax.config import load_run_config
+from convit_jax.cli import define_weights, launch, load_weights, required_config
 from convit_jax.errors import UserError
-from convit_jax.rundir import is_run
 
 
 def _define_flags() -> None:
@@ -34,6 +28,7 @@ def _define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     """Evaluates what the flags describe."""
+    from convit_jax.analysis.interventions import force_gates, mask_position_embedding
     from convit_jax.training.distributed import phase, say, several, together
     from convit_jax.training.evaluation import evaluate_weights
     from convit_jax.training.setup import use_compilation_cache
@@ -45,8 +40,18 @@ def main(arguments: list[str]) -> None:
     phase("reading the weights")
     with together():
         loaded = load_weights()
-        params, changes = _changed(loaded.params())
-        config = values.config or _own_config(values.checkpoint)
+        params, changes = loaded.params(), []
+        if values.mask:
+            params = mask_position_embedding(params)
+            changes.append("position embedding set to 0")
+        if values.gates:
+            params = force_gates(params, values.gates, values.gpsa_layers)
+            total = len(params["gpsa_blocks"]["attn"]["gating_param"])
+            layers = f"the first {values.gpsa_layers or total} of {total} GPSA layers"
+            changes.append(f"gates of {layers} set to {values.gates} only (sigma = {int(values.gates == 'position')})")
+        elif values.gpsa_layers is not None:
+            raise UserError("--gpsa_layers needs --gates: add --gates=position or --gates=content.")
+        config = required_config()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     if not several():  # see docs/clusters.md
         use_compilation_cache(config.compilation_cache)
@@ -55,34 +60,6 @@ def main(arguments: list[str]) -> None:
         say(f"Changed for this evaluation: {'; '.join(changes)}")
     result = evaluate_weights(config, loaded, params, mesh)
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
-
-
-def _changed(params: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the parameters with --mask and --gates applied, a description of the changes)."""
-    from convit_jax.analysis.interventions import force_gates, mask_position_embedding
-
-    values, changes = flags.FLAGS, []
-    if values.mask:
-        params = mask_position_embedding(params)
-        changes.append("position embedding set to 0")
-    if values.gates:
-        params = force_gates(params, values.gates, values.gpsa_layers)
-        total = len(params["gpsa_blocks"]["attn"]["gating_param"])
-        layers = f"the first {values.gpsa_layers or total} of {total} GPSA layers"
-        changes.append(f"gates of {layers} set to {values.gates} only (sigma = {int(values.gates == 'position')})")
-    elif values.gpsa_layers is not None:
-        raise UserError("--gpsa_layers needs --gates: add --gates=position or --gates=content.")
-    return params, changes
-
-
-def _own_config(checkpoint: str) -> ConfigDict:
-    """The config of a run directory; UserError if the weights are none."""
-    if not is_run(checkpoint):
-        raise UserError(
-            f"{checkpoint} is not a run directory, so its images are unknown: add "
-            "--config=configs/convit_s.py --config.data.dir=IMAGES, or another config with a data section."
-        )
-    return load_run_config(Path(checkpoint).expanduser())
 
 
 if __name__ == "__main__":

@@ -35,8 +35,6 @@ def _define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     """Exports the weights that the flags name to OUTPUT."""
-    if len(arguments) != 1:
-        raise UserError(f"give one OUTPUT, not {len(arguments)} arguments; see --help.")
     if unknown := [name for name in flags.FLAGS.platforms if name not in PLATFORMS]:
         raise UserError(f"there is no platform {unknown[0]!r}: choose from {', '.join(PLATFORMS)}.")
     output = Path(arguments[0]).expanduser()
@@ -50,20 +48,16 @@ def main(arguments: list[str]) -> None:
 
 
 def export(loaded: "Pretrained", platforms: list[str]) -> "jax.export.Exported":
-    """Returns the exported network: uint8 [b, H, W, C] -> logits float32 [b, classes].
-
-    It has neither cuDNN's kernel nor unrolled blocks, which the format cannot hold.
-    """
+    """Returns the exported network: uint8 [b, H, W, C] -> logits float32 [b, classes]."""
     import jax
     from jax import export as jax_export
 
     from convit_jax.data.augment import normalize
     from convit_jax.weights.pretrained import with_behaviour
 
-    loaded = with_behaviour(loaded, attention="xla", scan_unroll=1)
+    loaded = with_behaviour(loaded, attention="xla", scan_unroll=1)  # the format cannot hold cuDNN's kernel
     model, how, s = loaded.model(), loaded.preprocessing, loaded.settings
-    (batch,) = jax_export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, *s["image_size"], s["in_chans"]), "uint8")
+    images = jax.ShapeDtypeStruct((*jax_export.symbolic_shape("b"), *s["image_size"], s["in_chans"]), "uint8")
     network = jax.jit(lambda images: model(normalize(images, how.mean, how.std)))
     return jax_export.export(network, platforms=tuple(platforms))(images)
 

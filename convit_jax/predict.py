@@ -18,8 +18,6 @@ from absl import flags
 from convit_jax.cli import define_weights, launch, load_weights
 from convit_jax.errors import UserError, explained
 
-SHOWN = 5
-
 
 def _define_flags() -> None:
     define_weights()
@@ -40,13 +38,12 @@ def main(arguments: list[str]) -> int:
     paths = find_images(arguments)
     loaded = load_weights()
     how, size = loaded.preprocessing, loaded.settings["image_size"]
-    graphdef, _ = loaded.network
     batch_size = min(flags.FLAGS.batch_size, len(paths))
 
     @jax.jit
     def predict(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(graphdef, params)(normalize(images, how.mean, how.std))
-        return jax.lax.top_k(jax.nn.softmax(logits), min(SHOWN, logits.shape[-1]))
+        logits = nnx.merge(loaded.network[0], params)(normalize(images, how.mean, how.std))
+        return jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
 
     params = jax.device_put(loaded.params())
     failed = False
@@ -63,23 +60,15 @@ def main(arguments: list[str]) -> int:
                 print(f"predict: {error}", file=sys.stderr)
         if not read:
             continue
-        probabilities, labels = jax.device_get(predict(params, images))
-        for path, *best in zip(read, probabilities, labels, strict=False):  # the batch may be longer
-            answers = []
-            for probability, label in zip(*best, strict=True):
+        for path, probabilities, labels in zip(read, *jax.device_get(predict(params, images)), strict=False):  # padded
+            answers, text = [], [path]
+            for label, probability in zip(labels.tolist(), probabilities.tolist(), strict=True):
                 name = loaded.class_name(label)
-                answer = {"label": int(label), "class": name, "words": words(name), "probability": float(probability)}
-                answers.append(answer)
-            _print_answers(path, answers)
+                answers.append({"label": label, "class": name, "words": words(name), "probability": probability})
+                text.append(f"  {100 * probability:5.1f} %  {words(name)}")
+            whole = json.dumps({"image": path, "predictions": answers}) if flags.FLAGS.json else "\n".join(text)
+            print(whole, flush=True)
     return int(failed)
-
-
-def _print_answers(path: str, answers: list[dict[str, Any]]) -> None:
-    if flags.FLAGS.json:
-        print(json.dumps({"image": path, "predictions": answers}), flush=True)
-    else:
-        lines = [f"  {100 * each['probability']:5.1f} %  {each['words']}" for each in answers]
-        print("\n".join([path, *lines]), flush=True)
 
 
 def find_images(arguments: list[str]) -> list[str]:
@@ -94,7 +83,7 @@ def find_images(arguments: list[str]) -> list[str]:
         found: list[str] = []
         if path.is_dir():
             found = [str(file) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
-        elif glob.has_magic(argument) and not path.exists():
+        elif not path.exists():
             found = [file for file in glob.glob(str(path), recursive=True) if not Path(file).is_dir()]
         paths += sorted(found) or [str(path)]
     return paths

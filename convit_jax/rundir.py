@@ -25,9 +25,6 @@ class DirectoryLocked(UserError):
     """Another process works in the directory."""
 
 
-# ---- Files -----------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turns errors of a full or unwritable disk into a UserError."""
@@ -64,9 +61,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): remove it and run the same command again; the training is kept."
-        ) from error
+        words = "remove it and run the same command again; the training is kept."
+        raise UserError(f"{path} is damaged ({error}): {words}") from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -90,23 +86,12 @@ def checkpoint_steps(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-# ---- The lock --------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait: bool = False) -> Iterator[None]:
     """Locks a directory for this process until the context or the process ends.
 
-    Two runs in one directory would remove each other's unfinished checkpoints.
-
-    Args:
-      directory: made if it does not exist.
-      name: of the lock's file.
-      owner: text for `wait_for_owner`.
-      wait: wait until the lock is free instead of raising.
-
-    Raises:
-      DirectoryLocked: another process has the lock.
+    Two runs in one directory would remove each other's unfinished checkpoints. `owner` is a text for
+    `wait_for_owner`. While another process has the lock, it raises DirectoryLocked, or waits.
     """
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -114,9 +99,8 @@ def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout as error:
-            raise DirectoryLocked(
-                f"another process is training in {directory}: wait until it ends, or use another --workdir."
-            ) from error
+            words = "wait until it ends, or use another --workdir."
+            raise DirectoryLocked(f"another process is training in {directory}: {words}") from error
         if owner:  # in another file: whoever tries to get the lock empties its file
             with atomic_write(directory / f"{name}.owner") as file:
                 file.write(owner)
@@ -141,27 +125,17 @@ def wait_for_owner(workdir: Path, owner: str, seconds: float = 10) -> None:
         time.sleep(0.2)
 
 
-# ---- One directory, one run ------------------------------------------------------------------
-
-
 def claim_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> None:
     """Starts a run in a directory or continues the same run there; writes config.json and run.json.
 
     A run without a checkpoint and without an evaluation starts over, with any config. An evaluated run had a
     checkpoint: without it the run cannot continue, and its log must not be overwritten.
-
-    Raises:
-      UserError: the directory holds another run, other data, another teacher, or a log without checkpoints.
     """
     with disk_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
         evaluated = any("val_top1" in line for line in read_metrics(workdir / "metrics.jsonl"))
         saved = bool(checkpoint_steps(workdir))
         if saved or evaluated:
-            if then := read_json(workdir / "config.json"):
-                check_same_config(config, then, workdir)
-            if then := read_json(workdir / "run.json"):
-                check_same_facts(facts, then, workdir)
+            _check_same_run(workdir, config, facts)
             if not saved:
                 raise UserError(
                     f"{workdir} has a log but no checkpoints, so its run cannot continue: restore the "
@@ -171,17 +145,15 @@ def claim_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> No
         write_json(workdir / "run.json", facts)
 
 
-def check_same_config(config: ConfigDict, saved: Mapping[str, Any], workdir: Path) -> None:
-    """Raises UserError if the config in a run's config.json is that of another run."""
-    if changed := compare_configs(flatten(config), flatten(saved), may_change()):
+def _check_same_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> None:
+    """Raises UserError if a directory holds a run with another config, other data or another teacher."""
+    saved_config = flatten(read_json(workdir / "config.json"))
+    if saved_config and (changed := compare_configs(flatten(config), saved_config, may_change())):
         raise UserError(
             f"{workdir} holds a run with another config ({'; '.join(changed)}): use another --workdir, "
             "or the old values to continue that run."
         )
-
-
-def check_same_facts(facts: Mapping[str, Any], saved: Mapping[str, Any], workdir: Path) -> None:
-    """Raises UserError if the images or the teacher of a run have changed since its run.json was written."""
+    saved = read_json(workdir / "run.json")
     remedy = "restore the data to continue that run, or use another --workdir."
     for name in ("train_images", "test_images", "classes"):
         if name in saved and saved[name] != facts[name]:
@@ -189,7 +161,7 @@ def check_same_facts(facts: Mapping[str, Any], saved: Mapping[str, Any], workdir
     if "image_lists" in saved and saved["image_lists"] != facts["image_lists"]:
         raise UserError(f"the run in {workdir} had images with other names, labels or classes: {remedy}")
     then, now = (run.get("teacher") or {"source": None, "weights": None} for run in (saved, facts))
-    if then["weights"] != now["weights"]:
+    if saved and then["weights"] != now["weights"]:
         raise UserError(
             f"the run in {workdir} had the teacher {then['source']!r}; {now['source']!r} has other weights: "
             "set distill.teacher to the old weights, or use another --workdir."

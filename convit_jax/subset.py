@@ -6,16 +6,14 @@ The last line has the number of images and the SHA-256 of the lines with their n
 """
 
 import hashlib
-import sys
 
 import numpy as np
 from absl import flags
 
-from convit_jax.cli import launch
+from convit_jax.cli import launch, required_config
 from convit_jax.config import check_config
 from convit_jax.data.sources import open_source
 from convit_jax.data.subsample import training_subset
-from convit_jax.errors import UserError
 
 
 def _define_flags() -> None:
@@ -24,15 +22,13 @@ def _define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     """Prints the number of images and their hash; with --list their names first."""
-    config = flags.FLAGS.config
-    if config is None:
-        raise UserError("there is no config: add --config=configs/convit_s.py, or another one.")
+    config = required_config()
     check_config(config)
     source = open_source(config.data, "train")
     indices = training_subset(config, source)
     lines = "".join(f"{source.name(index)}\n" for index in indices)
     if flags.FLAGS.list:
-        sys.stdout.write(lines)
+        print(lines, end="")
     digest = hashlib.sha256(lines.encode()).hexdigest()
     classes = len(np.unique(source.labels[indices]))
     print(

@@ -130,7 +130,7 @@ def read_image(settings: dict[str, Any], how: "Preprocessing") -> tuple[np.ndarr
 
     given, checkpoint = flags.FLAGS.image, flags.FLAGS.checkpoint
     if not given.isdigit() or Path(given).exists():
-        record = read_image_file(given)
+        record: bytes | np.ndarray = read_image_file(given)
     elif checkpoint and not flags.FLAGS["config"].present and not is_run(checkpoint):
         raise UserError(f"{checkpoint} is not a run directory: add --config for the images.")
     else:

@@ -13,6 +13,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # they would put the folder into each key
 
 import contextlib
+import runpy
 import shutil
 import site
 import subprocess
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from convit_jax import cli
 from convit_jax.rundir import checkpoint_steps
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +130,30 @@ def tfds_data(tmp_path):
     with tarfile.open(ROOT / "tests/golden/tfds.tar.gz") as archive:
         archive.extractall(tmp_path / "tfds", filter="data")
     return tmp_path / "tfds"
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """A function: runs a command such as "predict" in this process; returns a CompletedProcess."""
+    monkeypatch.chdir(ROOT)
+    before, status = set(flags.FLAGS), []
+
+    def launch(name, main, *, define=lambda: None, config=None, arguments="", **others):
+        status.append(main(cli._parse(sys.argv, define, config, arguments)[1:]))
+
+    def forget():
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+
+    def run(command, *arguments):
+        forget()
+        monkeypatch.setattr(cli, "launch", launch)
+        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
+        runpy.run_path("train.py" if command == "train" else f"convit_jax/{command}.py", run_name="__main__")
+        return subprocess.CompletedProcess(arguments, status[-1], *capsys.readouterr())
+
+    yield run
+    forget()
 
 
 def saved(workdir, step=None):

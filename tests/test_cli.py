@@ -1,58 +1,87 @@
-"""Commands report mistakes in their flags in one sentence."""
+"""Commands report mistakes in their flags in one sentence, and end cleanly."""
 
+import re
 import shutil
 import subprocess
 import sys
 
-import jax
 import pytest
 from conftest import ROOT, run_python, says
 
-from convit_jax.errors import out_of_memory
+import train
+from convit_jax import cli, config
+from convit_jax.config import load_config
+from convit_jax.errors import UserError, out_of_memory
 
 WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
+DIGITS = "--config=configs/digits.py"
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments", "sentence"),
+    ("line", "sentence"),
     [
-        ("evaluate", [], "there are no weights: add --checkpoint=PATH"),
-        (
-            "evaluate",
-            [WEIGHTS, "--config.data.dir=x"],
-            "--config.data.dir changes a config: add --config=FILE",
-        ),
-        ("evaluate", [WEIGHTS], "{weights} is not a run directory, so its images are unknown: add"),
-        (
-            "evaluate",
-            ["--batch_size=8", "--config=configs/digits.py"],
-            "there is no flag --batch_size, did you",
-        ),
-        ("evaluate", [WEIGHTS, "--config=configs/digits.py", "--config.epoch=8"], "the config has no field"),
-        ("evaluate", [WEIGHTS, "photo.jpg"], "unexpected argument 'photo.jpg'"),
-        ("predict", [WEIGHTS], "give at least one IMAGE"),
-        (
-            "predict",
-            [WEIGHTS, "--checkpiont=x"],
-            "Unknown command line flag 'checkpiont'. Did you mean: checkpoint",
-        ),
-        (
-            "export",
-            [WEIGHTS, "--platforms=cpu,gpu", "x"],
-            "there is no platform 'gpu': choose from cpu",
-        ),
-        ("export", [WEIGHTS], "give one OUTPUT, not 0 arguments"),
+        ("evaluate", "there are no weights: add --checkpoint=PATH"),
+        (f"evaluate {WEIGHTS} --config.data.dir=x", "--config.data.dir changes a config: add --config=FILE"),
+        (f"evaluate {WEIGHTS}", "this needs a config: add --config="),
+        (f"evaluate {WEIGHTS} {DIGITS} --gpsa_layers=2", "--gpsa_layers needs --gates"),
+        (f"evaluate {DIGITS} --batch_size=8", "there is no flag --batch_size, did you mean --config.batch_size?"),
+        (f"evaluate {DIGITS} --config.epoch=8", "the config has no field 'epoch', did you mean 'epochs'"),
+        (f"evaluate {WEIGHTS} photo.jpg", "expected only flags, such as --config.epochs=10, got photo.jpg"),
+        (f"evaluate {WEIGHTS} --image_size=3x4x5", "--image_size is '3x4x5': give 384"),
+        (f"predict {WEIGHTS}", "give at least one IMAGE"),
+        (f"predict {WEIGHTS} --checkpiont=x", "Unknown command line flag 'checkpiont'. Did you mean: checkpoint"),
+        (f"export {WEIGHTS} --platforms=cpu,gpu x", "there is no platform 'gpu': choose from cpu"),
+        (f"export {WEIGHTS}", "expected OUTPUT, got nothing"),
+        ("train --config.batch_size=many", "flag --config.batch_size=many: invalid literal for int()"),
+        ("train --config=configs/ablations.py:x", "there is no ablation 'x'"),
+        ("train --epochs=3", "there is no flag --epochs, did you mean --config.epochs?"),
     ],
 )
-def test_wrong_flags(command, arguments, sentence):
-    expected = sentence.format(weights=WEIGHTS.removeprefix("--checkpoint="))
-    assert says("-m", f"convit_jax.{command}", *arguments).startswith(f"{command}: {expected}")
+def test_wrong_flags(run_here, line, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        run_here(*line.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("evaluate --checkpont=x", "Unknown command line flag 'checkpont'. Did you mean: checkpoint"),
+        ("evaluate --config=own.py", "there is no config file 'own.py'. They are in a clone of"),
+        ("visualize --init --output=o", "this needs a config: add --config="),
+        ("visualize --init --config.seed=1", "--config.seed changes a config: add --config=FILE"),
+    ],
+)
+def test_package_without_configs(run_here, monkeypatch, tmp_path, line, sentence):
+    monkeypatch.setattr(config, "IN_CLONE", False)
+    for module in (config, cli):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        run_here(*line.split())
+
+
+def test_package_without_the_clone_draws_attention_maps(tmp_path):
+    shutil.copytree(ROOT / "convit_jax", tmp_path / "convit_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "convit_jax.visualize", WEIGHTS, "--output=maps"]
+    for options, sentence in (
+        ([f"--config={ROOT}/configs/convit_s.py"], "convit_s.py imports from configs/: run the command in a clone"),
+        ([f"--image={ROOT}/docs/digits.png"], ""),
+    ):
+        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        assert done.returncode == bool(sentence), done.stderr
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list((tmp_path / "maps").glob("*.png"))
 
 
 def test_help_shows_the_flags_of_a_command():
     done = run_python("-m", "convit_jax.evaluate", "--help")
     for flag in ("--checkpoint:", "--config:", "--which:", "--heads:"):
         assert flag in done.stdout
+
+
+def test_a_mistake_is_one_sentence(tmp_path):
+    said = says("train.py", "--config.data.name=digit", f"--workdir={tmp_path}")
+    assert said.startswith("train.py: cannot open the TFDS data set 'digit' (")
 
 
 def test_device_out_of_memory():
@@ -68,51 +97,7 @@ def test_device_out_of_memory():
     said = says("-c", code)
     assert said.startswith("fake: the device ran out of memory (RESOURCE_EXHAUSTED: Out of memory: 9 GiB.)")
     assert "A long list" not in said
-    assert out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: a bug")) is None
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """Runs a command in a copy of the package without the rest of the clone."""
-    without = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "convit_jax", tmp_path / "convit_jax", ignore=without)
-
-    def run(command, *arguments):
-        module = ["-m", f"convit_jax.{command}"]
-        return subprocess.run(
-            [sys.executable, *module, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=100
-        )
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("command", "arguments", "sentence"),
-    [
-        ("evaluate", ["--checkpont=x"], "Unknown command line flag 'checkpont'. Did you mean: checkpoint"),
-        ("evaluate", ["--config=own.py"], "there is no config file 'own.py'. They are in a clone of"),
-        (
-            "evaluate",
-            [f"--config={ROOT}/configs/convit_s.py"],
-            "{root}/configs/convit_s.py imports from configs/: run the command in a clone",
-        ),
-        ("visualize", ["--init", "--output=o"], "this needs a config: add --config=FILE"),
-        ("visualize", ["--init", "--config.seed=1"], "--config.seed changes a config: add --config=FILE"),
-    ],
-)
-def test_package_without_configs(alone, command, arguments, sentence):
-    done = alone(command, *arguments)
-    assert done.returncode == 1
-    expected = f"{command}: {sentence.format(root=ROOT)}"
-    assert done.stderr.strip().splitlines()[-1].startswith(expected)
-    assert "Traceback" not in done.stderr
-
-
-def test_package_without_configs_draws_attention_maps(alone, tmp_path):
-    image = f"--image={ROOT}/docs/digits.png"
-    done = alone("visualize", WEIGHTS, image, "--output=maps")
-    assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "maps").glob("*.png"))
+    assert out_of_memory(RuntimeError("INTERNAL: a bug")) is None
 
 
 def test_ctrl_c_while_jax_compiles_ends_without_a_crash():
@@ -139,3 +124,9 @@ def test_ctrl_c_while_jax_compiles_ends_without_a_crash():
     """
     done = run_python("-c", code, timeout=100)
     assert (done.returncode, done.stderr) == (130, "sines: interrupted.\n")
+
+
+def test_the_command_for_your_own_images_starts_from_weights_of_its_own_model():
+    fields = load_config(re.search(r"train\.py (.*) with FOLDER/train", train.SUMMARY)[1].split())
+    assert fields.init_from == fields.model.name
+    assert (fields.data.name, fields.data.dir, fields.model.image_size) == ("folder", "FOLDER", 224)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python, says
+from conftest import ROOT
 from flax import nnx
 
 from convit_jax.analysis.interventions import force_gates, mask_position_embedding
@@ -20,13 +20,13 @@ from convit_jax.weights.formats import save_converted
 from convit_jax.weights.pretrained import match_classes
 
 
-def last_line(*arguments):
-    done = run_python("-m", "convit_jax.evaluate", *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip().splitlines()[-1]
+@pytest.fixture
+def lines(run_here):
+    """A function: what evaluate prints."""
+    return lambda *arguments: run_here("evaluate", *arguments).stdout.splitlines()
 
 
-def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(trained, tmp_path):
+def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(trained, lines, tmp_path):
     result = read_metrics(trained / "metrics.jsonl")[-1]
     expected = "top-1 {val_top1:.3f}  top-5 {val_top5:.3f}  loss {val_loss:.3f}  images 360".format(**result)
     # Also where the training had other devices, its data lay elsewhere, and a field was not there yet.
@@ -37,23 +37,19 @@ def test_a_run_and_its_converted_weights_give_the_numbers_of_the_training(traine
     del saved["data"]["max_unreadable"]
     file.write_text(json.dumps(saved))
     changed = ["--config.data.name=digits", "--config.data.dir=", "--config.eval_batch_size=50"]
-    assert last_line(f"--checkpoint={tmp_path}/run", *changed) == expected
+    assert lines(f"--checkpoint={tmp_path}/run", *changed)[-1] == expected
     save_converted(pretrained.load(tmp_path / "run"), tmp_path / "w")
     config = ["--config=configs/digits.py", "--config.eval_batch_size=77"]
-    assert last_line(f"--checkpoint={tmp_path}/w", *config) == expected
+    assert lines(f"--checkpoint={tmp_path}/w", *config)[-1] == expected
 
 
-def test_what_is_changed_for_an_evaluation_is_said(digits_config, trained, tmp_path):
-    command = ("-m", "convit_jax.evaluate", f"--checkpoint={tmp_path}/run")
-    done = run_python(*command, "--mask=position_embedding", "--gates=content", "--gpsa_layers=1")
-    assert done.returncode == 0, done.stderr
+def test_what_is_changed_for_an_evaluation_is_said(digits_config, trained, lines, tmp_path):
+    changes = ["--mask=position_embedding", "--gates=content", "--gpsa_layers=1"]
+    *shown, last = lines(f"--checkpoint={tmp_path}/run", *changes)
     assert (
         "Changed for this evaluation: position embedding set to 0; gates of the first 1 of 2 GPSA layers "
-        "set to content only (sigma = 0)\n" in done.stdout
+        "set to content only (sigma = 0)" in shown
     )
-    last = done.stdout.splitlines()[-1]
-    assert re.fullmatch(r"top-1 \d+\.\d{3}  top-5 \d+\.\d{3}  loss \d\.\d{3}  images 360", last)
-
     loaded = pretrained.load(tmp_path / "run")
     params = force_gates(mask_position_embedding(loaded.params()), "content", 1)
     digits = open_source(digits_config.data, "test")
@@ -63,20 +59,14 @@ def test_what_is_changed_for_an_evaluation_is_said(digits_config, trained, tmp_p
     assert last.startswith(f"top-1 {top1:.3f} ")
 
 
-def test_what_does_not_fit_is_refused():
-    golden = ("-m", "convit_jax.evaluate", f"--checkpoint={ROOT}/tests/golden/convit_golden.pth")
-    assert "--gpsa_layers needs --gates" in says(*golden, "--gpsa_layers=2")
-
-
-def test_images_in_folders(image_folder, tmp_path):
+def test_images_in_folders(image_folder, lines, tmp_path):
     loaded = pretrained.load(ROOT / "tests/golden/convit_golden.pth", num_classes=3)
     save_converted(loaded, tmp_path / "w")
     (image_folder / "val/bee/0.jpg").write_bytes(b"not an image")
     data = [f"--config.data.{field}" for field in ("name=folder", f"dir={image_folder}", "workers=0")]
-    done = run_python("-m", "convit_jax.evaluate", f"--checkpoint={tmp_path}/w", "--config=configs/convit_ti.py", *data)
-    assert done.returncode == 0, done.stderr
-    assert "bee/0.jpg" in done.stdout  # left out, and said
-    assert re.fullmatch(r"top-1 \d+\.000  top-5 100\.000  loss \d\.\d{3}  images 5", done.stdout.splitlines()[-1])
+    shown = lines(f"--checkpoint={tmp_path}/w", "--config=configs/convit_ti.py", *data)
+    assert "bee/0.jpg" in "".join(shown)  # left out, and said
+    assert re.fullmatch(r"top-1 \d+\.000  top-5 100\.000  loss \d\.\d{3}  images 5", shown[-1])
 
 
 def test_a_split_of_which_no_image_can_be_read_is_refused():

@@ -1,7 +1,6 @@
 """A run directory: whole files, one lock, one run."""
 
 import contextlib
-import json
 import subprocess
 import sys
 
@@ -33,11 +32,10 @@ def test_file_appears_only_when_it_is_complete(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_damaged_files_of_a_run(tmp_path):
+def test_damaged_and_missing_files_of_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "tr')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
-    assert read_metrics(tmp_path / "none") == []
-    assert read_json(tmp_path / "none") == {}
+    assert (read_metrics(tmp_path / "none"), read_json(tmp_path / "none")) == ([], {})
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run.json is damaged .* remove it"):
         read_json(tmp_path / "run.json")
@@ -86,25 +84,20 @@ def test_run_directory_belongs_to_one_config_and_its_data(digits_config, tmp_pat
         claim_run(tmp_path, digits_config, {**lists, "teacher": {"source": "x", "weights": "y"}})
 
 
-def test_run_that_saved_nothing_starts_over_with_another_config(digits_config, tmp_path):
+def test_run_that_saved_nothing_starts_over_but_keeps_the_log_of_an_evaluation(digits_config, tmp_path):
     claim_run(tmp_path, digits_config, FACTS)
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "train_loss": 2.3}\n')
     digits_config.batch_size = 40
     claim_run(tmp_path, digits_config, {**FACTS, "train_images": 99})
-    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 40
+    assert read_json(tmp_path / "config.json")["batch_size"] == 40
     assert read_json(tmp_path / "run.json")["train_images"] == 99
-
-
-def test_run_that_lost_its_checkpoints_keeps_its_log(digits_config, tmp_path):
-    claim_run(tmp_path, digits_config, FACTS)
     (tmp_path / "metrics.jsonl").write_text('{"step": 4, "val_top1": 50.0}\n')
-    with pytest.raises(UserError, match="has a log but no checkpoints"):
-        claim_run(tmp_path, digits_config, FACTS)
+    with pytest.raises(UserError, match="has a log but no checkpoints"):  # they were lost
+        claim_run(tmp_path, digits_config, {**FACTS, "train_images": 99})
 
 
 def test_directory_that_cannot_be_made(digits_config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Not a directory\): check the path and its permissions"):
-        claim_run(tmp_path / "file" / "run", digits_config, {})
-    with pytest.raises(UserError, match="check the path and its permissions"):
-        lock_directory(tmp_path / "file" / "run").__enter__()
+    for attempt in (lambda path: claim_run(path, digits_config, {}), lambda path: lock_directory(path).__enter__()):
+        with pytest.raises(UserError, match=r"Not a directory\): check the path and its permissions"):
+            attempt(tmp_path / "file" / "run")
