@@ -143,38 +143,24 @@ def _check_arithmetic(s: Settings) -> None:
 
 
 def new_model(settings: Settings, seed: int) -> VisionTransformer:
-    """Returns a model with random parameters; UserError for a bad seed.
+    """Returns a model with random parameters; UserError for a seed that is not between 0 and 2^32 - 1.
 
-    Args:
-      settings: of model_settings().
-      seed: of the weights, 0 to 2^32 - 1.
+    The weights depend on the seed only, not on the machine's or JAX's default random number generator.
     """
-    check_seed(seed)
-    graphdef, _ = abstract_model(settings)
-    return nnx.merge(graphdef, initial_params(settings, seed))
-
-
-def check_seed(seed: int) -> None:
-    """Raises UserError for a seed that is not between 0 and 2^32 - 1."""
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}: it must be 0 to {2**32 - 1}.")
+    return VisionTransformer(settings, rngs=nnx.Rngs(jax.random.key(seed, impl="threefry2x32")))
 
 
 def abstract_model(settings: Settings) -> tuple[Any, Any]:
     """Returns (graphdef, parameters as a nested dict of jax.ShapeDtypeStruct) of model_settings()."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: VisionTransformer(settings, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: new_model(settings, 0)))
     return graphdef, nnx.to_pure_dict(params)
 
 
-def initial_params(settings: Settings, seed: int | jax.Array) -> Any:
-    """Returns random parameters, a nested dict of float32 arrays; one program serves all seeds below 2^32."""
-    return _initial_params(tuple(sorted(settings.items())), jnp.asarray(seed, jnp.uint32))
-
-
-@functools.partial(jax.jit, static_argnames="settings")
-def _initial_params(settings: tuple[tuple[str, Any], ...], seed: jax.Array) -> Any:
-    model = VisionTransformer(dict(settings), rngs=nnx.Rngs(jax.random.key(seed)))
-    return nnx.to_pure_dict(nnx.state(model))
+def initial_params(settings: Settings, seed: int) -> Any:
+    """Returns random parameters, a nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(new_model(settings, seed)))
 
 
 def count_params(params: Any) -> int:

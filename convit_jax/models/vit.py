@@ -15,14 +15,15 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention
+from convit_jax.models.initializers import trunc_normal
 from convit_jax.models.kernels import KEEP_PRODUCTS
 from convit_jax.models.layers import (
-    TRUNC_NORMAL,
     Linear,
     Mlp,
     PatchEmbed,
@@ -138,7 +139,7 @@ class VisionTransformer(nnx.Module):
         self.distilled, self.dtype = s["distilled"], jnp.dtype(s["dtype"])
 
         def token(count: int) -> nnx.Param:
-            return nnx.Param(TRUNC_NORMAL(rngs.params(), (1, count, dim)))
+            return nnx.Param(trunc_normal(rngs.params(), (1, count, dim)))
 
         block_key = rngs.params()  # the order of the keys decides the weights of a seed
         self.patch_embed = PatchEmbed(s["patch_size"], self.in_chans, dim, dtype=self.dtype, rngs=rngs)
@@ -298,8 +299,11 @@ class VisionTransformer(nnx.Module):
 
 def _stack(settings: Settings, numbers: range, key: jax.Array, *, gpsa: bool) -> Block:
     """The blocks with these numbers as one Block whose parameters have a leading axis [L]."""
-    keys = jnp.stack([jax.random.fold_in(key, number) for number in numbers])
-    return nnx.vmap(lambda key: Block(settings, gpsa=gpsa, rngs=nnx.Rngs(params=key)))(keys)
+    keys = [jax.random.fold_in(key, number) for number in numbers]
+    blocks = [nnx.split(Block(settings, gpsa=gpsa, rngs=nnx.Rngs(params=key))) for key in keys]
+    traced = isinstance(key, jax.core.Tracer)
+    stacked = jax.tree.map(lambda *leaves: (jnp if traced else np).stack(leaves), *(params for _, params in blocks))
+    return nnx.merge(blocks[0][0], jax.tree.map(jnp.asarray, stacked))
 
 
 def patch_grid(settings: Settings) -> tuple[int, int]:

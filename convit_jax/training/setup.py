@@ -176,12 +176,11 @@ def make_steps(
 
     no_sums = functools.partial(train_metrics, distilled=teacher is not None)
 
-    def first(seed: jax.Array, params: Any = None) -> dict[str, Any]:
-        params = initial_params(plan.model, seed) if params is None else params
+    def first(params: Any) -> dict[str, Any]:
         state = new_state(params, optimizer, ema=config.optim.ema_decay > 0)
         return {"state": state, "metrics": no_sums()}
 
-    shardings = state_shardings(mesh, jax.eval_shape(first, seed))
+    shardings = state_shardings(mesh, jax.eval_shape(first, abstract_params))
     start = jax.jit(first, out_shardings=shardings)
     train = jax.jit(
         make_train_step(graphdef, optimizer, schedule, config, plan.model["num_classes"], gather(mesh), teacher),
@@ -192,8 +191,8 @@ def make_steps(
         graphdef=graphdef,
         train=lambda state, sums, batch: train(state, sums, batch, seed, teacher_params),
         evaluate=jax.jit(make_eval_step(graphdef, config, gather(mesh)), out_shardings=replicated(mesh)),
-        first=lambda params: start(seed, params),
-        shapes=jax.eval_shape(start, seed),
+        first=lambda params: start(initial_params(plan.model, config.seed) if params is None else params),
+        shapes=jax.eval_shape(start, abstract_params),
         no_sums=jax.jit(no_sums, out_shardings=replicated(mesh))(),
     )
 

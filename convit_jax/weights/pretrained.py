@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from convit_jax.errors import UserError, nearest
-from convit_jax.models.layers import TRUNC_NORMAL
+from convit_jax.models.initializers import trunc_normal
 from convit_jax.models.variants import model_settings
 from convit_jax.models.vit import VisionTransformer, patch_grid
 from convit_jax.rundir import is_run
@@ -223,7 +223,7 @@ def _with_new_head(loaded: Pretrained, num_classes: int, seed: int) -> Pretraine
     tensors, dtype = {**loaded.tensors}, loaded.tensors["pos_embed"].dtype
     for number, head in enumerate(("head", "head_dist") if settings["distilled"] else ("head",)):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        weight = TRUNC_NORMAL(key, (num_classes, settings["embed_dim"]))
+        weight = trunc_normal(key, (num_classes, settings["embed_dim"]))
         tensors[f"{head}.weight"] = np.asarray(weight).astype(dtype)
         tensors[f"{head}.bias"] = np.zeros(num_classes, dtype)
     changes = (*loaded.changes, f"new head for {num_classes} classes")
