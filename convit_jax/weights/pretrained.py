@@ -43,10 +43,13 @@ def load_pretrained(
 ) -> VisionTransformer:
     """Returns a trained model: model(images [B, H, W, 3], normalised) -> logits [B, num_classes].
 
+    `model.preprocess(images)` makes the input from paths, Pillow images or uint8 arrays, and `model.class_names`
+    has the classes in words, or None. The model is in evaluation mode, and its drop rates are 0 unless given.
+
     Args:
       path: of a .pth, .pt, .bin or .safetensors file, a converted directory or a run directory; or a Hub
         id as "timm/convit_tiny.fb_in1k", or the authors' name as "convit_tiny".
-      num_classes: replace the head by a new one of this size, initialised from `seed`.
+      num_classes: replace the head by a new one of this size, initialised from `seed`; 0 removes it.
       image_size: pixels, an int or (height, width): resize the position embedding for such images.
       num_heads: of a DeiT whose width is not in the table of sizes.
       which: checkpoint of a run directory: "best" (by top-1 on the test split), "latest", or a step.
@@ -60,7 +63,8 @@ def load_pretrained(
     loaded = load(
         path, num_classes=num_classes, image_size=image_size, num_heads=num_heads, which=which, ema=ema, seed=seed
     )
-    return with_behaviour(loaded, **behaviour).model()
+    rates = {"drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_path_rate": 0.0}
+    return with_behaviour(loaded, **{**rates, **behaviour}).model()
 
 
 def load(
@@ -222,9 +226,13 @@ def _with_new_head(loaded: Pretrained, num_classes: int, seed: int) -> Pretraine
     settings = _settings(loaded, num_classes=num_classes)
     tensors, dtype = {**loaded.tensors}, loaded.tensors["pos_embed"].dtype
     for number, head in enumerate(("head", "head_dist") if settings["distilled"] else ("head",)):
+        if not num_classes:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{head}.")}
+            continue
         key = jax.random.fold_in(jax.random.key(seed), number)
         weight = trunc_normal(key, (num_classes, settings["embed_dim"]))
         tensors[f"{head}.weight"] = np.asarray(weight).astype(dtype)
         tensors[f"{head}.bias"] = np.zeros(num_classes, dtype)
-    changes = (*loaded.changes, f"new head for {num_classes} classes")
+    change = f"new head for {num_classes} classes" if num_classes else "head removed"
+    changes = (*loaded.changes, change)
     return dataclasses.replace(loaded, tensors=tensors, settings=settings, class_names=None, changes=changes)
