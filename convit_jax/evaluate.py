@@ -34,7 +34,7 @@ def _define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     """Evaluates what the flags describe."""
-    from convit_jax.training.distributed import agree_on_checkpoint, phase, say, several, together
+    from convit_jax.training.distributed import phase, say, several, together
     from convit_jax.training.evaluation import evaluate_weights
     from convit_jax.training.setup import use_compilation_cache
     from convit_jax.training.sharding import make_mesh
@@ -43,9 +43,8 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends also one of several processes: nothing to save
     values = flags.FLAGS
     phase("reading the weights")
-    which = agree_on_checkpoint(values.checkpoint, values.which, values.ema)
     with together():
-        loaded = load_weights(which=which)
+        loaded = load_weights()
         params, changes = _changed(loaded.params())
         config = values.config or _own_config(values.checkpoint)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp)

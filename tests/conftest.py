@@ -4,8 +4,8 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Level 0 halves the time that compilation takes, the older code generator for fusions halves it again (it
-# may round a product and a sum once); XLA's own passes, which decide the arithmetic, still run. A run killed
-# twice, in training/test_resume.py, is compiled as a user's.
+# may round a product and a sum once); XLA's own passes, which decide the arithmetic, still run. The run that
+# training/test_resume.py kills is compiled as a user's.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )

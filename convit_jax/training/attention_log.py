@@ -4,7 +4,6 @@ It is measured on the same few images every time, spread evenly over the test sp
 by class. They do not depend on the batch size, the devices or the processes.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,29 +15,26 @@ from ml_collections import ConfigDict
 
 from convit_jax.analysis import locality
 from convit_jax.data.augment import normalize
-from convit_jax.data.examples import EvalExample
+from convit_jax.data.examples import Batch, EvalExample
 from convit_jax.training.plan import Plan
 from convit_jax.training.sharding import gather, put_batch, replicated
-
-SHARE, MOST = 100, 64  # by default one test image in SHARE, at most MOST
-DIGITS = 4  # decimals in the log
+from convit_jax.training.step import Arrays
 
 
 def make_attention_log(
     graphdef: nnx.GraphDef, config: ConfigDict, plan: Plan, mesh: Mesh
 ) -> Callable[[Any], dict[str, Any]]:
-    """Returns a function that measures parameters (on the devices of the mesh) for an evaluation's line.
+    """Returns a function that measures parameters: {name: list over layers of lists over heads}.
 
-    It returns lists over layers of lists over heads: "gates", "centre_x", "centre_y" and "span" of GPSA
-    blocks, "nonlocality" of all blocks and, with locality.as_logged, "nonlocality_as_logged". What the model
-    or the config does not have is left out. All processes call it together.
+    What the model or the config does not have is left out. All processes call it together.
     """
     images = len(plan.test.indices)
-    count = min(-(-images // SHARE), MOST) if config.locality.images is None else min(config.locality.images, images)
+    wanted = config.locality.images
+    count = min(-(-images // 100), 64) if wanted is None else min(wanted, images)
     batch = put_batch(spread_images(plan.test, count, mesh.size), mesh) if count else None
     whole = gather(mesh)
 
-    def measure(params: Any, batch: dict[str, jax.Array] | None) -> dict[str, jax.Array]:
+    def measure(params: Any, batch: Arrays | None) -> Arrays:
         model, found = nnx.merge(graphdef, whole(params)), {}
         if model.gpsa_blocks is not None:
             centres, spans = locality.centres_and_spans(model)
@@ -53,24 +49,20 @@ def make_attention_log(
 
     compiled = jax.jit(measure, out_shardings=replicated(mesh))
 
-    def measured(params: Any) -> dict[str, Any]:
+    def rounded(params: Any) -> dict[str, Any]:
         found = jax.device_get(compiled(params, batch))
-        return {name: (np.round(np.float64(value), DIGITS) + 0.0).tolist() for name, value in found.items()}
+        return {name: (np.round(np.float64(value), 4) + 0.0).tolist() for name, value in found.items()}
 
-    return measured
+    return rounded
 
 
-def spread_images(example: EvalExample, count: int, devices: int) -> dict[str, np.ndarray]:
-    """Returns this process's rows of a batch of the first readable image of each of `count` equal parts.
+def spread_images(example: EvalExample, count: int, devices: int) -> Batch:
+    """Returns this process's rows of a batch of `count` images, the first of each of `count` equal parts.
 
-    Every process reads all of them, so that all choose the same ones. Rows with "valid" False fill the batch up
-    to a multiple of `devices`.
+    Rows with "valid" False stand for unreadable images, and fill the batch up to a multiple of `devices`.
     """
-    edges = np.linspace(0, len(example.indices), count + 1).astype(int).tolist()
-    parts = ((example([slot]) for slot in range(*part)) for part in itertools.pairwise(edges))
-    found = [row for part in parts for row in itertools.islice((r for r in part if r["valid"][0]), 1)]
     end = len(example.indices)
-    found.append(example(range(end, end + -len(found) % devices)))
-    share = sum(len(row["valid"]) for row in found) // jax.process_count()
-    ours = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    return {name: np.concatenate([row[name] for row in found])[ours] for name in ("image", "valid")}
+    slots = [*np.linspace(0, end, count + 1).astype(int)[:-1].tolist(), *[end] * (-count % devices)]
+    rows = np.array_split(slots, jax.process_count())[jax.process_index()]
+    batch = example(rows.tolist())
+    return {name: batch[name] for name in ("image", "valid")}

@@ -8,8 +8,7 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
-from convit_jax.errors import UserError
-from convit_jax.rundir import NO_SPACE
+from convit_jax.rundir import NO_SPACE, disk_errors
 
 # Each device that holds a copy of an array saves a part of it, unless the part is smaller than this. Every
 # shape of part is a program to compile: hundreds of them for the small arrays of a model.
@@ -23,28 +22,22 @@ class LatestAndBest:
         self.top1 = top1
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns whether to keep each checkpoint, given in order of their steps; called by Orbax."""
+        """Returns whether to keep each checkpoint; they come in order of their steps."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         best = max(steps, key=lambda step: (self.top1.get(step, -1.0), step), default=None)
         return [step in (steps[-1], best) for step in steps]
 
 
 class Checkpoints:
-    """The checkpoints in a directory, each a folder that is named after its step when it is complete.
-
-    All processes call the methods together. They raise UserError if a checkpoint could not be written.
-    """
+    """The checkpoints in a directory; all processes call the methods together. UserError: one cannot be written."""
 
     def __init__(self, directory: Path, top1: Mapping[int, float]) -> None:
-        """Opens or makes a directory; top1: {step: val_top1}, which the owner keeps up to date."""
+        """top1: {step: val_top1}, which the owner keeps up to date."""
         context = ocp.Context()
         context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_PART
         self.directory = directory.absolute()
         self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=LatestAndBest(top1),
-            cleanup_tmp_directories=True,
-            context=context,
+            self.directory, preservation_policy=LatestAndBest(top1), cleanup_tmp_directories=True, context=context
         )
         self._saved = 0  # step that needs no saving: at first 0, which is made from the seed
 
@@ -54,10 +47,7 @@ class Checkpoints:
         return self._orbax.latest and self._orbax.latest.step
 
     def save(self, step: int, tree: Any) -> None:
-        """Starts to write a tree of arrays as the checkpoint of a step; does nothing if it is saved already.
-
-        Waits for the checkpoint before this one only. The arrays may be donated as soon as this returns.
-        """
+        """Starts to write a step's tree of arrays, which may be donated at once; does nothing if it is saved."""
         if step == self._saved:
             return
         with self._storage_errors():
@@ -81,15 +71,11 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            number, text = getattr(error, "errno", None), str(error)
-            full = any(number == code or os.strerror(code) in text for code in NO_SPACE)
-            if not full and not isinstance(error, OSError):
+        with disk_errors(self.directory):
+            try:
+                yield
+            except Exception as error:
+                for code in NO_SPACE:
+                    if os.strerror(code) in str(error):  # TensorStore's errors are text
+                        raise OSError(code, os.strerror(code)) from error
                 raise
-            cause = "the disk is full" if full else text
-            raise UserError(
-                f"cannot write a checkpoint to {self.directory} ({cause}): make room and run the same command again. "
-                "It continues from the last checkpoint."
-            ) from error

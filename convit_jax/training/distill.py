@@ -28,25 +28,19 @@ class Teacher:
 
     graphdef: nnx.GraphDef  # in evaluation mode
     settings: ConfigDict  # config.distill
-    columns: np.ndarray | None  # int32 [C], its label of each of the student's classes; None: the same
-    renormalise: tuple[np.ndarray, np.ndarray] | None  # (scale, shift), float32 [3], to its inputs; None: the same
+    columns: np.ndarray  # int32 [C], its label of each of the student's classes
+    renormalise: tuple[np.ndarray, np.ndarray]  # (scale, shift), float32 [3], from the student's images to its own
     facts: dict[str, Any]  # for run.json
 
     def logits(self, params: Any, images: jax.Array) -> jax.Array:
         """Returns float32 [B, C] for the student's images, float32 [B, H, W, 3]."""
-        if self.renormalise is not None:
-            scale, shift = self.renormalise
-            images = images * scale + shift
-        logits = nnx.merge(self.graphdef, params)(images)
-        return logits if self.columns is None else logits[:, self.columns]
+        scale, shift = self.renormalise
+        return nnx.merge(self.graphdef, params)(images * scale + shift)[:, self.columns]
 
     def loss(
         self, params: Any, student: VisionTransformer, images: jax.Array, targets: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns (loss of a student, D, logits [B, C] as in evaluation: the mean of the heads), float32.
-
-        params: of the teacher. images, targets: normalised float32 [B, H, W, 3], soft labels float32 [B, C].
-        """
+        """Returns (loss of a student, D, logits [B, C] as in evaluation: the mean of the heads), float32."""
         if student.distilled:
             for_labels, for_teacher = student.both_logits(images, key=key)
         else:
@@ -58,29 +52,21 @@ class Teacher:
         return loss, distillation, (for_labels + for_teacher) / 2
 
 
-def load_teacher(
-    config: ConfigDict, plan: Plan, which: str | int = "best"
-) -> tuple[Teacher | None, dict[str, Any] | None]:
-    """Loads the teacher of a run, with its position embedding resized to the student's images.
-
-    Returns (teacher, its parameters as a nested dict of numpy arrays); (None, None) without distill.teacher.
-    Raises UserError for weights that cannot be read or cannot teach this student.
-    """
+def load_teacher(config: ConfigDict, plan: Plan) -> tuple[Teacher | None, dict[str, Any] | None]:
+    """Returns (teacher, its parameters as a nested dict of numpy arrays), or (None, None) without distill.teacher."""
     source, student = config.distill.teacher, plan.model
     if not source:
         return None, None
     names = plan.train.source.class_names[: config.data.num_classes]
     try:
-        loaded = load(source, image_size=student["image_size"], which=which)
+        loaded = load(source, image_size=student["image_size"])
         loaded = with_behaviour(loaded, dtype=student["dtype"], attention=student["attention"])
-        known, channels = loaded.settings["num_classes"], loaded.settings["in_chans"]
+        known = loaded.settings["num_classes"]
         if student["num_classes"] != len(names) or not (loaded.class_names or known == len(names)):
             raise UserError(
                 f"the data has {len(names)} classes, the student {student['num_classes']} and {source} {known}: leave "
                 "model.num_classes out, and give a teacher of the same classes, or one that knows their names."
             )
-        if channels != student["in_chans"]:
-            raise UserError(f"{source} takes {channels} channels, the student {student['in_chans']}: give another one.")
         columns, remark = match_classes(names, loaded)
         # Without the position embedding: it may have been resized, which rounds differently elsewhere.
         as_trained = {name: tensor for name, tensor in loaded.tensors.items() if name != "pos_embed"}
@@ -88,11 +74,10 @@ def load_teacher(
     except UserError as error:
         raise UserError(f"distill.teacher: {error}") from error
     mean, std, to_mean, to_std = map(np.array, (config.data.mean, config.data.std, how.mean, how.std))
-    renormalise = None
-    if (mean != to_mean).any() or (std != to_std).any():  # (x std + mean - to_mean) / to_std of a normalised x
-        renormalise = (std / to_std).astype(np.float32), ((mean - to_mean) / to_std).astype(np.float32)
-    notes = [*loaded.changes, "images renormalised for it" if renormalise else None, remark]
+    # (x std + mean - to_mean) / to_std of a normalised x
+    renormalise = (std / to_std).astype(np.float32), ((mean - to_mean) / to_std).astype(np.float32)
+    same = (mean == to_mean).all() and (std == to_std).all()
+    notes = [*loaded.changes, None if same else "images renormalised for it", remark]
     changes = [note for note in notes if note]
     facts = {"source": source, "network": describe_weights(loaded), "changes": changes, "weights": weights}
-    same = np.array_equal(columns, np.arange(known))
-    return Teacher(loaded.network[0], config.distill, None if same else columns, renormalise, facts), params
+    return Teacher(loaded.network[0], config.distill, columns, renormalise, facts), params

@@ -14,9 +14,9 @@ import signal
 import socket
 import sys
 import traceback
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -26,13 +26,11 @@ from ml_collections import ConfigDict
 
 from convit_jax.config import flatten
 from convit_jax.errors import UserError, out_of_memory
-from convit_jax.rundir import is_run
 
 Result = TypeVar("Result")
 
 # Config fields that may differ between processes. Their images and teachers are compared, the paths are not.
 MAY_DIFFER = ("data.dir", "data.workers", "distill.teacher")
-MESSAGE_BYTES = 1000  # of an error, told to the other processes
 
 
 class Everywhere(UserError):
@@ -57,7 +55,7 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Prints a line to the error stream, from any process."""
-    print(f"process {jax.process_index()} of {jax.process_count()}: {text}", file=sys.stderr, flush=True)
+    print(f"{_who()}: {text}", file=sys.stderr, flush=True)
 
 
 def phase(text: str) -> None:
@@ -66,60 +64,58 @@ def phase(text: str) -> None:
         say(f"... {text}")
 
 
+def _who() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
 # ---- Joining -------------------------------------------------------------------------------
 
 
 def join(
     coordinator: str | None, num_processes: int | None, process_id: int | None, start_timeout: int, heartbeat: int
 ) -> None:
-    """Joins the other processes, if there are any, before anything else uses JAX.
+    """Joins the other processes, if there are any, before anything else uses JAX; the arguments are flags of `cli`.
 
-    The arguments are the flags of `cli`. Then SIGTERM belongs to JAX's preemption service, see `stop.Stop`, and
-    Ctrl-C ends this process at once. Raises UserError for flags that do not fit together, and if the processes
-    cannot connect.
+    Then SIGTERM belongs to JAX's preemption service, see `stop.Stop`, and Ctrl-C ends this process at once.
     """
-    starter: str | None = None
-    if (coordinator, num_processes, process_id) == (None, None, None):
-        if not (found := cluster(os.environ)):
-            return
-        starter, number = found
-        first, where = number == "0", f"the processes that {starter} has started"
-    else:
-        _check_flags(coordinator, num_processes, process_id)
-        if num_processes == 1:
-            return
-        first, where = process_id == 0, f"the {num_processes} processes at {coordinator}"
-    if first:
-        print(f"... joining {where} (at most {start_timeout} s)", flush=True)
+    flags = (coordinator, num_processes, process_id)
+    with_flags = flags != (None, None, None)
+    if with_flags:
+        _check_flags(*flags)
+    number = str(process_id) if with_flags else cluster(os.environ)
+    if number is None or num_processes == 1:
+        return
+    if number == "0":
+        print(f"... joining the other processes (at most {start_timeout} s)", flush=True)
     jax.config.update("jax_enable_preemption_service", True)
     faulthandler.disable()  # its dump would hide the line with which JAX aborts when a process is lost
     try:
         jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
+            *flags,
             # With the flags JAX must not look at Slurm's variables: it would take one GPU per process.
-            cluster_detection_method=None if starter else "deactivate",
+            cluster_detection_method="deactivate" if with_flags else None,
             initialization_timeout=start_timeout,
             heartbeat_timeout_seconds=heartbeat,
         )
     except (ValueError, RuntimeError) as error:
-        if starter == "the TPU" and isinstance(error, ValueError):  # its library is installed, but there is no TPU
+        if number == "?" and isinstance(error, ValueError):  # the TPU's library is installed, but there is no TPU
             return
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"cannot join {where} ({reason}): start all processes within {start_timeout} s, with the same "
-            "coordinator and a free port."
+            f"cannot join the other processes ({reason}): start all processes within {start_timeout} s, with the same "
+            "coordinator and a free port, as docs/clusters.md shows."
         ) from error
     if several() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a background job
-        signal.signal(signal.SIGINT, _interrupted)  # JAX's callbacks could swallow a KeyboardInterrupt
+        # JAX's callbacks could swallow a KeyboardInterrupt.
+        text = "interrupted; the same command continues from the last checkpoint."
+        signal.signal(signal.SIGINT, lambda number, frame: _end(text))
 
 
 def _check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    host, _, port = (coordinator or "").rpartition(":")
-    fits = bool(host) and port.isdigit() and 0 < int(port) < 65536 and process_id in range(num_processes or 0)
-    with contextlib.suppress(OSError):  # a host that nobody knows
-        if fits and socket.getaddrinfo(host.strip("[]"), int(port)):
+    with contextlib.suppress(ValueError, OSError):  # a wrong port; a host that nobody knows
+        address = urllib.parse.urlsplit(f"//{coordinator}")
+        if address.port and process_id in range(num_processes or 0):
+            socket.getaddrinfo(address.hostname, address.port)
             return
     raise UserError(
         f"--coordinator is {coordinator}, --num_processes {num_processes} and --process_id {process_id}: give "
@@ -128,23 +124,16 @@ def _check_flags(coordinator: str | None, num_processes: int | None, process_id:
     )
 
 
-def cluster(environment: Mapping[str, str]) -> tuple[str, str | None] | None:
-    """Returns (what started several processes, this one's number if it says so), or None if nothing did.
-
-    JAX finds the same and more, but also joins where a process is alone, as in an interactive job.
-    """
+def cluster(environment: Mapping[str, str]) -> str | None:
+    """Returns the number of this process among several that were started, "?" on a TPU, or None if it is alone."""
+    # JAX finds the same and more, but also joins where a process is alone, as in an interactive job.
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        return "Slurm", environment["SLURM_PROCID"]
+        return environment["SLURM_PROCID"]
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        if "OMPI_MCA_orte_hnp_uri" not in environment:
-            raise UserError(
-                "Open MPI 5 does not say where process 0 is: add --coordinator=HOST:PORT "
-                "--num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK."
-            )
-        return "Open MPI", environment["OMPI_COMM_WORLD_RANK"]
+        return environment["OMPI_COMM_WORLD_RANK"]
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        return "Kubernetes", environment["JOB_COMPLETION_INDEX"]
-    return ("the TPU", None) if importlib.util.find_spec("libtpu") else None
+        return environment["JOB_COMPLETION_INDEX"]
+    return "?" if importlib.util.find_spec("libtpu") else None
 
 
 # ---- Ending --------------------------------------------------------------------------------
@@ -154,8 +143,7 @@ def cluster(environment: Mapping[str, str]) -> tuple[str, str | None] | None:
 def ends_all() -> Iterator[None]:
     """Ends one of several processes at once, with one sentence, when an error stops only this process.
 
-    An orderly exit would wait for the other processes, which wait for this one. They end when they miss it:
-    after the heartbeat timeout of `join`, or at once if this is process 0.
+    An orderly exit would wait for the others, which wait for this one and end when they miss it.
     """
     try:
         yield
@@ -164,64 +152,57 @@ def ends_all() -> Iterator[None]:
     except BaseException as error:
         if not several():
             raise
+        text = str(error)
+        if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in text):
+            reason = text.partition("\n")[0]
+            text = out_of_memory(error) or (
+                f"an operation across processes failed ({reason}). If another process has ended, its output says "
+                "why. Start all processes again: the same command continues from the last checkpoint."
+            )
+        elif not isinstance(error, UserError):
+            text = "".join(traceback.format_exception(error))
         sys.stdout.flush()
-        _end(_sentence(error) or "".join(traceback.format_exception(error)))
+        _end(text)
 
 
 def _end(text: str) -> NoReturn:
     """Ends this process at once; also called in a signal handler, where Python's streams may be in use."""
-    who = f"process {jax.process_index()} of {jax.process_count()}"
-    os.write(2, f"{Path(sys.argv[0]).name}: {who}: {text.rstrip()}\n".encode())
+    os.write(2, f"{Path(sys.argv[0]).name}: {_who()}: {text.rstrip()}\n".encode())
     os._exit(1)
 
 
-def _interrupted(number: int, frame: FrameType | None) -> None:
-    _end("interrupted; the same command continues from the last checkpoint.")
+# ---- Agreeing: all processes call these together --------------------------------------------
 
 
-def _sentence(error: BaseException) -> str | None:
-    """The message for an error that stops one process, or None for a bug."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error)):
-        reason = str(error).partition("\n")[0]
-        return out_of_memory(error) or (
-            f"an operation across processes failed ({reason}). If another process has ended, its output says "
-            "why. Start all processes again: the same command continues from the last checkpoint."
-        )
-    return None
-
-
-# ---- Agreeing ------------------------------------------------------------------------------
+def from_all(value: Any) -> list[Any]:
+    """Returns the values of all processes, which JSON can hold, in the order of the processes."""
+    if not several():
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, max(lengths) - len(text))))
+    return [json.loads(each[:length].tobytes()) for each, length in zip(texts, lengths, strict=True)]
 
 
 def from_first(value: Any) -> Any:
-    """Returns process 0's value, which JSON can hold, on all processes."""
-    if not several():
-        return value
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    text = text if is_first() else np.zeros(length, np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+    """Returns process 0's value, which JSON can hold."""
+    return from_all(value if is_first() else None)[0]
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Raises a UserError that one process raises inside on all processes, at the end."""
-    sentence = b""
+    own = None
     try:
         yield
     except UserError as error:
         if not several():
             raise
-        sentence = str(error).encode()[:MESSAGE_BYTES]
-    if several():
-        everyone = multihost_utils.process_allgather(np.frombuffer(sentence.ljust(MESSAGE_BYTES, b"\0"), np.uint8))
-        failed = np.flatnonzero(everyone[:, 0])
-        if len(failed):
-            text = everyone[failed[0]].tobytes().rstrip(b"\0").decode(errors="replace")
-            alone = len(failed) < len(everyone)
-            raise Everywhere(f"process {failed[0]} of {len(everyone)}: {text}" if alone else text)
+        own = str(error)
+    sentences = from_all(own)
+    for process, text in enumerate(sentences):
+        if text is not None:
+            raise Everywhere(f"process {process} of {len(sentences)}: {text}" if None in sentences else text)
 
 
 def first_then_others(work: Callable[[], Result]) -> Result:
@@ -235,28 +216,14 @@ def first_then_others(work: Callable[[], Result]) -> Result:
 
 def check_same(facts: Mapping[str, Any], remedy: str = "start all processes with the same command") -> None:
     """Raises Everywhere if the processes have different facts, {name: value that JSON can hold}."""
-    mine = json.loads(json.dumps(facts))
-    theirs = from_first(mine)
-    with together():
-        for name in sorted({*theirs, *mine}):
-            if theirs.get(name) != mine.get(name):
-                raise UserError(f"{name} is {mine.get(name)!r} here and {theirs.get(name)!r} on process 0: {remedy}.")
+    first, *others = from_all(dict(facts))
+    for process, theirs in enumerate(others, start=1):
+        for name in first:
+            if theirs.get(name) != first[name]:
+                values = f"{theirs.get(name)!r} here and {first[name]!r} on process 0"
+                raise Everywhere(f"process {process} of {len(others) + 1}: {name} is {values}: {remedy}.")
 
 
 def comparable(config: ConfigDict) -> dict[str, Any]:
     """Returns the fields of a config that all processes must share, by name."""
     return {name: value for name, value in flatten(config).items() if name not in MAY_DIFFER}
-
-
-def agree_on_checkpoint(source: str | None, which: str = "best", ema: bool = False) -> str | int:
-    """Returns the checkpoint of a source of weights that all processes read, though its run may go on.
-
-    A step, if there are several processes and the source is a run directory, otherwise `which`.
-    """
-    from convit_jax.weights.run import find_step  # heavy
-
-    step: str | int = which
-    with together():
-        if several() and is_first() and is_run(source):
-            step = find_step(Path(str(source)).expanduser(), which, ema)
-    return from_first(step)

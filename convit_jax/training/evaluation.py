@@ -1,6 +1,5 @@
 """Exact top-1, top-5 and loss over a whole split: every image counts once, whatever the batch and devices."""
 
-import collections
 import contextlib
 import dataclasses
 import math
@@ -8,7 +7,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,7 +18,7 @@ from convit_jax.progress import Progress
 from convit_jax.training import distributed
 from convit_jax.training.distributed import phase, say
 from convit_jax.training.sharding import put_batch, put_same, replicated
-from convit_jax.training.step import eval_metrics, make_eval_step
+from convit_jax.training.step import Arrays, make_eval_step
 from convit_jax.weights.formats import Pretrained
 from convit_jax.weights.pretrained import fingerprint, match_classes
 
@@ -30,51 +28,44 @@ AHEAD = 2  # steps that the host is ahead of the device: hides the host's work, 
 def evaluate(
     models: Mapping[str, Any],
     batches: Iterable[Batch],
-    eval_step: Callable[[Any, Any, Any], Any],
+    eval_step: Callable[[Any, Arrays], Arrays],
     mesh: Mesh,
     stopped: Callable[[], object] = lambda: False,
 ) -> dict[str, dict[str, float]] | None:
     """Evaluates one or several sets of weights, {name: parameters}, in one pass over `our_batches`.
 
     Returns {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count}}, or None if `stopped`,
-    which all processes call before each batch, ended it. Raises UserError if no image could be read.
+    which all processes call before each batch, ended it.
     """
-    sums = dict.fromkeys(models, jax.jit(eval_metrics, out_shardings=replicated(mesh))())
-    under_way: collections.deque[Any] = collections.deque()
+    parts: list[dict[str, Arrays]] = []  # sums over each batch, on the devices
     for batch in batches:
         if stopped():
             return None
         on_devices = put_batch(batch, mesh)
-        sums = {name: eval_step(params, sums[name], on_devices) for name, params in models.items()}
+        parts.append({name: eval_step(params, on_devices) for name, params in models.items()})
         del batch, on_devices  # the loader shares their memory with its workers
-        under_way.append(sums)
-        if len(under_way) > AHEAD:
-            jax.block_until_ready(under_way.popleft())
+        jax.block_until_ready(parts[-AHEAD - 1 : -AHEAD])
     results = {}
-    for name, counts in jax.device_get(sums).items():
-        loss, best, best5, images = (counts[key].item() for key in ("loss", "top1", "top5", "images"))
+    for name in models:
+        of_batches = jax.device_get([part[name] for part in parts])
+        loss, best, best5, images = (sum(s[key] for s in of_batches) for key in ("loss", "top1", "top5", "images"))
         if not images:
             raise distributed.Everywhere("none of the test images can be read: restore them, or change data.dir.")
-        results[name] = {"top1": 100 * best / images, "top5": 100 * best5 / images}
-        results[name] |= {"loss": loss / images, "images": images}
+        counts = {"top1": 100 * int(best) / int(images), "top5": 100 * int(best5) / int(images)}
+        results[name] = counts | {"loss": float(loss) / int(images), "images": int(images)}
     return results
 
 
 def our_batches(
-    example: TrainExample | EvalExample,
-    unreadable: Unreadable,
-    config: ConfigDict,
-    batch_size: int,
-    first: int,
-    last: int,
+    example: TrainExample | EvalExample, unreadable: Unreadable, workers: int, batch_size: int, steps: range
 ) -> Generator[Batch, None, None]:
-    """Yields this process's rows of the batches of steps first .. last - 1; close it to end the loader."""
+    """Yields this process's rows of the batches of some steps; close it to end the loader."""
     rows = batches(
         example,
         batch_size=batch_size,
-        start=first,
-        stop=last,
-        workers=min(config.data.workers, (last - first) // 4),  # starting them takes seconds
+        start=steps.start,
+        stop=steps.stop,
+        workers=min(workers, len(steps) // 4),  # starting them takes seconds
         process=jax.process_index(),
         processes=jax.process_count(),
     )
@@ -82,22 +73,32 @@ def our_batches(
         yield from map(unreadable.take, rows)
 
 
-# ---- Pretrained weights, on images that they may not have been trained on -------------------
-
-
 def evaluate_weights(config: ConfigDict, loaded: Pretrained, params: dict[str, Any], mesh: Mesh) -> dict[str, float]:
-    """Evaluates parameters of weights on the test images of a config, with the weights' preprocessing.
-
-    Returns {"top1": per cent, "top5": per cent, "loss": mean, "images": count}. Raises UserError for images
-    that cannot be read, classes that do not match, and processes that would evaluate something else.
-    """
-    images, labels = _match_images(config, loaded, params)
-    count, how = len(images.indices), loaded.preprocessing
+    """Evaluates parameters of weights on the test images of a config, with the weights' preprocessing."""
+    classes, how = config.data.num_classes, loaded.preprocessing
+    phase("reading the lists of images")
+    source = distributed.first_then_others(lambda: open_source(config.data, "test"))
+    with distributed.together():
+        labels, remark = match_classes(source.class_names[:classes], loaded)  # the weights' label of each class
+        indices = select(source.labels, source.names, classes=len(source.class_names), num_classes=classes)
+    if remark:
+        say(remark)
+    distributed.check_same(
+        {
+            **distributed.comparable(config),
+            "what the weights are": {**loaded.settings, **dataclasses.asdict(how)},
+            "the digest of the weights": fingerprint({"labels": labels, "params": params}),
+            "the digest of the images' classes, labels and names": digest(source),
+        },
+        "start all processes with the same command, weights and images",
+    )
+    images = EvalExample(source, indices, loaded.settings["image_size"], how.crop_ratio, how.interpolation)
+    count = len(indices)
     batch_size = math.ceil(min(config.eval_batch_size, count) / mesh.size) * mesh.size
     say(f"{count:,} images of {len(labels)} classes in batches of {batch_size}; {how.words()}")
     tell = say if distributed.is_first() else distributed.warn
-    unreadable = Unreadable(images.source, config.data.max_unreadable, tell)
-    rows = our_batches(images, unreadable, config, batch_size, 0, math.ceil(count / batch_size))
+    unreadable = Unreadable(source, config.data.max_unreadable, tell)
+    rows = our_batches(images, unreadable, config.data.workers, batch_size, range(math.ceil(count / batch_size)))
     progress = Progress("images", count, every=0.1, enabled=distributed.is_first())
 
     def relabelled() -> Iterator[Batch]:
@@ -105,41 +106,10 @@ def evaluate_weights(config: ConfigDict, loaded: Pretrained, params: dict[str, A
             progress.update(number * batch_size, "")
             yield {**batch, "label": labels[batch["label"]]}
 
-    normalization = ConfigDict({"data": {"mean": how.mean, "std": how.std}})
-    step = jax.jit(make_eval_step(loaded.network[0], normalization), out_shardings=replicated(mesh))
+    step = jax.jit(make_eval_step(loaded.network[0], how.mean, how.std), out_shardings=replicated(mesh))
     params = put_same(params, jax.tree.map(lambda _: replicated(mesh), params))
     phase("the first batch, which is compiled")
     results = evaluate({"": params}, relabelled(), step, mesh)
     progress.close()
     assert results is not None  # nothing stops it
     return results[""]
-
-
-def _match_images(config: ConfigDict, loaded: Pretrained, params: dict[str, Any]) -> tuple[EvalExample, np.ndarray]:
-    """(the test images, the weights' label of each class), the same on all processes, as are the parameters."""
-    phase("reading the lists of images")
-    source = distributed.first_then_others(lambda: open_source(config.data, "test"))
-    classes, how = config.data.num_classes, loaded.preprocessing
-    with distributed.together():
-        labels, remark = match_classes(source.class_names[:classes], loaded)
-        indices = select(
-            source.labels,
-            source.names,
-            classes=len(source.class_names),
-            num_classes=classes,
-            rule=config.data.subset_rule,
-            seed=config.seed,
-        )
-    if remark:
-        say(remark)
-    of_weights = {**loaded.settings, **dataclasses.asdict(how)}
-    distributed.check_same(
-        {
-            **distributed.comparable(config),
-            **{f"the weights' {name}": value for name, value in of_weights.items()},
-            "the digest of the weights": fingerprint({"labels": labels, "params": params}),
-            "the digest of the images' classes, labels and names": digest(source),
-        },
-        "start all processes with the same command, weights and images",
-    )
-    return EvalExample(source, indices, loaded.settings["image_size"], how.crop_ratio, how.interpolation), labels

@@ -56,9 +56,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             # ---- Save, then evaluate: what fails in an evaluation loses no step ----------------
             if step in run.plan.eval_at or step % config.checkpoint_every == 0:
                 reports.finish(sums)
-                with reports.clock.paused():
-                    run.checkpoints.save(step, {"state": state, "metrics": sums})
-                    evaluate_if_due(run, state, step, stop)
+                run.checkpoints.save(step, {"state": state, "metrics": sums})
+                evaluate_if_due(run, state, step, stop)
+                reports.clock.restart()
 
         # ---- The end; saves nothing if this step is saved --------------------------------------
         reports.finish(sums)

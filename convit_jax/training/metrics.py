@@ -18,33 +18,28 @@ class MetricsLog:
     """DIR/metrics.jsonl and DIR/tensorboard of a run, and its evaluations so far; UserError if the disk is full."""
 
     def __init__(self, directory: Path | None, start_step: int, top1: dict[int, float]) -> None:
-        """Opens a log and drops what an earlier start has written after `start_step`, or all at step 0.
+        """Drops what an earlier start has written after `start_step`, or all at step 0.
 
-        Args:
-          directory: run directory; None on the processes that write nothing.
-          start_step: step at which the run continues.
-          top1: an empty dict, which is kept up to date: {step: val_top1}.
+        directory: None on the processes that write nothing. top1: is kept up to date, {step: val_top1}.
         """
         self.top1, self._directory = top1, directory
-        lines = read_metrics(directory / "metrics.jsonl") if directory and start_step else []
-        lines = [line for line in lines if line["step"] <= start_step]
+        lines: list[dict[str, Any]] = []
         if directory:
             with disk_errors(directory):
-                self._open(directory, start_step, lines)
+                path, board = directory / "metrics.jsonl", directory / "tensorboard"
+                lines = [line for line in read_metrics(path) if start_step and line["step"] <= start_step]
+                with atomic_write(path) as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+                self._file = path.open("a", buffering=1)
+                board.mkdir(exist_ok=True)
+                # Not SummaryWriter: its thread dies of a full disk, and the next write then waits forever.
+                self._board = EventsWriter(str(board / "events"))
+                first = start_step + 1 if start_step else 0  # TensorBoard drops earlier events from this step on
+                start = SessionLog(status=SessionLog.START)
+                self._board.write_event(Event(wall_time=time.time(), step=first, session_log=start))
         evaluations = from_first([line for line in lines if "val_top1" in line])
         top1.update({line["step"]: line["val_top1"] for line in evaluations})
         self.last: dict[str, Any] | None = evaluations[-1] if evaluations else None  # line of the last evaluation
-
-    def _open(self, directory: Path, start_step: int, lines: list[dict[str, Any]]) -> None:
-        path = directory / "metrics.jsonl"
-        with atomic_write(path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        (directory / "tensorboard").mkdir(exist_ok=True)
-        self._file = path.open("a", buffering=1)
-        # Not SummaryWriter: its thread dies of a full disk, and the next write then waits forever.
-        self._board = EventsWriter(str(directory / "tensorboard" / "events"))
-        first = start_step + 1 if start_step else 0  # TensorBoard drops earlier events from this step on
-        self._add_event(step=first, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, epoch: float, values: dict[str, Any]) -> None:
         """Writes a line; values: {name: float, or a list over layers of lists over heads}."""
@@ -57,11 +52,8 @@ class MetricsLog:
             self._file.write(json.dumps(line) + "\n")
             points = [point for name, value in values.items() for point in _scalars(name, value)]
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in points])
-            self._add_event(step=step, summary=summary)
+            self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             self._board.flush()
-
-    def _add_event(self, **fields: Any) -> None:
-        self._board.write_event(Event(wall_time=time.time(), **fields))
 
     def close(self) -> None:
         """Closes both files; every line is already on the disk."""

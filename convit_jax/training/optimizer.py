@@ -6,6 +6,7 @@ epoch, so that epochs 0 and 1 both run at warmup_lr (schedule_per="epoch"). sche
 curve without steps and without that delay.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,19 +25,14 @@ NO_DECAY = ("bias", "scale", "gating_param")  # parameters that are 1-D in the o
 Schedule = Callable[[jax.Array], jax.Array]  # step, int [] -> learning rate, float32 []
 
 
-def peak_learning_rate(optim: ConfigDict, batch_size: int) -> float:
-    """Returns the rate after the warm-up: optim.lr is given for 512 images."""
-    return optim.lr * batch_size / 512
-
-
 def run_schedule(config: ConfigDict, plan: Plan) -> Schedule:
     """Returns the learning rate of a run as a function of the step."""
     optim, epochs, batch_size = config.optim, plan.epochs, config.batch_size
     epoch_length = plan.train.slots.epoch_length
 
     def rate(t: Any, xp: Any) -> Any:
-        """Of a time in epochs, with numpy or jax.numpy."""
-        peak, low = peak_learning_rate(optim, batch_size), optim.min_lr
+        # t: a time in epochs; xp: numpy or jax.numpy
+        peak, low = optim.lr * batch_size / 512, optim.min_lr
         warmup = optim.warmup_lr + t * (peak - optim.warmup_lr) / max(optim.warmup_epochs, 1e-9)
         cosine = low + 0.5 * (peak - low) * (1 + xp.cos(math.pi * t / epochs))
         return xp.where(t < optim.warmup_epochs, warmup, xp.where(t < epochs, cosine, low))
@@ -55,24 +51,16 @@ def run_schedule(config: ConfigDict, plan: Plan) -> Schedule:
     return per_step if optim.schedule_per == "step" else per_epoch
 
 
-def dotted(path: tuple[Any, ...]) -> str:
-    """Returns "gpsa_blocks.attn.qk.kernel" for a key path of a nested dict."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
 def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
-    """Returns a tree of bool: which parameters have one of the patterns in their dotted name.
-
-    Raises UserError if a pattern matches no parameter, or the patterns match all.
-    """
+    """Returns a tree of bool: which parameters have one of the patterns in their dotted name."""
     patterns = [pattern for pattern in patterns if pattern]  # --config.optim.frozen= gives an empty one
-    mask = jax.tree_util.tree_map_with_path(
-        lambda path, _: any(pattern in dotted(path) for pattern in patterns), params
-    )
-    names = [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    dotted = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    names = jax.tree_util.tree_map_with_path(lambda path, _: dotted(path), params)
+    mask = jax.tree.map(lambda name: any(pattern in name for pattern in patterns), names)
     for pattern in patterns:
-        if not any(pattern in name for name in names):
-            raise UserError(f"optim.frozen has {pattern!r}, which matches no parameter. They are: {', '.join(names)}.")
+        if not any(pattern in name for name in jax.tree.leaves(names)):
+            known = ", ".join(jax.tree.leaves(names))
+            raise UserError(f"optim.frozen has {pattern!r}, which matches no parameter. They are: {known}.")
     if all(jax.tree.leaves(mask)):
         raise UserError(f"optim.frozen is {patterns}, which leaves no parameter to train: freeze fewer.")
     return mask
@@ -81,8 +69,7 @@ def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
 def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.GradientTransformation:
     """Returns the optimizer of a run, for parameters of this structure.
 
-    Weight decay spares biases, norms and gates, and includes pos_proj.kernel, pos_embed and cls_token, as the
-    original's distributed runs do. Frozen parameters get neither gradient nor decay.
+    Weight decay includes pos_proj.kernel, pos_embed and cls_token, as the original's distributed runs do.
     """
     frozen = frozen_mask(params, optim.frozen)
     decayed = jax.tree_util.tree_map_with_path(lambda path, frozen: path[-1].key not in NO_DECAY and not frozen, frozen)

@@ -39,10 +39,7 @@ class Plan:
 
 
 def make_plan(config: ConfigDict, *, devices: int) -> Plan:
-    """Checks a config for this number of devices and works it out.
-
-    Raises UserError if the config cannot work, or its data cannot be read.
-    """
+    """Checks a config for this number of devices and works it out; reads the lists of images."""
     check_run(config, devices=devices)
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
     indices = training_subset(config, source)
@@ -92,11 +89,10 @@ def check_run(config: ConfigDict, *, devices: int) -> None:
     """Raises UserError for a config that cannot work with any data."""
     check_config(config)
     for name, parts in (("batch_size", config.accumulate), ("eval_batch_size", 1)):
-        share = devices * parts
-        if config[name] % share:
+        if config[name] % (devices * parts):
             raise UserError(
                 f"{name} is {config[name]}, which {devices} devices x {parts} micro-batches do not divide: use a "
-                f"multiple of {share}, as {max(1, round(config[name] / share)) * share}, or fewer devices (mesh.data)."
+                f"multiple of {devices * parts}, or fewer devices (mesh.data)."
             )
     for name in ("mean", "std"):
         if len(config.data[name]) != 3:
@@ -104,10 +100,7 @@ def check_run(config: ConfigDict, *, devices: int) -> None:
     if config.data.name == "digits" and config.data.dir:
         raise UserError("data.dir is set, but data.name=digits reads no files: set data.name=folder.")
     for name, default in default_config().distill.items():
-        value, needs = config.distill[name], None
-        if not config.distill.teacher:
-            needs = "distill.teacher"
-        elif name == "temperature" and config.distill.kind == "hard":
-            needs = "distill.kind=soft"
-        if value != default and needs:
-            raise UserError(f"distill.{name} is {value!r}, which only {needs} uses: add that, or leave it out.")
+        of_soft = name == "temperature" and config.distill.kind == "hard"
+        if config.distill[name] != default and (of_soft or not config.distill.teacher):
+            needs = "distill.kind=soft" if of_soft else "distill.teacher"
+            raise UserError(f"distill.{name} is set, which only {needs} uses: add that, or leave it out.")

@@ -16,13 +16,13 @@ from convit_jax.training.summary import peak_flops
 
 
 class Clock:
-    """Images per second, and the share of time in which the host waits for data, of a window of steps."""
+    """Images per second, and the share of time in which the host waits for data."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Starts a window now."""
+        """Forgets what was counted."""
         self._since, self._waited, self.images = time.monotonic(), 0.0, 0  # images that the device has finished
 
     @contextlib.contextmanager
@@ -32,15 +32,8 @@ class Clock:
         yield
         self._waited += time.monotonic() - start
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out the time inside."""
-        start = time.monotonic()
-        yield
-        self._since += time.monotonic() - start
-
     def read(self) -> dict[str, float]:
-        """Returns the rates of the window, and starts the next one."""
+        """Returns the rates since the last start, and restarts."""
         seconds = max(time.monotonic() - self._since, 1e-9)
         rates = {"images_per_second": self.images / seconds, "data_wait": self._waited / seconds}
         self.restart()
@@ -48,61 +41,50 @@ class Clock:
 
 
 class Reports(contextlib.AbstractContextManager["Reports"]):
-    """Logs windows of log_every steps, each when the device has long finished it.
+    """Logs windows of log_every steps, each when the device has finished it.
 
-    The device always has AHEAD steps to do: `add` waits for the step before these, and logs a window whose
-    last step is done. Leaving the context waits for the device, which may use the loader's memory.
+    The device always has AHEAD steps to do. Leaving the context waits for it: it may use the loader's memory.
     """
 
     def __init__(self, run: Training) -> None:
-        self.clock = Clock()  # of the open window
+        self.clock = Clock()
         self._run = run
         self._start = time.monotonic()
-        self._under_way: collections.deque[Arrays] = collections.deque()  # metrics of steps that may not be done
-        self._windows: collections.deque[tuple[int, Arrays, dict[str, float]]] = collections.deque()
+        self._under_way: collections.deque[tuple[int, Arrays]] = collections.deque()  # steps that may not be done
 
     def __exit__(self, *exception: object) -> None:
         jax.block_until_ready(list(self._under_way))
 
     def add(self, step: int, sums: Arrays) -> Arrays:
-        """Takes note of the step that was just given to the device; returns the sums that the next one adds to.
-
-        Raises UserError if the loss of an earlier window is not finite, or the log cannot be written.
-        """
-        run = self._run
-        self._under_way.append(sums)
-        if step == run.first_step + 1:
-            self._wait(0)
-            seconds = time.monotonic() - self._start
-            run.progress.say(f"First step after {seconds:.1f} s, compilation included")
-            run.progress.start(step)
-            self.clock.restart()
-        self._wait(AHEAD)
-        full = step % run.config.log_every == 0
-        if full or step == run.plan.total_steps:
-            self._windows.append((step, sums, self.clock.read()))
-        while self._windows and self._windows[0][0] <= step - AHEAD:
-            self._report(*self._windows.popleft())
-        return run.steps.no_sums if full else sums  # a short last window goes on if the run gets more steps
+        """Takes note of a step that the device was given; returns the sums that the next one adds to."""
+        self._under_way.append((step, sums))
+        self._wait(0 if step == self._run.first_step + 1 else AHEAD)
+        # A short last window goes on if the run gets more steps.
+        return self._run.steps.no_sums if step % self._run.config.log_every == 0 else sums
 
     def finish(self, sums: Arrays) -> None:
-        """Waits for the device, logs all windows and checks the open one's sums; raises as `add` does."""
+        """Waits for the device, and checks the sums of the open window before they are saved."""
         self._wait(0)
-        while self._windows:
-            self._report(*self._windows.popleft())
         self._check_finite(jax.device_get(sums))
 
     def _wait(self, most: int) -> None:
-        """Waits until at most this many steps are under way."""
+        """Waits until at most this many steps are under way, and logs the windows that end meanwhile."""
+        run = self._run
         while len(self._under_way) > most:
-            jax.block_until_ready(self._under_way.popleft())
-            self.clock.images += self._run.config.batch_size
+            step, sums = self._under_way.popleft()
+            jax.block_until_ready(sums)
+            self.clock.images += run.config.batch_size
+            if step == run.first_step + 1:
+                seconds = time.monotonic() - self._start
+                run.progress.say(f"First step after {seconds:.1f} s, compilation included")
+                run.progress.start(step)
+                self.clock.restart()
+            if step % run.config.log_every == 0 or step == run.plan.total_steps:
+                self._report(step, jax.device_get(sums), self.clock.read())
 
-    def _report(self, step: int, on_devices: Arrays, rates: dict[str, float]) -> None:
-        """Logs a window whose last step is done."""
-        run, sums = self._run, jax.device_get(on_devices)
+    def _report(self, step: int, sums: Any, rates: dict[str, float]) -> None:
         self._check_finite(sums)
-        epoch, images = run.plan.epoch(step), int(sums["images"])
+        run, images = self._run, int(sums["images"])
         values = {
             "train_loss": float(sums["loss"]) / images,
             "train_top1": 100 * int(sums["correct"]) / images,
@@ -112,25 +94,23 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
         # What a narrow terminal cuts off comes last.
         shown = "loss {train_loss:.4f}  top-1 {train_top1:.1f}  {images_per_second:.0f} img/s  "
         if peak := peak_flops(run.facts["device_kind"], run.facts["dtype"]):
-            flops = 3 * run.facts["flops"] * rates["images_per_second"]
-            values["mfu"] = flops / (peak * run.mesh.size)
+            values["mfu"] = 3 * run.facts["flops"] * rates["images_per_second"] / (peak * run.mesh.size)
             shown += "MFU {mfu:.0%}  "
         shown += "epoch {epoch:.1f}  lr {lr:.2e}  data {data_wait:.0%}"
         if "distill_loss" in sums:
             values["train_distill_loss"] = float(sums["distill_loss"]) / images
         if run.unreadable.seen:
             values["unreadable_images"] = len(run.unreadable.seen)
-        run.log.write(step, epoch, values)
-        run.progress.update(step, shown.format(epoch=epoch, **values))
+        run.log.write(step, run.plan.epoch(step), values)
+        run.progress.update(step, shown.format(epoch=run.plan.epoch(step), **values))
 
     def _check_finite(self, sums: Any) -> None:
-        """Stops a run whose loss or gradient was not finite, before that state is saved."""
-        bad_step = int(sums["bad_step"])
-        if bad_step == FINE:
+        """Raises UserError if a loss or gradient was not finite."""
+        if sums["bad_step"] == FINE:
             return
         latest, directory = self._run.checkpoints.latest, self._run.checkpoints.directory
         kept = f"step {latest} is saved" if latest else "no checkpoint was saved before it"
         raise Everywhere(
-            f"the loss or its gradient is not finite at step {bad_step + 1}; {kept} in {directory}. Start again with "
-            "another --workdir and a lower optim.lr, optim.clip_norm=1, or model.dtype=float32."
+            f"the loss or its gradient is not finite at step {sums['bad_step'] + 1}; {kept} in {directory}. Start "
+            "again with another --workdir and a lower optim.lr, optim.clip_norm=1, or model.dtype=float32."
         )

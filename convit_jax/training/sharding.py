@@ -3,7 +3,6 @@
 The rule for the state: an array is sharded along its largest axis that fsdp divides, else replicated.
 """
 
-import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -15,32 +14,17 @@ from convit_jax.errors import UserError
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
-    """Returns a mesh of data x fsdp devices.
-
-    The devices of one process are neighbours and those of process 0 come first, as do their rows of a batch.
-    data=-1 takes all devices. Raises UserError if the devices cannot be arranged like this.
-    """
+    """Returns a mesh of data x fsdp devices, in the order of their processes; data=-1 takes all devices."""
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    counts = collections.Counter(device.process_index for device in devices)
     rows = len(devices) // max(fsdp, 1) if data == -1 else data
-    all_take_part = rows * fsdp == len(devices)
-    if rows < 1 or fsdp < 1 or rows * fsdp > len(devices) or (data == -1 and not all_take_part):
+    fewest = len(devices) if data == -1 or jax.process_count() > 1 else 1  # every process takes part
+    if not fewest <= rows * fsdp <= len(devices):
         raise UserError(
             f"mesh.data is {data} and mesh.fsdp is {fsdp}, which does not fit {len(devices)} devices: set "
             "mesh.data=-1 to take all, and mesh.fsdp to a number that divides them."
         )
-    if len(counts) > 1 and not (all_take_part and len({*counts.values()}) == 1):
-        raise UserError(
-            f"the processes have {[*counts.values()]} devices, and mesh.data x mesh.fsdp is {rows} x {fsdp}: give "
-            "each process the same number, and set mesh.data=-1 so that all take part."
-        )
     grid = np.array(devices[: rows * fsdp]).reshape(rows, fsdp)
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: rows over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -63,11 +47,9 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def gather(mesh: Mesh) -> Callable[[Any], Any]:
-    """Returns a function that replicates every array of a tree, for use inside a compiled step.
+    """Returns a function that replicates parameters in a compiled step, and shards their gradients again.
 
-    Parameters sharded over fsdp are gathered once a step and their gradients are sharded like them, so that
-    XLA can scatter the sums over devices. Left to itself, the partitioner shards activations along the
-    parameters' axes, which moves far more data.
+    Left to itself, XLA shards activations along the parameters' axes, which moves far more data.
     """
 
     @jax.custom_vjp
@@ -82,18 +64,13 @@ def gather(mesh: Mesh) -> Callable[[Any], Any]:
 
 
 def put_same(tree: Any, shardings: Any) -> Any:
-    """Returns numpy arrays, the same on every process, as global arrays on the devices.
-
-    jax.device_put would fetch every array from all processes to compare them.
-    """
+    """Returns global arrays of numpy arrays that all processes have; jax.device_put would compare them, at length."""
     return jax.tree.map(
-        lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, array.__getitem__),
-        tree,
-        shardings,
+        lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, array.__getitem__), tree, shardings
     )
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns this process's rows of a batch as global arrays on the devices."""
-    sharding = batch_sharding(mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))  # rows over all devices
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -4,7 +4,7 @@ Metrics are sums that stay on the device from step to step. All randomness is a 
 and the row in the batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import jax
@@ -23,7 +23,6 @@ FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was 
 TRAIN_STREAM = 0x7261696E  # separates the keys of training from those of the weights, which count from 0
 
 Arrays = dict[str, jax.Array]  # a batch or metrics, by name
-Whole = Callable[[Any], Any]
 
 
 class State(TypedDict):
@@ -50,20 +49,10 @@ def step_keys(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
 
 
 def train_metrics(*, distilled: bool = False) -> Arrays:
-    """Returns the metrics of an empty window of steps.
-
-    Sums over images: "loss", "correct", "images" and, if distilled, "distill_loss" (the teacher's part). "lr"
-    is that of the last step; "bad_step" the first step with a loss or gradient that is not finite, or FINE.
-    """
+    """Returns the metrics of an empty window of steps: sums over images, the last rate, the first bad step."""
     zero, none = jnp.float32(0), jnp.int32(0)
     sums = {"loss": zero, "correct": none, "images": none, "lr": zero, "bad_step": jnp.int32(FINE)}
-    return sums | ({"distill_loss": zero} if distilled else {})
-
-
-def eval_metrics() -> Arrays:
-    """Returns the sums before the first batch of an evaluation: "loss", "top1", "top5" and "images"."""
-    none = jnp.int32(0)
-    return {"loss": jnp.float32(0), "top1": none, "top5": none, "images": none}
+    return sums | ({"distill_loss": zero} if distilled else {})  # the teacher's part of the loss
 
 
 def augmented(batch: Arrays, keys: jax.Array, config: ConfigDict, num_classes: int) -> tuple[jax.Array, jax.Array]:
@@ -79,14 +68,13 @@ def make_train_step(
     schedule: Schedule,
     config: ConfigDict,
     num_classes: int,
-    whole: Whole = lambda tree: tree,
+    whole: Callable[[Any], Any] = lambda params: params,
     teacher: Teacher | None = None,
 ) -> Callable[..., tuple[State, Arrays]]:
     """Returns step(state, metrics, batch, seed, teacher_params=None) -> (state, metrics), to be compiled.
 
     batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. seed: uint32 [], an argument so that runs that
-    differ in it alone share a compiled program. graphdef: of the model, in evaluation mode. schedule: for the
-    metrics. whole: gathers parameters that are sharded over devices (sharding.gather).
+    differ in it alone share a compiled program. whole: gathers sharded parameters (sharding.gather).
     """
 
     def loss_fn(
@@ -156,26 +144,24 @@ def _accumulated(grad_fn: Callable[..., Any], parts: int) -> Callable[..., Any]:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, config: ConfigDict, whole: Whole = lambda tree: tree
-) -> Callable[[Any, Arrays, Arrays], Arrays]:
-    """Returns step(params, metrics, batch) -> metrics, to be compiled; arguments as of make_train_step.
+    graphdef: nnx.GraphDef, mean: Sequence[float], std: Sequence[float], whole: Callable[[Any], Any] = lambda x: x
+) -> Callable[[Any, Arrays], Arrays]:
+    """Returns step(params, batch) -> sums over a batch, to be compiled; see make_train_step.
 
-    The loss is the cross-entropy with the label. Rows whose batch["valid"] (bool [B]) is False do not count.
-    With C < 5 classes top-5 is top-C.
+    Rows whose batch["valid"] (bool [B]) is False do not count. With C < 5 classes top-5 is top-C.
     """
 
-    def step(params: Any, metrics: Arrays, batch: Arrays) -> Arrays:
-        images = normalize(batch["image"], tuple(config.data.mean), tuple(config.data.std))
-        logits = nnx.merge(graphdef, whole(params))(images)
+    def step(params: Any, batch: Arrays) -> Arrays:
+        logits = nnx.merge(graphdef, whole(params))(normalize(batch["image"], tuple(mean), tuple(std)))
         label, valid = batch["label"], batch["valid"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = (best == label[:, None]) & valid[:, None]
         return {
-            "loss": metrics["loss"] + jnp.sum(jnp.where(valid, loss, 0.0)),
-            "top1": metrics["top1"] + jnp.sum(hits[:, 0]),
-            "top5": metrics["top5"] + jnp.sum(hits),
-            "images": metrics["images"] + jnp.sum(valid),
+            "loss": jnp.sum(jnp.where(valid, loss, 0.0)),
+            "top1": jnp.sum(hits[:, 0]),
+            "top5": jnp.sum(hits),
+            "images": jnp.sum(valid),
         }
 
     return step

@@ -15,12 +15,9 @@ from convit_jax.training.distributed import several
 class Stop(contextlib.AbstractContextManager["Stop"]):
     """Whether the training is to save and stop.
 
-    One process: SIGTERM or Ctrl-C sets `requested`; a second Ctrl-C raises KeyboardInterrupt. Outside the
-    main thread, where Python allows no signal handlers, nothing sets it.
-
-    Several processes: JAX's preemption service takes SIGTERM on any of them, and `poll` sets `requested`
-    on all of them at the same step. Python handles no SIGTERM here: a handler would replace the service's.
-        Ctrl-C ends the process that gets it, see `distributed.join`.
+    One process: SIGTERM or Ctrl-C sets `requested`; a second Ctrl-C raises KeyboardInterrupt. Several processes:
+    JAX's preemption service takes SIGTERM on any of them, and `poll` sets `requested` on all at the same step (a
+    handler in Python would replace the service's); Ctrl-C ends the process that gets it, see `distributed.join`.
     """
 
     def __init__(self) -> None:
@@ -41,7 +38,7 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
     def __enter__(self) -> "Stop":
         if several():
             self.poll(1)  # agreed on for a signal that came before the first call
-        elif threading.current_thread() is threading.main_thread():
+        elif threading.current_thread() is threading.main_thread():  # Python handles signals in no other
             self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 

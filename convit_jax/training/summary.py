@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from convit_jax.config import flatten
+from convit_jax.models.kernels import cudnn_available
 from convit_jax.models.variants import count_macs, count_params
 from convit_jax.training.distill import Teacher
-from convit_jax.training.optimizer import peak_learning_rate, run_schedule
+from convit_jax.training.optimizer import run_schedule
 from convit_jax.training.plan import Plan
 
 # FLOP/s in dense bfloat16, from the data sheets. The first words found in JAX's name of a device count.
@@ -68,6 +69,7 @@ def facts(config: ConfigDict, plan: Plan, params: Any, mesh: Mesh, teacher: Teac
         "batch_size": config.batch_size,
         "images": plan.total_steps * config.batch_size,
         "epochs": plan.epoch(plan.total_steps),
+        # A short run may end before its warm-up does.
         "peak_learning_rate": float(jnp.max(jax.vmap(schedule)(jnp.arange(plan.total_steps)))),
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
@@ -80,36 +82,22 @@ def facts(config: ConfigDict, plan: Plan, params: Any, mesh: Mesh, teacher: Teac
 def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> str:
     """Returns the text before the first step; run: of `facts`."""
     height, width = run["image_size"]
-    peak, warmup = peak_learning_rate(config.optim, config.batch_size), config.optim.warmup_epochs
-    after = f" after {warmup:g} epochs of warm-up" if warmup else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in run["mesh"].items())
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    fewest, most = run["train_images_per_class"]
-    each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    rows = [
-        ("Model", f"{run['model']}, {run['parameters']:,} parameters, {height} x {width} px, {run['dtype']}"),
-        ("Cost", f"{run['macs'] / 1e9:.4g} GMACs = {run['flops'] / 1e9:.4g} GFLOPs per image, forward"),
-        (
-            "Data",
-            f"{run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images "
-            f"({each} per class), {run['classes']} classes, {run['test_images']:,} test images",
-        ),
-        ("Training", f"{run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs"),
-        # A short run may end before its warm-up does.
-        ("Rate", f"{run['peak_learning_rate']:.4g} at most ({config.optim.lr:g} x batch / 512 = {peak:.4g}{after})"),
-        ("Devices", f"{run['devices']} x {run['device_kind']} ({mesh}){processes}, jax {run['jax']}"),
+    each = " to ".join(f"{count:,}" for count in sorted({*run["train_images_per_class"]}))
+    lines = [
+        f"Model    {run['model']}, {run['parameters']:,} parameters, {height} x {width} px, {run['dtype']}",
+        f"Cost     {run['macs'] / 1e9:.4g} GMACs = {run['flops'] / 1e9:.4g} GFLOPs per image, forward",
+        f"Data     {run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images "
+        f"({each} per class), {run['classes']} classes, {run['test_images']:,} test images",
+        f"Training {run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs",
+        f"Rate     {run['peak_learning_rate']:.4g} at most, with {config.optim.warmup_epochs:g} epochs of warm-up",
+        f"Devices  {run['devices']} x {run['device_kind']} ({mesh}){processes}, jax {run['jax']}",
     ]
+    if config.model.attention == "cudnn" and not cudnn_available():
+        lines.append("Caution  XLA computes attention: cudnn needs an NVIDIA GPU, Ampere or later")
     if teacher := run["teacher"]:
-        words = "; ".join([f"{teacher['source']}, {teacher['network']}", *teacher["changes"]])
-        rows.append(("Teacher", words))
-    rows.append(("Run", str(workdir)))
-    return "\n".join(f"{name:9}{text}" for name, text in rows) + f"\nConfig\n{_settings(config)}"
-
-
-def _settings(config: ConfigDict) -> str:
-    """All fields as NAME=VALUE, a paragraph per section."""
-    paragraphs: dict[str, list[str]] = {}
-    for name, value in sorted(flatten(config).items(), key=lambda item: ("." in item[0], item[0])):
-        paragraphs.setdefault(name.rpartition(".")[0], []).append(f"{name}={value}".replace(" ", ""))
-    wrap = textwrap.TextWrapper(110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-    return "\n".join(wrap.fill("  ".join(fields)) for fields in paragraphs.values())
+        lines.append("; ".join([f"Teacher  {teacher['source']}, {teacher['network']}", *teacher["changes"]]))
+    settings = "  ".join(f"{name}={value}".replace(" ", "") for name, value in flatten(config).items())
+    wrapped = textwrap.fill(settings, 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join([*lines, f"Run      {workdir}", "Config", wrapped])

@@ -46,20 +46,13 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
 
 
 def test_what_is_saved_is_the_state_of_that_step_though_its_memory_is_reused(tmp_path):
-    # In the same memory, and in no time: only the first row changes.
-    overwrite = jax.jit(lambda t: {"w": t["w"].at[0].set(-1.0)}, donate_argnums=0)
-    for attempt in range(10):  # a busy machine may write before we overwrite
-        checkpoints = Checkpoints(tmp_path / str(attempt) / "checkpoints", {})
-        state = {"w": jnp.full((2048, 4096), 3.0)}  # 32 MB take long to write
-        overwrite_now = overwrite.lower(state).compile()
-        checkpoints.save(3, jax.block_until_ready(state))
-        state = jax.block_until_ready(overwrite_now(state))
-        still_writing = not checkpoint_steps(tmp_path / str(attempt))
-        checkpoints.wait()
-        if still_writing:
-            break
-        checkpoints.close()
-    assert still_writing, "the state was overwritten too late to matter"
+    overwrite = jax.jit(lambda w: w.at[0].set(-1.0), donate_argnums=0)  # in the same memory, and in no time
+    overwrite(jnp.full((2048, 4096), 0.0))  # compiles
+    checkpoints = Checkpoints(tmp_path / "checkpoints", {})
+    state = {"w": jnp.full((2048, 4096), 3.0)}  # 32 MB take long to write
+    checkpoints.save(3, jax.block_until_ready(state))
+    state = {"w": overwrite(state["w"])}
+    checkpoints.wait()
     assert (np.asarray(restore(checkpoints, 3, state)["w"]) == 3).all()
     checkpoints.close()
 
@@ -94,6 +87,6 @@ except UserError as error:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     checkpoint, log = done.stdout.splitlines()
-    assert checkpoint.startswith(f"cannot write a checkpoint to {tmp_path}/checkpoints (the disk is full): make room")
+    assert checkpoint.startswith(f"cannot write {tmp_path}/checkpoints (File too large): free some space")
     assert log.startswith("cannot write metrics.jsonl (File too large): free some space")
     assert checkpoint_steps(tmp_path) == [1]

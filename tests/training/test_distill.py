@@ -18,7 +18,6 @@ from convit_jax.training.loop import train
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
 from convit_jax.training.step import augmented, make_train_step, new_state, step_keys, train_metrics
-from convit_jax.training.summary import describe_run
 from convit_jax.weights import names, pretrained
 from convit_jax.weights.formats import Pretrained, save_converted
 from convit_jax.weights.preprocess import Preprocessing
@@ -53,12 +52,6 @@ def student(digits_config, tmp_path):
     digits_config.model.drop_path_rate = 0.2
     digits_config.distill.teacher = make_teacher(tmp_path / "teacher")
     return digits_config
-
-
-@pytest.fixture
-def run(student, train_once):
-    """The directory of the student's training."""
-    return train_once("student", student)
 
 
 def one_step(config, *, taught=True):
@@ -96,8 +89,10 @@ def reference(for_labels, for_teacher, targets, teacher, *, kind, alpha, tau):
 
 
 @pytest.mark.parametrize(("kind", "distilled"), [("hard", True), ("soft", False)])
-def test_the_loss_is_deits(student, kind, distilled):
+def test_the_loss_is_deits_also_of_a_run_as_teacher(trained, student, kind, distilled):
     student.model.distilled, student.model.drop_path_rate = distilled, 0.0
+    if distilled:
+        student.distill.teacher = str(trained)
     tau = 3.0 if kind == "soft" else 1.0
     student.distill.update(kind=kind, alpha=0.3, temperature=tau)
     _, metrics, (model, images, targets) = one_step(student)
@@ -105,7 +100,7 @@ def test_the_loss_is_deits(student, kind, distilled):
     for_labels, for_teacher = map(np.asarray, both)
     teacher = np.asarray(load_pretrained(student.distill.teacher)(images))
     loss, part = reference(for_labels, for_teacher, targets, teacher, kind=kind, alpha=0.3, tau=tau)
-    assert len({*teacher.argmax(1)}) > 2
+    assert np.ptp(teacher, axis=0).max() > 0.01  # depends on the image
     np.testing.assert_allclose(metrics["loss"] / 16, loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["distill_loss"] / 16, part, rtol=1e-5)
     right = (for_labels + for_teacher).argmax(1) == targets.argmax(1)
@@ -115,18 +110,11 @@ def test_the_loss_is_deits(student, kind, distilled):
 def test_with_alpha_0_the_student_learns_what_it_learns_alone_also_in_micro_batches(student):
     student.distill.alpha, student.model.drop_path_rate = 0.0, 0.0
     alone, expected, _ = one_step(student, taught=False)
-    for parts in (1, 4):
-        student.accumulate = parts
-        taught, metrics, _ = one_step(student)
-        assert_same(taught["opt_state"], alone["opt_state"], rtol=1e-4, atol=1e-6)
-        assert set(metrics) - set(expected) == {"distill_loss"}
-        if parts == 1:
-            whole = metrics
-    for name in ("loss", "distill_loss", "correct"):
-        np.testing.assert_allclose(whole[name], metrics[name], rtol=1e-5)
-
-
-# ---- What the teacher sees and says -----------------------------------------------------
+    student.accumulate = 4
+    taught, metrics, _ = one_step(student)
+    assert_same(taught["opt_state"], alone["opt_state"], rtol=1e-4, atol=1e-6)
+    for name in ("loss", "correct"):
+        np.testing.assert_allclose(expected[name], metrics[name], rtol=1e-5)
 
 
 def taught_logits(config, images):
@@ -160,33 +148,17 @@ def test_a_teacher_of_more_classes_computes_in_the_students_dtype_and_without_it
     np.testing.assert_array_equal(logits, expected[:, :3])
 
 
-# ---- Runs -------------------------------------------------------------------------------
-
-
-def test_a_run_logs_the_teachers_part_and_names_it(student, run):
+def test_a_run_names_its_teacher_and_continues_on_eight_devices_where_it_has_moved(student, tmp_path):
+    run, half = tmp_path / "run", tmp_path / "half"
+    train(student, run)
     lines = read_metrics(run / "metrics.jsonl")
     assert all(0 < line["train_distill_loss"] != line["train_loss"] for line in lines if "lr" in line)
-    facts = json.loads((run / "run.json").read_text())
-    assert facts["teacher"]["source"].endswith("/teacher")
+    teacher = json.loads((run / "run.json").read_text())["teacher"]
     tensors = pretrained.load(student.distill.teacher).tensors
     del tensors["pos_embed"]
-    assert facts["teacher"]["weights"] == pretrained.fingerprint(tensors)
-    assert f"Teacher  {facts['teacher']['source']}, ConViT: " in describe_run(student, facts, run)
+    assert (teacher["source"], teacher["weights"]) == (student.distill.teacher, pretrained.fingerprint(tensors))
     assert set(saved(run)["state"]) == {"step", "params", "opt_state"}
 
-
-def test_a_run_may_be_the_teacher_and_the_student_comes_closer_to_it(trained, student, tmp_path):
-    student.distill.teacher, student.distill.alpha, student.distill.kind = str(trained), 1.0, "soft"
-    student.model.distilled, student.steps, student.seed = True, 20, 1
-    train(student, tmp_path / "second")
-    lines = [line for line in read_metrics(tmp_path / "second/metrics.jsonl") if "lr" in line]
-    parts = [line["train_distill_loss"] for line in lines]
-    assert parts[-1] < 0.5 * parts[0]
-    np.testing.assert_allclose([line["train_loss"] for line in lines], parts, rtol=1e-6)
-
-
-def test_a_run_continues_on_eight_devices_with_a_teacher_that_moved_and_refuses_another(student, run, tmp_path):
-    half = tmp_path / "half"
     student.steps = 3
     train(student, half)
     (tmp_path / "teacher").rename(tmp_path / "moved")
@@ -209,18 +181,13 @@ def test_teachers_that_cannot_teach_are_refused_before_anything_is_written(stude
             train(student, tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
+    names = ("a", "b", "c")
     refused(
-        "distill.teacher: the data has 10 classes, as '0', and the weights have 3",
-        num_classes=3,
-        class_names=("a", "b", "c"),
+        "distill.teacher: the data has 10 classes, as '0', and the weights have 3", num_classes=3, class_names=names
     )
     refused("the data has 10 classes, the student 10 and .*refused 12: leave", num_classes=12, class_names=None)
-    refused("distill.teacher: .*refused takes 1 channels, the student 3", in_chans=1)
-    refused("distill.teacher: image_size 8 x 8 is not a multiple of patch_size 3", patch_size=3, image_size=9)
     weights = Path(make_teacher(tmp_path / "cut")) / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     student.distill.teacher = str(weights.parent)
     with pytest.raises(UserError, match=r"^distill.teacher: cannot read .*weights.safetensors"):
         train(student, tmp_path / "run")
-    student.model.num_classes = 12
-    refused("the data has 10 classes, the student 12 and .*refused 10: leave model.num_classes out")

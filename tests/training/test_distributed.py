@@ -1,5 +1,6 @@
 """Real processes over loopback: one training, whatever happens to one of them."""
 
+import contextlib
 import os
 import re
 import signal
@@ -18,65 +19,51 @@ from convit_jax.training import distributed
 from convit_jax.training.loop import train
 
 STEPS = 24  # enough for a signal to come in the middle
-# What Gloo and the preemption service print; several threads of Gloo do so at once, in pieces.
+# What Gloo, the preemption service and Orbax print; several threads of Gloo do so at once, in pieces.
 NOISE = re.compile(
     r"(\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+|\s)*"
-    r"|W.* SIGTERM caught at .*\n"
+    r"|W.* (SIGTERM caught at|Reached preemption sync point).*\n"
 )
 
 
-class Two:
-    """Two processes of a command, with two devices each, in a `with` that ends both."""
-
-    def __init__(self, command, *, slurm_tasks, flags=False, **environment):
-        with socket.socket() as trial:  # the system does not give its port again soon
-            trial.bind(("127.0.0.1", 0))
-            port = trial.getsockname()[1]
-        warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
-        xla = f"--xla_force_host_platform_device_count=2 {QUICK}"
-        ours = {**os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1", **environment}
-        # What srun sets, and JAX reads.
-        ours |= {"SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": slurm_tasks}
-        ours |= {"SLURM_STEP_NUM_NODES": "1", "JAX_COORDINATOR_PORT": f"{port}"}
-        self.processes = []
+@contextlib.contextmanager
+def two(command, *, slurm_tasks, flags=False, **environment):
+    """Two processes of a command, with two devices each, until the end of the context."""
+    with socket.socket() as trial:  # the system does not give its port again soon
+        trial.bind(("127.0.0.1", 0))
+        port = trial.getsockname()[1]
+    warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
+    xla = f"--xla_force_host_platform_device_count=2 {QUICK}"
+    # What srun sets, and JAX reads.
+    slurm = {"SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": slurm_tasks}
+    slurm |= {"SLURM_STEP_NUM_NODES": "1", "JAX_COORDINATOR_PORT": f"{port}"}
+    ours = {**os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1", **environment, **slurm}
+    with contextlib.ExitStack() as stack:
+        processes = []
         for index in range(2):
             which = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"] if flags else []
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, *warnings, *command, *which],
-                    cwd=ROOT,
-                    env={**ours, "SLURM_PROCID": f"{index}", "SLURM_LOCALID": f"{index}"},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
+            process = subprocess.Popen(
+                [sys.executable, *warnings, *command, *which],
+                cwd=ROOT,
+                env={**ours, "SLURM_PROCID": f"{index}", "SLURM_LOCALID": f"{index}"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            processes.append(process)
+        yield processes
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *exception):
-        for process in self.processes:
-            process.kill()
-            process.communicate()
-
-    def wait_for_step(self, workdir, step):
-        """Waits until metrics.jsonl has this step."""
-        deadline = time.monotonic() + 300
-        while not any(line["step"] >= step for line in read_metrics(workdir / "metrics.jsonl")):
-            for process in self.processes:
-                assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def ends(self):
-        """[(exit status, output, errors)] of the processes, without noise."""
-        ended = []
-        for process in self.processes:
-            texts = process.communicate(timeout=300)
-            lines = [[line for line in text.splitlines(True) if not NOISE.fullmatch(line)] for text in texts]
-            ended.append((process.returncode, *map("".join, lines)))
-        return ended
+def ends(processes):
+    """[(exit status, output, errors)] of processes, without noise."""
+    ended = []
+    for process in processes:
+        texts = process.communicate(timeout=300)
+        lines = [[line for line in text.splitlines(True) if not NOISE.fullmatch(line)] for text in texts]
+        ended.append((process.returncode, *map("".join, lines)))
+    return ended
 
 
 # What happens after the stop, in processes of which each step needs both.
@@ -117,9 +104,9 @@ cli.launch("worker", main, define=evaluate._define_flags, config="", processes=T
 
 
 def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both(digits_config, tmp_path):
-    config = digits_config  # everything random on; the same global batch for any number of devices
-    config.steps, config.log_every, config.model.drop_path_rate, config.model.drop_rate = STEPS, 1, 0.2, 0.1
-    config.augment.mixup, config.augment.cutmix, config.mesh.data, config.mesh.fsdp = 0.8, 1.0, 2, 2
+    config = digits_config  # with randomness; the same global batch for any number of devices
+    config.steps, config.log_every, config.model.drop_path_rate, config.augment.mixup = STEPS, 1, 0.2, 0.8
+    config.model.depth, config.model.local_up_to_layer, config.mesh.data, config.mesh.fsdp = 2, 1, 2, 2
     train(config, tmp_path / "one")
 
     # ---- Slurm starts both, and stops one --------------------------------------------------------
@@ -130,13 +117,17 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
     config.compilation_cache = str(own)
     fields = {n: v for n, v in flatten(config).items() if v is not None and not isinstance(v, list)}
     settings = [f"--config.{name}={value}" for name, value in fields.items()]
-    with Two(["train.py", f"--workdir={run}", *settings], slurm_tasks="2") as two:
-        two.wait_for_step(run, 4)
-        two.processes[1].send_signal(signal.SIGTERM)
-        (status, output, errors), other = two.ends()
+    with two(["train.py", f"--workdir={run}", *settings], slurm_tasks="2") as processes:
+        deadline = time.monotonic() + 300
+        while not any(line["step"] >= 4 for line in read_metrics(run / "metrics.jsonl")):
+            assert all(process.poll() is None for process in processes), ends(processes)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        processes[1].send_signal(signal.SIGTERM)
+        (status, output, errors), other = ends(processes)
     assert (status, errors) == (0, ""), errors
     assert other == (0, "", "")  # process 1 writes nothing
-    assert "... joining the processes that Slurm has started" in output
+    assert "... joining the other processes" in output
     assert "4 x cpu (data 2, fsdp 2) of 2 processes" in output
     assert output.count("Stopped by SIGTERM at step") == 1
     assert not own.exists()
@@ -148,10 +139,9 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
     script = tmp_path / "worker"
     script.write_text(WORKER.replace("@ROOT@", str(ROOT)))
     command = [script, f"--checkpoint={run}", "--which=latest", "--heartbeat_timeout=5"]
-    with Two(command, slurm_tasks="1", flags=True, JAX_LOG_COMPILES="1") as two:
-        (status, output, errors), (other_status, nothing, other_errors) = two.ends()
+    with two(command, slurm_tasks="1", flags=True, JAX_LOG_COMPILES="1") as processes:
+        (status, output, errors), (other_status, nothing, other_errors) = ends(processes)
     assert (bool(status), bool(other_status), nothing) == (True, True, ""), errors
-    assert "... joining the 2 processes at 127.0.0.1:" in output
     assert "GPUs of a process: all" in output  # not Slurm's SLURM_LOCALID, one GPU of eight
     assert f"Continuing at step {step}" in output
     assert_same(saved(run), saved(tmp_path / "one"), atol=2e-5, rtol=1e-4)
@@ -197,12 +187,12 @@ cli.launch("worker", main, processes=True)
 def test_ctrl_c_or_loss_of_one_process_ends_both(tmp_path, number, sentence):
     script = tmp_path / "worker"
     script.write_text(LOST.replace("@ROOT@", str(ROOT)))
-    with Two([script, "--heartbeat_timeout=5"], slurm_tasks="2") as two:
-        for process in two.processes:
+    with two([script, "--heartbeat_timeout=5"], slurm_tasks="2") as processes:
+        for process in processes:
             while process.stdout.readline() != "started\n":
                 assert process.poll() is None, process.communicate()
-        two.processes[1].send_signal(number)
-        (status, _, errors), (other_status, _, other_errors) = two.ends()
+        processes[1].send_signal(number)
+        (status, _, errors), (other_status, _, other_errors) = ends(processes)
     assert status != 0
     assert other_status != 0
     assert sentence in other_errors
@@ -210,39 +200,24 @@ def test_ctrl_c_or_loss_of_one_process_ends_both(tmp_path, number, sentence):
     assert "process 0 of 2: an operation across processes failed (" in errors.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (ValueError("Gloo AllGather failed: closed\nmore"), "failed (Gloo AllGather failed: closed). If another"),
-        (KeyError("a bug"), "Traceback"),
-    ],
-)
-def test_an_error_of_one_process_ends_it_at_once(monkeypatch, capfd, error, sentence):
+def test_a_bug_in_one_process_ends_it_at_once_with_its_trace(monkeypatch, capfd):
     def leave(status):
         raise SystemExit(status)
 
     monkeypatch.setattr(distributed, "several", lambda: True)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit), distributed.ends_all():
-        raise error
-    assert sentence in capfd.readouterr().err
+        raise KeyError("a bug")
+    assert "Traceback" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("coordinator", "processes", "process"),
-    [
-        ("node1", 2, 0),
-        ("localhost:99999", 2, 0),
-        ("localhost:1234", 2, 2),
-        ("localhost:1234", 0, 0),
-        ("no host:1234", 2, 1),
-        ("localhost:1234", None, 0),
-        (None, None, 0),
-    ],
+    "flags",
+    [("node1", 2, 0), ("localhost:99999", 2, 0), ("localhost:1234", 2, 2), ("no host:1234", 2, 1), (None, None, 0)],
 )
-def test_flags_that_do_not_fit_together(coordinator, processes, process):
-    with pytest.raises(UserError, match=rf"--coordinator is {coordinator}, .* give HOST:PORT of process 0"):
-        distributed.join(coordinator, processes, process, start_timeout=1, heartbeat=1)
+def test_flags_that_do_not_fit_together(flags):
+    with pytest.raises(UserError, match=rf"--coordinator is {flags[0]}, .* give HOST:PORT of process 0"):
+        distributed.join(*flags, start_timeout=1, heartbeat=1)
 
 
 def test_who_started_several_processes():
@@ -250,8 +225,6 @@ def test_who_started_several_processes():
     mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
     assert distributed.cluster({}) is None
     assert distributed.cluster({**slurm, "SLURM_NTASKS": "1"}) is None
-    assert distributed.cluster({**mpi, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}) == ("Open MPI", "1")
-    with pytest.raises(UserError, match="Open MPI 5 does not say where process 0 is: add --coordinator"):
-        distributed.cluster(mpi)
+    assert distributed.cluster({**slurm, "SLURM_NTASKS": "2"}) == distributed.cluster(mpi) == "1"
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
-    assert distributed.cluster(pod) == ("Kubernetes", "3")
+    assert distributed.cluster(pod) == "3"

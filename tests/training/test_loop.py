@@ -2,12 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 from conftest import assert_same, run_train, saved
 
-from convit_jax.data import examples
-from convit_jax.data.sources import Digits
 from convit_jax.errors import UserError
 from convit_jax.rundir import read_metrics
 from convit_jax.training import setup
@@ -17,7 +14,7 @@ from convit_jax.training.loop import train
 def on_folder(config, folder, **fields):
     """A config for an image folder of 18 training and 6 test images: three steps an epoch."""
     config.data.name, config.data.dir = "folder", str(folder)
-    config.batch_size, config.eval_batch_size = 6, 4
+    config.batch_size, config.eval_batch_size, config.model.image_size = 6, 4, (8, 12)
     config.update(fields)
     return config
 
@@ -49,32 +46,6 @@ def test_what_a_run_leaves_behind(tmp_path):
         assert f"  {name} " in summary
 
 
-def test_the_training_step_is_compiled_once(digits_config, tmp_path, monkeypatch):
-    traces, make = [], setup.make_train_step
-
-    def counted(*args):
-        step = make(*args)
-        return lambda *inputs: (traces.append(None), step(*inputs))[1]
-
-    monkeypatch.setattr(setup, "make_train_step", counted)
-    train(digits_config, tmp_path)
-    assert len(traces) == 1
-
-
-def test_images_of_other_names_do_not_continue_a_run(digits_config, image_folder, tmp_path, monkeypatch):
-    config = on_folder(digits_config, image_folder, steps=2)
-    config.model.image_size = (12, 18)
-    compared = []
-    monkeypatch.setattr(setup, "check_same", lambda facts, *_: compared.append(facts))
-    assert train(config, tmp_path / "run")["step"] == 2
-    (image_folder / "train/bee/3.jpg").rename(image_folder / "train/bee/9.jpg")
-    with pytest.raises(UserError, match="had images with other names"):
-        train(config, tmp_path / "run")
-    first, second = compared[:3], compared[3:]  # what several processes compare
-    differ = {name for one, two in zip(first, second, strict=True) for name in one if one[name] != two[name]}
-    assert differ == {"the digest of the images' classes, labels and names"}
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(digits_config, tmp_path):
     digits_config.checkpoint_every, digits_config.steps = 2, 4
     train(digits_config, tmp_path)
@@ -87,34 +58,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
     assert_same(good, saved(tmp_path))
 
 
-def test_evaluation_is_exact(digits_config, trained):
-    from flax import nnx
+def test_it_learns_an_image_folder_with_one_compilation_and_evaluates_the_average_too(
+    digits_config, image_folder, tmp_path, monkeypatch
+):
+    traces, make = [], setup.make_train_step
 
-    from convit_jax.data.augment import normalize
-    from convit_jax.models.variants import abstract_model, model_settings
-    from convit_jax.training.plan import model_arguments
+    def counted(*args):
+        step = make(*args)
+        return lambda *inputs: (traces.append(None), step(*inputs))[1]
 
-    log = trained / "metrics.jsonl"
-    log.write_text("".join(log.read_text().splitlines(True)[:-1]))  # without the evaluation, which is due
-    digits_config.eval_batch_size = 77  # which does not divide the 360 images
-    result = train(digits_config, trained)
-    graphdef, _ = abstract_model(model_settings(**model_arguments(digits_config, 10)))
-    model = nnx.merge(graphdef, saved(trained)["state"]["params"])
-    digits = Digits("test")
-    logits = np.asarray(model(normalize(digits.images, digits_config.data.mean, digits_config.data.std)))
-    order = np.argsort(-logits, axis=1)
-    label_logit = logits[np.arange(360), digits.labels]
-    assert result["val_top1"] == 100 * np.sum(order[:, 0] == digits.labels) / 360
-    assert result["val_top5"] == 100 * np.sum(order[:, :5] == digits.labels[:, None]) / 360
-    loss = np.mean(np.log(np.exp(logits).sum(1)) - label_logit)
-    np.testing.assert_allclose(result["val_loss"], loss, rtol=1e-5)
-
-
-def test_it_learns_an_image_folder_and_evaluates_the_average_too(digits_config, image_folder, tmp_path):
+    monkeypatch.setattr(setup, "make_train_step", counted)
     config = on_folder(digits_config, image_folder, epochs=20, steps=None)
-    config.augment.crop, config.model.image_size, config.optim.lr = "resized", 16, 0.3
+    config.augment.crop, config.optim.lr = "resized", 0.3
     config.optim.ema_decay = 0.9
     last = train(config, tmp_path / "run")
+    assert len(traces) == 1
     assert last["val_top1"] > 99
     assert {"val_ema_top1", "val_ema_top5", "val_ema_loss"} <= set(last)
     assert last["val_loss"] != last["val_ema_loss"]
@@ -134,23 +92,7 @@ def test_unreadable_images_are_named_and_counted_until_there_are_too_many(
     assert last["val_top1"] in [pytest.approx(100 * hits / 5) for hits in range(6)]  # of 6 images
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-2]["unreadable_images"] == 1
 
-    config.epochs, config.steps, config.data.max_unreadable = 4, 12, 0
+    config.data.max_unreadable = 0
     with pytest.raises(UserError, match=r"bee/3\.jpg .* than data\.max_unreadable=0 allows"):
         train(config, tmp_path / "too many")
     assert not list((tmp_path / "too many/checkpoints").glob("[4-9]*"))
-
-
-def test_the_loader_draws_only_the_images_of_the_subset(digits_config, tmp_path, monkeypatch):
-    digits_config.data.sampling_ratio, digits_config.data.num_classes = 0.1, 4
-    digits_config.batch_size, digits_config.eval_batch_size = 8, 16
-    seen, decode = set(), examples.decode
-
-    def spy(record, name):
-        seen.add(name)
-        return decode(record, name)
-
-    monkeypatch.setattr(examples, "decode", spy)
-    train(digits_config, tmp_path)
-    assert {name.split("/")[0] for name in seen} == {"0", "1", "2", "3"}
-    images = json.loads((tmp_path / "run.json").read_text())["train_images"]
-    assert images == sum(int(count * 0.1) for count in np.bincount(Digits("train").labels)[:4])

@@ -10,41 +10,27 @@ from convit_jax.training.metrics import MetricsLog
 from convit_jax.training.reports import Clock
 
 
-def test_lines_of_steps_that_are_repeated_are_dropped(tmp_path):
-    log = MetricsLog(tmp_path, 0, {})
-    for step in (2, 4, 6):
-        log.write(step, step / 10, {"train_loss": float(step)})
-    log.write(4, 0.4, {"val_top1": 50.0})
-    log.close()
-    top1 = {}
-    log = MetricsLog(tmp_path, 4, top1)
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4, 4]
-    assert top1 == log.top1 == {4: 50.0}
-    assert log.last == {"step": 4, "epoch": 0.4, "val_top1": 50.0}
-    log.close()
-    MetricsLog(tmp_path, 0, {}).close()  # a run that starts over
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
-
-
-def test_values_of_layers_and_heads_go_to_tensorboard_one_by_one(tmp_path):
+def test_lines_of_steps_that_are_repeated_are_dropped_and_tensorboard_has_each_head(tmp_path):
     gates = [[0.7311, 0.1], [0.0, 1.0]]
     log = MetricsLog(tmp_path, 0, {})
     log.write(4, 0.4, {"val_top1": 50.0, "gates": gates})
+    log.write(6, 0.6, {"train_loss": 6.0})
     log.close()
     (board,) = tmp_path.glob("tensorboard/events*")
     values = {value.tag: value.simple_value for event in events(board) for value in event.summary.value}
-    assert values == pytest.approx(
-        {
-            "val_top1": 50.0,
-            "gates/layer_1/mean": 0.41555,
-            "gates/layer_1/head_1": 0.7311,
-            "gates/layer_1/head_2": 0.1,
-            "gates/layer_2/mean": 0.5,
-            "gates/layer_2/head_1": 0.0,
-            "gates/layer_2/head_2": 1.0,
-        }
-    )
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["gates"] == gates
+    first_layer = {"layer_1/mean": 0.41555, "layer_1/head_1": 0.7311, "layer_1/head_2": 0.1}
+    layers = first_layer | {"layer_2/mean": 0.5, "layer_2/head_1": 0.0, "layer_2/head_2": 1.0}
+    of_gates = {f"gates/{name}": value for name, value in layers.items()}
+    assert values == pytest.approx({"val_top1": 50.0, "train_loss": 6.0, **of_gates})
+
+    top1 = {}
+    log = MetricsLog(tmp_path, 4, top1)
+    line = {"step": 4, "epoch": 0.4, "val_top1": 50.0, "gates": gates}
+    assert read_metrics(tmp_path / "metrics.jsonl") == [line] == [log.last]
+    assert top1 == log.top1 == {4: 50.0}
+    log.close()
+    MetricsLog(tmp_path, 0, {}).close()  # a run that starts over
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def events(path):
@@ -56,7 +42,7 @@ def events(path):
         content = content[end + 4 :]
 
 
-def test_the_clock_counts_what_is_done_and_not_the_pauses(monkeypatch):
+def test_the_clock_counts_what_is_done_since_its_last_start(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     clock = Clock()
@@ -65,9 +51,9 @@ def test_the_clock_counts_what_is_done_and_not_the_pauses(monkeypatch):
             now[0] += 0.5
         now[0] += 1.5
         clock.images += 10
-    with clock.paused():
-        now[0] += 1000
     assert clock.read() == {"images_per_second": 40 / 8, "data_wait": 2 / 8}
+    now[0] += 1000
+    clock.restart()
     now[0] += 1
     clock.images += 7
     assert clock.read() == {"images_per_second": 7, "data_wait": 0}

@@ -14,7 +14,6 @@ from configs import default
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, model_settings
 from convit_jax.training.optimizer import (
-    dotted,
     frozen_mask,
     make_optimizer,
     run_schedule,
@@ -54,6 +53,10 @@ def test_the_continuous_schedule_passes_through_the_same_curve():
     assert (np.diff(rates)[:50] > 0).all()
     assert (np.diff(rates)[50:] < 0).all()
     np.testing.assert_allclose(per_step(jnp.int32(30_000)), 1e-5, rtol=1e-6)
+
+
+def dotted(path):
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def toy_params():

@@ -16,6 +16,7 @@ from convit_jax.rundir import checkpoint_steps, lock_directory, read_metrics, wa
 from convit_jax.training import evaluation, loop, setup
 from convit_jax.training.checkpoint import Checkpoints
 from convit_jax.training.loop import train
+from convit_jax.training.stop import Stop
 
 
 def curves(workdir):
@@ -26,7 +27,8 @@ def curves(workdir):
 
 @pytest.fixture
 def undisturbed(digits_config, train_once):
-    """The config and the directory of a run of 12 steps that nothing stopped."""
+    """The config and the directory of a run that nothing stopped: 12 steps, an evaluation after every fourth."""
+    digits_config.eval_every, digits_config.eval_batch_size = 4 * 80 / 1437, 40
     digits_config.augment.mixup = 0.8
     digits_config.model.drop_path_rate = 0.2
     digits_config.optim.ema_decay = 0.9
@@ -36,9 +38,10 @@ def undisturbed(digits_config, train_once):
 @pytest.fixture
 def signal_at(monkeypatch):
     """A function: sends a signal to this process with the n-th batch of the training, or of an evaluation."""
+    put_batch = loop.put_batch
 
     def signal_at(count, number=signal.SIGTERM, module=loop):
-        put_batch, seen = module.put_batch, []
+        seen = []
 
         def put_and_signal(batch, mesh):
             seen.append(None)
@@ -52,72 +55,38 @@ def signal_at(monkeypatch):
     return signal_at
 
 
-def test_stopped_at_any_step_and_continued_with_any_number_of_workers(undisturbed, tmp_path):
+def test_signals_save_and_the_same_command_continues(undisturbed, tmp_path, signal_at, capsys):
     config, whole = undisturbed
-    for step, workers in ((3, 0), (7, 1), (8, 0), (12, 0)):
-        config.steps, config.data.workers = step, workers
-        train(config, tmp_path / "parts")
-    assert_same(saved(whole), saved(tmp_path / "parts"))
-    losses, of_parts = (
-        {line["step"]: line["train_loss"] for line in curves(run) if "train_loss" in line}
-        for run in (whole, tmp_path / "parts")
-    )
-    assert list(of_parts) == [3, 4, 7, 8, 12]  # at the end of a run its last, short window too
-    assert losses.items() <= of_parts.items()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_continues(undisturbed, tmp_path, signal_at, capsys, number):
-    config, whole = undisturbed
-    before = signal.getsignal(signal.SIGINT)
-    signal_at(7, number)
-    assert train(config, tmp_path / "stopped") is None
-    assert f"Stopped by {number.name} at step 7, saved in" in capsys.readouterr().out
+    run, before = tmp_path / "stopped", signal.getsignal(signal.SIGINT)
+    signal_at(4)  # SIGTERM with the last batch before an evaluation: first save, evaluate when continued
+    assert train(config, run) is None
+    assert "Stopped by SIGTERM at step 4, saved in" in capsys.readouterr().out
+    assert checkpoint_steps(run) == [4]
+    seen = signal_at(5, signal.SIGINT, evaluation)  # in the middle of that evaluation
+    assert train(config, run) is None
+    assert len(seen) == 5 < 360 / 40
+    assert not any("val_top1" in line for line in curves(run))
+    signal_at(3, signal.SIGINT)
+    config.data.workers = 1
+    assert train(config, run) is None
+    assert "Stopped by SIGINT at step 7, saved in" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
-    assert train(config, tmp_path / "stopped")["step"] == 12
+    config.data.workers = 0
+    assert train(config, run)["step"] == 12
     assert "Continuing at step 7" in capsys.readouterr().out
-    assert_same(saved(whole), saved(tmp_path / "stopped"))
-    assert curves(whole) == curves(tmp_path / "stopped")
+    assert_same(saved(whole), saved(run))
+    assert curves(whole) == curves(run)
 
 
-def test_a_second_interrupt_ends_at_once(digits_config, tmp_path, monkeypatch):
-    finish = loop.Reports.finish
-
-    def interrupted_again(reports, sums):  # while it saves after the first one
+def test_a_second_interrupt_ends_at_once():
+    with Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        finish(reports, sums)
-
-    monkeypatch.setattr(loop.Stop, "poll", lambda stop, step: os.kill(os.getpid(), signal.SIGINT) or "SIGINT")
-    monkeypatch.setattr(loop.Reports, "finish", interrupted_again)
-    with pytest.raises(KeyboardInterrupt):
-        train(digits_config, tmp_path)
+        assert stop.poll(1) == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_signal_at_a_step_with_an_evaluation_saves_first_and_evaluates_when_continued(
-    undisturbed, tmp_path, signal_at
-):
-    config, _ = undisturbed
-    config.eval_every = 4 * 80 / 1437  # after every fourth step
-    train(config, tmp_path / "whole")
-    signal_at(4)
-    assert train(config, tmp_path / "stopped") is None
-    assert checkpoint_steps(tmp_path / "stopped") == [4]
-    assert not any("val_top1" in line for line in curves(tmp_path / "stopped"))
-    train(config, tmp_path / "stopped")
-    assert curves(tmp_path / "whole") == curves(tmp_path / "stopped")
-
-
-def test_a_signal_during_an_evaluation_stops_it(digits_config, tmp_path, signal_at):
-    digits_config.eval_batch_size = 20
-    seen = signal_at(5, module=evaluation)
-    assert train(digits_config, tmp_path) is None
-    assert len(seen) == 5 < 360 / 20
-    assert checkpoint_steps(tmp_path)[-1] == 12
-    assert train(digits_config, tmp_path)["step"] == 12
-    assert "val_top1" in curves(tmp_path)[-1]
-
-
-def test_what_fails_in_an_evaluation_loses_no_step(digits_config, trained, tmp_path, monkeypatch):
+def test_what_fails_in_an_evaluation_loses_no_step(digits_config, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
@@ -134,8 +103,6 @@ def test_what_fails_in_an_evaluation_loses_no_step(digits_config, trained, tmp_p
         with pytest.raises(UserError, match="the disk is full"):
             train(digits_config, tmp_path / "broken")
     assert not any("val_top1" in line for line in curves(tmp_path / "broken"))
-    train(digits_config, tmp_path / "broken")
-    assert curves(trained) == curves(tmp_path / "broken")
 
 
 def test_a_directory_in_use_and_fewer_steps_than_done_are_refused(digits_config, trained):
@@ -161,33 +128,25 @@ def test_a_process_with_another_directory_of_that_name_is_told(digits_config, tm
             train(digits_config, workdir)
 
 
-def test_killed_twice_in_its_own_process_and_continued(tmp_path):
-    arguments = [
-        f"--workdir={tmp_path / 'killed'}",
-        "--config.steps=40",
-        "--config.batch_size=80",
-        "--config.model.embed_dim=18",
-        "--config.model.depth=2",
-        "--config.model.local_up_to_layer=1",
-        "--config.checkpoint_every=3",
-        "--config.log_every=2",
-    ]
+def test_killed_in_its_own_process_and_continued(tmp_path):
+    model = {"embed_dim": 18, "depth": 2, "local_up_to_layer": 1}
+    fields = {"steps": 30, "batch_size": 80, "checkpoint_every": 3, "log_every": 2}
+    fields |= {f"model.{name}": value for name, value in model.items()}
+    arguments = [f"--config.{name}={value}" for name, value in fields.items()]
+    killed, whole = (f"--workdir={tmp_path}/{name}" for name in ("killed", "whole"))
     environment = {**os.environ, "XLA_FLAGS": ""}  # compiled as a user's
-    kills = sorted(np.random.default_rng().choice(np.arange(4, 30), 2, replace=False))
-    print("kills at", kills)
-    for number, kill_at in enumerate(kills):
-        workers = 1 if number == 0 else 0
-        command = [sys.executable, "train.py", *arguments, f"--config.data.workers={workers}"]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while not any(line["step"] >= kill_at for line in read_metrics(tmp_path / "killed/metrics.jsonl")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)  # ends when the loader's worker is gone as well
-    assert run_train(*arguments, xla_flags="").returncode == 0
-    arguments[0] = f"--workdir={tmp_path / 'whole'}"
-    assert run_train(*arguments, xla_flags="").returncode == 0
+    kill_at = np.random.default_rng().integers(4, 24)
+    print("kill at", kill_at)
+    command = [sys.executable, "train.py", killed, *arguments, "--config.data.workers=1"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= kill_at for line in read_metrics(tmp_path / "killed/metrics.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)  # ends when the loader's worker is gone as well
+    for workdir in (killed, whole):
+        assert run_train(workdir, *arguments, xla_flags="").returncode == 0
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "killed"))
     assert curves(tmp_path / "whole") == curves(tmp_path / "killed")

@@ -5,20 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same
+from flax import nnx
 
+from convit_jax.data.augment import normalize
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
 from convit_jax.training.step import (
     FINE,
-    eval_metrics,
     make_eval_step,
     make_train_step,
     new_state,
     train_metrics,
 )
 
-BUILT = {}  # compiled steps of this module, by config
+BUILT = {}  # compiled steps of this module, by micro-batches
+SEED = np.uint32(0)
 
 
 def schedule(step):
@@ -27,39 +29,39 @@ def schedule(step):
 
 @pytest.fixture
 def stepper(digits_config):
-    """Build (step, state, batch) of the config with some fields changed."""
+    """Build (step, state, batch) of a config with randomness and an average of the weights."""
 
-    def build(**changes):
-        digits_config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-        key = digits_config.to_json()
-        if key not in BUILT:
+    def build(accumulate=1):
+        if accumulate not in BUILT:
+            digits_config.accumulate = accumulate
+            digits_config.augment.update(mixup=0.8, cutmix=1.0)
+            digits_config.optim.ema_decay = 0.5
             plan = make_plan(digits_config, devices=1)
             graphdef, params = abstract_model(plan.model)
             optimizer = make_optimizer(digits_config.optim, schedule, params)
-            ema = digits_config.optim.ema_decay > 0
-            state = new_state(initial_params(plan.model, 0), optimizer, ema=ema)
+            state = new_state(initial_params(plan.model, 0), optimizer, ema=True)
             step = make_train_step(graphdef, optimizer, schedule, digits_config, 10)
-            BUILT[key] = jax.jit(step), state, plan.train(range(16))
-        return BUILT[key]
+            BUILT[accumulate] = jax.jit(step), state, plan.train(range(16))
+        return BUILT[accumulate]
 
     return build
 
 
 def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(stepper):
-    step, state, batch = stepper(augment__mixup=0.8, augment__cutmix=1.0)
-    whole, metrics = step(state, train_metrics(), batch, 0)
+    step, state, batch = stepper()
+    whole, metrics = step(state, train_metrics(), batch, SEED)
     step, state, batch = stepper(accumulate=4)
-    parts, metrics_of_parts = step(state, train_metrics(), batch, 0)
+    parts, metrics_of_parts = step(state, train_metrics(), batch, SEED)
     assert_same(whole["opt_state"], parts["opt_state"], atol=1e-6, rtol=1e-4)
     assert metrics["correct"] == metrics_of_parts["correct"]
     np.testing.assert_allclose(metrics["loss"], metrics_of_parts["loss"], rtol=1e-6)
 
 
 def test_metrics_are_sums_over_steps_and_the_average_follows_its_decay(stepper):
-    step, state, batch = stepper(optim__ema_decay=0.5, model__drop_path_rate=0.5)
-    once, metrics = step(state, train_metrics(), batch, 0)
-    twice, total = step(once, metrics, batch, 0)
-    _, second = step(once, train_metrics(), batch, 0)
+    step, state, batch = stepper()
+    once, metrics = step(state, train_metrics(), batch, SEED)
+    twice, total = step(once, metrics, batch, SEED)
+    _, second = step(once, train_metrics(), batch, SEED)
     assert (total["images"], twice["step"], total["bad_step"]) == (32, 2, FINE)
     np.testing.assert_allclose(total["loss"], metrics["loss"] + second["loss"], rtol=1e-6)
     np.testing.assert_allclose(total["lr"], 2e-3, rtol=1e-6)
@@ -69,34 +71,36 @@ def test_metrics_are_sums_over_steps_and_the_average_follows_its_decay(stepper):
 
 
 def test_randomness_depends_on_the_step_and_the_seed_only(stepper):
-    step, state, batch = stepper(optim__ema_decay=0.5, model__drop_path_rate=0.5)
+    step, state, batch = stepper()
     losses = [
-        float(step({**state, "step": jnp.int32(number)}, train_metrics(), batch, seed)[1]["loss"])
-        for number, seed in ((3, 5), (3, 5), (4, 5), (3, np.uint32(2**32 - 1)))
+        float(step({**state, "step": jnp.int32(number)}, train_metrics(), batch, np.uint32(seed))[1]["loss"])
+        for number, seed in ((3, 5), (3, 5), (4, 5), (3, 2**32 - 1))
     ]
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
 
 
 def test_the_first_step_that_is_not_finite_is_remembered(stepper):
-    step, state, batch = stepper(optim__ema_decay=0.5, model__drop_path_rate=0.5)
+    step, state, batch = stepper()
     broken = {**state, "params": jax.tree.map(lambda p: p * jnp.nan, state["params"])}
-    _, metrics = step({**broken, "step": jnp.int32(7)}, train_metrics(), batch, 0)
+    _, metrics = step({**broken, "step": jnp.int32(7)}, train_metrics(), batch, SEED)
     assert metrics["bad_step"] == 7
-    _, metrics = step({**broken, "step": jnp.int32(8)}, metrics, batch, 0)
+    _, metrics = step({**broken, "step": jnp.int32(8)}, metrics, batch, SEED)
     assert metrics["bad_step"] == 7
 
 
-def test_evaluation_counts_valid_rows_only(digits_config):
+def test_evaluation_is_exact_and_counts_valid_rows_only(digits_config):
     plan = make_plan(digits_config, devices=1)
     graphdef, _ = abstract_model(plan.model)
-    step = jax.jit(make_eval_step(graphdef, digits_config))
-    params = initial_params(plan.model, 0)
+    params, data = initial_params(plan.model, 0), digits_config.data
+    step = jax.jit(make_eval_step(graphdef, data.mean, data.std))
     batch = plan.test(range(20))
-    parts = [{**batch, "valid": np.arange(20) < 13}, {**batch, "valid": np.arange(20) >= 13}]
-    first, rest, whole = (step(params, eval_metrics(), each) for each in (*parts, batch))
-    assert (first["images"], rest["images"], whole["images"]) == (13, 7, 20)
-    for name in ("top1", "top5"):
-        assert first[name] + rest[name] == whole[name]
-    np.testing.assert_allclose(first["loss"] + rest["loss"], whole["loss"], rtol=1e-6)
-    assert step(params, first, parts[1])["top5"] == whole["top5"] > 0
+    sums = step(params, {**batch, "valid": np.arange(20) < 13})
+    logits = np.asarray(nnx.merge(graphdef, params)(normalize(batch["image"], data.mean, data.std)))[:13]
+    labels = batch["label"][:13]
+    order = np.argsort(-logits, axis=1)
+    assert sums["images"] == 13
+    assert sums["top1"] == np.sum(order[:, 0] == labels)
+    assert sums["top5"] == np.sum(order[:, :5] == labels[:, None]) > 0
+    loss = np.sum(np.log(np.exp(logits).sum(1)) - logits[np.arange(13), labels])
+    np.testing.assert_allclose(sums["loss"], loss, rtol=1e-5)

@@ -22,7 +22,9 @@ def test_a_path_a_picture_and_pixels_give_the_same_input(tmp_path):
     np.testing.assert_array_equal(model.preprocess(np.stack([pixels] * 2))[1], images[0])
     scaled = pixels / np.float32(255)
     resized = model.preprocess(np.full((50, 50, 3), 128, np.uint8))[0]
-    np.testing.assert_allclose(resized[0, 0], (128 / 255 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225], atol=1e-6)
+    np.testing.assert_allclose(
+        resized[0, 0], (128 / 255 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225], atol=1e-6
+    )
     assert model(images).shape == (4, 10)
     with pytest.raises(UserError, match=r"an image is float32 \[60, 80, 3\]: give a path, a Pillow image, or uint8"):
         model.preprocess(scaled)
