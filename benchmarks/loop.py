@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags
 
 from convit_jax.cli import launch
+from convit_jax.models.variants import initial_params
 from convit_jax.rundir import read_metrics
 from convit_jax.training import evaluation, setup
 from convit_jax.training.loop import train
@@ -69,8 +70,9 @@ def step_rates(config):
     """Returns the images/s of each window of the step alone."""
     setup.use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(1, 1)
-    steps = setup.Steps(config, make_plan(config, devices=1), mesh)
-    tree = steps.first(None)
+    plan = make_plan(config, devices=1)
+    steps = setup.Steps(config, plan, mesh)
+    tree = steps.first(initial_params(plan.model, config.seed))
     state, sums = tree["state"], tree["metrics"]
     batch = put_batch(random_batch(config), mesh)
     rates = []

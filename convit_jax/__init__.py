@@ -18,3 +18,7 @@ def __getattr__(name: str) -> Any:
     from convit_jax.weights import pretrained
 
     return getattr(pretrained if name == "load_pretrained" else variants, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -177,7 +177,7 @@ def define_weights(*, checkpoint: bool = True) -> None:
     flags.DEFINE_bool("ema", False, "Use the moving average of the weights.")
 
 
-def load_weights(source: str | None = None, **options: Any) -> "Pretrained":
+def load_weights(source: str | None = None, *, needs_head: bool = False, **options: Any) -> "Pretrained":
     """Returns the weights of `source`, or of --checkpoint, as the flags and more options of `load` describe."""
     from convit_jax.weights.pretrained import load, with_behaviour
 
@@ -193,4 +193,6 @@ def load_weights(source: str | None = None, **options: Any) -> "Pretrained":
         size = int(sides[0]), int(sides[-1])
     options = {"which": values.which, **options}
     loaded = load(source, image_size=size, num_heads=values.heads, ema=values.ema, **options)
+    if needs_head and not loaded.settings["num_classes"]:
+        raise UserError(f"{source} has no head: train one with config.init_from, or give weights with a head.")
     return with_behaviour(loaded, dtype=values.dtype) if values.dtype else loaded

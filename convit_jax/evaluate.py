@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     values = flags.FLAGS
     phase("reading the weights")
     with together():
-        loaded = load_weights()
+        loaded = load_weights(needs_head=True)
         params, changes = loaded.params(), []
         if values.mask:
             params = mask_position_embedding(params)
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     if not several():  # see docs/clusters.md
         use_compilation_cache(config.compilation_cache)
-    say(describe_weights(loaded))
+    say(f"{describe_weights(loaded)}\nfrom {loaded.source}, computed in {loaded.settings['dtype']}")
     if changes:
         say(f"Changed for this evaluation: {'; '.join(changes)}")
     result = evaluate_weights(config, loaded, params, mesh)

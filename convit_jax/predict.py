@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     from convit_jax.data.images import centre_crop, decode
 
     paths = find_images(arguments)
-    loaded = load_weights()
+    loaded = load_weights(needs_head=True)
     how, size = loaded.preprocessing, loaded.settings["image_size"]
     batch_size = min(flags.FLAGS.batch_size, len(paths))
 

@@ -22,7 +22,7 @@ from convit_jax.errors import UserError
 from convit_jax.rundir import is_run, read_metrics
 
 if TYPE_CHECKING:
-    from convit_jax.weights.formats import Preprocessing
+    from convit_jax.weights.preprocess import Preprocessing
 
 
 def _define_flags() -> None:
@@ -87,7 +87,7 @@ def visualize_init(directory: Path) -> list[Path]:
     """Draws the first GPSA layer of --checkpoint's or --config's model before training."""
     from convit_jax.analysis.maps import init_maps
     from convit_jax.figures.maps import draw_init_maps
-    from convit_jax.weights.formats import Preprocessing
+    from convit_jax.weights.preprocess import Preprocessing
 
     if flags.FLAGS.checkpoint:
         loaded, config = load_weights(), flags.FLAGS.config  # the run's, unless --config is given

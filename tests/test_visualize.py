@@ -15,7 +15,7 @@ from convit_jax.analysis import maps
 from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings
 from convit_jax.training import preview
-from convit_jax.weights.formats import Preprocessing
+from convit_jax.weights.preprocess import Preprocessing
 
 GOLDEN = ROOT / "tests/golden/convit_golden.pth"
 WEIGHTS, DIGITS = f"--checkpoint={GOLDEN}", "--config=configs/digits.py"

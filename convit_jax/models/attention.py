@@ -32,8 +32,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from convit_jax.models.initializers import trunc_normal
 from convit_jax.models.kernels import XlaBackend, choose_backend, gated_sum, scaled_scores
-from convit_jax.models.layers import TRUNC_NORMAL, Linear, dropout, split_key
+from convit_jax.models.layers import Linear, dropout, split_key
 
 
 def content_probabilities(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -98,7 +99,7 @@ class GatedPositionalSelfAttention(nnx.Module):
         self.v = Linear(dim, dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
         precision = jax.lax.Precision.HIGHEST  # TF32 would round scores: dx^2 + dy^2 reaches hundreds
-        self.pos_proj = nnx.Linear(3, num_heads, kernel_init=TRUNC_NORMAL, precision=precision, rngs=rngs)
+        self.pos_proj = nnx.Linear(3, num_heads, kernel_init=trunc_normal, precision=precision, rngs=rngs)
         self.gating_param = nnx.Param(jnp.full(num_heads, gate_init, jnp.float32))
         if conv_init:
             local = local_positional_weights(num_heads, locality_strength)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-TRUNC_NORMAL = nnx.initializers.normal(0.02)  # the original cuts at +-2, which is 100 sigma
+from convit_jax.models.initializers import trunc_normal, uniform
 
 
 @jax.custom_vjp
@@ -61,7 +61,7 @@ class Linear(nnx.Linear):
     """Dense layer [..., D] -> [..., E] with the original's init: N(0, 0.02), zero bias."""
 
     def __init__(self, dim_in: int, dim_out: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        super().__init__(dim_in, dim_out, use_bias=use_bias, dtype=dtype, kernel_init=TRUNC_NORMAL, rngs=rngs)
+        super().__init__(dim_in, dim_out, use_bias=use_bias, dtype=dtype, kernel_init=trunc_normal, rngs=rngs)
 
     def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
         """Returns the outputs in `columns`, by default all, in the dtype of the layer."""
@@ -129,13 +129,9 @@ class PatchEmbed(nnx.Module):
     """
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        bound = (patch_size * patch_size * in_chans) ** -0.5  # PyTorch's default for convolutions
-
-        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
         size = (patch_size, patch_size)
-        inits: dict[str, Any] = dict(kernel_init=uniform, bias_init=uniform, rngs=rngs)
+        init = uniform((patch_size * patch_size * in_chans) ** -0.5)
+        inits: dict[str, Any] = dict(kernel_init=init, bias_init=init, rngs=rngs)
         self.proj = nnx.Conv(in_chans, embed_dim, size, strides=size, padding="VALID", dtype=dtype, **inits)
 
     def __call__(self, images: jax.Array) -> jax.Array:

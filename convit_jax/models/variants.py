@@ -4,8 +4,8 @@ Each head has 48 channels (ConViT) or 64 (DeiT and the "plus" models). The rest 
 of 16 x 16 pixels, MLP ratio 4. The first ten blocks of ConViT are GPSA.
 """
 
-import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -51,6 +51,12 @@ FAMILIES: dict[str, Settings] = {
     "convit": dict(qkv_bias=False, local_up_to_layer=10, pos_embed_class_token=False),
     "deit": dict(qkv_bias=True, local_up_to_layer=0, pos_embed_class_token=True),
 }
+TIMM_SETTINGS = {  # what its users try -> the remedy
+    "img_size": ": use image_size.",
+    "pretrained": ": use convit_jax.load_pretrained(name).",
+    "checkpoint_path": ": use convit_jax.load_pretrained(path).",
+    "proj_drop_rate": ": use drop_rate.",
+}
 OVERRIDES = ("embed_dim", "num_heads", *COMMON, *FAMILIES["convit"])
 
 
@@ -63,18 +69,18 @@ def create_model(
     name: str,
     *,
     num_classes: int = 1000,
-    image_size: int | tuple[int, int] = 224,
+    image_size: int | tuple[int, int] | None = None,
     seed: int = 0,
     **overrides: Any,
 ) -> VisionTransformer:
-    """Returns a model with random weights.
+    """Returns a model with random weights, in evaluation mode.
 
     Args:
-      name: one of list_models().
-      num_classes: number of classes.
-      image_size: pixels, a side or (height, width).
+      name: one of list_models(), or timm's name of such a model, as "deit_base_distilled_patch16_384".
+      num_classes: number of classes; 0 for a model without a head, which returns features.
+      image_size: pixels, a side or (height, width); by default 224, or what timm's name says.
       seed: of the weights, 0 to 2^32 - 1; the same seed gives the same weights.
-      **overrides: other settings of VisionTransformer, such as embed_dim=64 or dtype="bfloat16".
+      **overrides: other settings of VisionTransformer, such as embed_dim=64 or dtype=jnp.bfloat16.
 
     Returns:
       A flax.nnx.Module: model(images float32 [B, H, W, 3], normalised) -> logits float32 [B, num_classes].
@@ -87,21 +93,27 @@ def create_model(
 
 
 def model_settings(
-    name: str, *, num_classes: int = 1000, image_size: int | tuple[int, int] = 224, **overrides: Any
+    name: str, *, num_classes: int = 1000, image_size: int | tuple[int, int] | None = None, **overrides: Any
 ) -> Settings:
     """Returns all settings of a model, checked. Arguments and errors as for `create_model`."""
+    if timm := re.fullmatch(r"(convit_[a-z]+|deit_[a-z]+?)(_distilled)?(_patch16_(\d+))?(\.\w+)?", name):
+        name, image_size = timm[1], image_size or int(timm[4] or 224)
+        overrides = {"distilled": True, **overrides} if timm[2] else overrides
     if name not in SIZES:
         raise UserError(f"there is no model {name!r}{nearest(name, SIZES)} The models are: {', '.join(SIZES)}.")
     for override in overrides:
         if override not in OVERRIDES:
+            hint = TIMM_SETTINGS.get(override, nearest(override, OVERRIDES))
             raise UserError(
-                f"a model has no setting {override!r}{nearest(override, OVERRIDES)} "
-                f"The settings are: {', '.join(sorted(OVERRIDES))}."
+                f"a model has no setting {override!r}{hint} The settings are: {', '.join(sorted(OVERRIDES))}."
             )
     embed_dim, num_heads = SIZES[name]
     settings = dict(COMMON, embed_dim=embed_dim, num_heads=num_heads, **FAMILIES[name.split("_")[0]])
     settings.update(overrides, num_classes=num_classes)
+    image_size = 224 if image_size is None else image_size
     settings["image_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if not isinstance(settings["dtype"], str):
+        settings["dtype"] = jnp.dtype(settings["dtype"]).name
     _check_sizes(settings)
     _check_arithmetic(settings)
     return settings
@@ -109,8 +121,9 @@ def model_settings(
 
 def _check_sizes(s: Settings) -> None:
     for name in ("patch_size", "in_chans", "num_classes", "embed_dim", "num_heads", "depth", "scan_unroll"):
-        if s[name] < 1:
-            raise UserError(f"{name} is {s[name]}: it must be at least 1.")
+        least = 0 if name == "num_classes" else 1
+        if s[name] < least:
+            raise UserError(f"{name} is {s[name]}: it must be at least {least}.")
     height, width = s["image_size"]
     if height < 1 or width < 1 or height % s["patch_size"] or width % s["patch_size"]:
         raise UserError(f"image_size {height} x {width} is not a multiple of patch_size {s['patch_size']}: change one.")
@@ -143,38 +156,24 @@ def _check_arithmetic(s: Settings) -> None:
 
 
 def new_model(settings: Settings, seed: int) -> VisionTransformer:
-    """Returns a model with random parameters; UserError for a bad seed.
+    """Returns a model with random parameters; UserError for a seed that is not between 0 and 2^32 - 1.
 
-    Args:
-      settings: of model_settings().
-      seed: of the weights, 0 to 2^32 - 1.
+    The weights depend on the seed only, not on the machine's or JAX's default random number generator.
     """
-    check_seed(seed)
-    graphdef, _ = abstract_model(settings)
-    return nnx.merge(graphdef, initial_params(settings, seed))
-
-
-def check_seed(seed: int) -> None:
-    """Raises UserError for a seed that is not between 0 and 2^32 - 1."""
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}: it must be 0 to {2**32 - 1}.")
+    return VisionTransformer(settings, rngs=nnx.Rngs(jax.random.key(seed, impl="threefry2x32")))
 
 
 def abstract_model(settings: Settings) -> tuple[Any, Any]:
     """Returns (graphdef, parameters as a nested dict of jax.ShapeDtypeStruct) of model_settings()."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: VisionTransformer(settings, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: new_model(settings, 0)))
     return graphdef, nnx.to_pure_dict(params)
 
 
-def initial_params(settings: Settings, seed: int | jax.Array) -> Any:
-    """Returns random parameters, a nested dict of float32 arrays; one program serves all seeds below 2^32."""
-    return _initial_params(tuple(sorted(settings.items())), jnp.asarray(seed, jnp.uint32))
-
-
-@functools.partial(jax.jit, static_argnames="settings")
-def _initial_params(settings: tuple[tuple[str, Any], ...], seed: jax.Array) -> Any:
-    model = VisionTransformer(dict(settings), rngs=nnx.Rngs(jax.random.key(seed)))
-    return nnx.to_pure_dict(nnx.state(model))
+def initial_params(settings: Settings, seed: int) -> Any:
+    """Returns random parameters, a nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(new_model(settings, seed)))
 
 
 def count_params(params: Any) -> int:

@@ -10,19 +10,21 @@ number in the original. The last block computes only the tokens that have a head
 """
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention
+from convit_jax.models.initializers import trunc_normal
 from convit_jax.models.kernels import KEEP_PRODUCTS
 from convit_jax.models.layers import (
-    TRUNC_NORMAL,
     Linear,
     Mlp,
     PatchEmbed,
@@ -42,13 +44,16 @@ def _call(graphdef: Any, params: Any, method: Callable[..., Any], images: jax.Ar
 
 
 def _one_program(method: Method) -> Method:
-    """Compiles a method of a model for eager calls, once for all models with the same settings.
+    """Checks the images, takes a key from `rngs`, and compiles eager calls once for all models of the same settings.
 
     Otherwise every eager call would recompile its scans, because each call passes `lax.scan` a new closure.
     """
+    is_random = "key" in inspect.signature(method).parameters
 
     @functools.wraps(method)
-    def call(model: Any, images: jax.Array, **key: Any) -> Any:
+    def call(model: Any, images: jax.Array, **randomness: Any) -> Any:
+        model._check_images(images)
+        key = {"key": model._training_key(**randomness)} if is_random else randomness
         graphdef, params = nnx.split(model)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
             return method(model, images, **key)  # part of another program
@@ -110,10 +115,13 @@ class VisionTransformer(nnx.Module):
 
     Outside of `jax.jit` a call is one compiled program, which all models with the same settings share.
 
+    Dropout and stochastic depth act in a call with `key=`, and after `model.train()` in a call with `rngs=`. A new
+    model is in evaluation mode; `model.eval()` returns to it.
+
     Args:
       settings: all of
         image_size: (H, W) in pixels; patch_size: side of a patch, divides both.
-        in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
+        in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio: the usual sizes; num_classes 0: no head.
         qkv_bias: whether queries, keys and values have biases (DeiT).
         local_up_to_layer: number of GPSA blocks before the class token joins, 0 to depth - 1.
         pos_embed_class_token: whether class and distillation token have a position embedding (DeiT).
@@ -132,13 +140,16 @@ class VisionTransformer(nnx.Module):
     def __init__(self, settings: Settings, *, rngs: nnx.Rngs) -> None:
         s, dim = settings, settings["embed_dim"]
         self.image_size, self.in_chans, self.grid = s["image_size"], s["in_chans"], patch_grid(s)
-        self.depth, self.local_up_to_layer = s["depth"], s["local_up_to_layer"]
+        self.depth, self.local_up_to_layer, self.embed_dim = s["depth"], s["local_up_to_layer"], dim
         self.drop_rate, self.drop_path_rate = s["drop_rate"], s["drop_path_rate"]
+        self.attn_drop_rate, self.deterministic = s["attn_drop_rate"], True
         self.remat, self.scan_unroll = s["remat"], s["scan_unroll"]
+        self.preprocess: Callable[[Any], jax.Array] | None = None  # set by load_pretrained, as the next
+        self.class_names: tuple[str, ...] | None = None
         self.distilled, self.dtype = s["distilled"], jnp.dtype(s["dtype"])
 
         def token(count: int) -> nnx.Param:
-            return nnx.Param(TRUNC_NORMAL(rngs.params(), (1, count, dim)))
+            return nnx.Param(trunc_normal(rngs.params(), (1, count, dim)))
 
         block_key = rngs.params()  # the order of the keys decides the weights of a seed
         self.patch_embed = PatchEmbed(s["patch_size"], self.in_chans, dim, dtype=self.dtype, rngs=rngs)
@@ -149,40 +160,93 @@ class VisionTransformer(nnx.Module):
         self.gpsa_blocks = _stack(s, local, block_key, gpsa=True) if local else None
         self.sa_blocks = _stack(s, plain, block_key, gpsa=False)
         self.norm = layer_norm(dim, dtype=jnp.float32, rngs=rngs)
-        self.head = Linear(dim, s["num_classes"], dtype=jnp.float32, rngs=rngs)
+        self.head = self._new_head(s["num_classes"], rngs)
         if self.distilled:
             self.dist_token = token(1)
-            self.head_dist = Linear(dim, s["num_classes"], dtype=jnp.float32, rngs=rngs)
+            self.head_dist = self._new_head(s["num_classes"], rngs)
 
     @_one_program
-    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Returns logits, float32 [B, num_classes].
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Returns logits, float32 [B, num_classes]; of a model without a head the features [B, D].
 
         Args:
           images: float [B, H, W, C], normalised.
-          key: PRNG key of dropout and stochastic depth in training, None in evaluation.
+          key: PRNG key of dropout and stochastic depth; with a key the call is one of training in either mode.
+          rngs: gives the key in training mode, from its stream `dropout`; unused in evaluation mode.
 
         Raises:
-          ValueError: images of another size, or not of floats.
+          ValueError: images of another size, or not of floats; a drop rate above 0 in training mode without
+            key and rngs.
         """
         if self.distilled:
             class_logits, distillation_logits = self.both_logits(images, key=key)
             return (class_logits + distillation_logits) / 2
-        return self.head(self.features(images, key=key))
+        features = self.features(images, key=key)
+        return self.head(features) if self.head is not None else features
 
     @_one_program
-    def both_logits(self, images: jax.Array, *, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def both_logits(
+        self, images: jax.Array, *, key: jax.Array | None = None, rngs: nnx.Rngs | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns the logits of class and distillation token, float32 [B, num_classes] each.
 
         In training the first learn the labels and the second the teacher. Arguments as for a call.
         """
-        tokens = self._final_tokens(images, key)
-        return self.head(tokens[:, 0]), self.head_dist(tokens[:, 1])
+        tokens = self._final_tokens(images, key, 2)
+        class_token, distillation_token = tokens[:, 0], tokens[:, 1]
+        if self.head is None or self.head_dist is None:
+            return class_token, distillation_token
+        return self.head(class_token), self.head_dist(distillation_token)
 
     @_one_program
-    def features(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def features(self, images: jax.Array, *, key: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Returns the class token after the last norm, float32 [B, D]. Arguments as for a call."""
-        return self._final_tokens(images, key)[:, 0]
+        return self._final_tokens(images, key, 2 if self.distilled else 1)[:, 0]
+
+    @_one_program
+    def forward_features(
+        self, images: jax.Array, *, key: jax.Array | None = None, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """Returns all tokens after the last norm, float32 [B, 1 + N, D], as timm's function of this name.
+
+        Token 0 is the class token and, if distilled, token 1 the distillation token; the N patches follow, row by
+        row. Arguments as for a call.
+        """
+        return self._final_tokens(images, key, None)
+
+    def forward_intermediates(
+        self, images: jax.Array, indices: int | Sequence[int] | None = None, *, norm: bool = False
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """Returns `forward_features(images)` and the patches after some blocks, as timm's function of this name.
+
+        Args:
+          images: as for a call.
+          indices: of the blocks, negative ones from the end; an int for the last blocks, None for all.
+          norm: whether the last norm is applied to the patches.
+
+        Returns:
+          (tokens float32 [B, 1 + N, D], a list of [B, rows, columns, D] in the order of the blocks).
+        """
+        wanted = range(self.depth)[-indices:] if isinstance(indices, int) else indices
+        numbers = range(self.depth) if wanted is None else sorted(range(self.depth)[index] for index in wanted)
+        outputs = self._block_outputs(images)
+        patches = self.grid[0] * self.grid[1]
+        found = [outputs[number][:, -patches:] for number in numbers]
+        found = [self.norm(x) if norm else x for x in found]
+        return self.norm(outputs[-1]), [x.reshape(len(x), *self.grid, self.embed_dim) for x in found]
+
+    @_one_program
+    def _block_outputs(self, images: jax.Array) -> list[jax.Array]:
+        """The tokens after every block, [B, N, D] or [B, 1 + N, D]."""
+        return [x for stack in self._map_blocks(images, lambda block, x: block(x)) for x in stack]
+
+    def reset_classifier(self, num_classes: int, *, seed: int = 0) -> None:
+        """Replaces the head (both heads if distilled) by a new one; num_classes 0 removes it."""
+        rngs = nnx.Rngs(jax.random.key(seed, impl="threefry2x32"))
+        self.head = self._new_head(num_classes, rngs)
+        if self.distilled:
+            self.head_dist = self._new_head(num_classes, rngs)
+        self.class_names = None
 
     @_one_program
     def attention_maps(self, images: jax.Array) -> list[jax.Array]:
@@ -200,6 +264,10 @@ class VisionTransformer(nnx.Module):
           Results stacked over the GPSA blocks (if there are any) and over the plain blocks, whose tokens
           start with the class token.
         """
+        return self._map_blocks(images, lambda block, x: function(block.attn, block.norm1(x)))
+
+    def _map_blocks(self, images: jax.Array, function: Callable[[Block, jax.Array], Any]) -> list[Any]:
+        """function(block, x) of every block and its input x, stacked as for `map_attention`."""
         x, tokens = self._embed(images, None)
         results = []
         for stack in (self.gpsa_blocks, self.sa_blocks):
@@ -210,7 +278,7 @@ class VisionTransformer(nnx.Module):
 
                 def step(x: jax.Array, params: Any, graphdef: Any = graphdef) -> tuple[jax.Array, Any]:
                     block = nnx.merge(graphdef, params)
-                    return block(x), function(block.attn, block.norm1(x))
+                    return block(x), function(block, x)
 
                 x, found = jax.lax.scan(step, x, params)
                 results.append(found)
@@ -227,8 +295,50 @@ class VisionTransformer(nnx.Module):
                     found.append(nnx.merge(graphdef, jax.tree.map(lambda leaf, i=index: leaf[i], params)))
         return found
 
-    def _final_tokens(self, images: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Class (and distillation) token after the last norm, float32 [B, 1 or 2, D]."""
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode of a copy made by `nnx.view`, as `train()` and `eval()` do of the model itself."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _new_head(self, num_classes: int, rngs: nnx.Rngs) -> Linear | None:
+        head = Linear(self.embed_dim, num_classes, dtype=jnp.float32, rngs=rngs) if num_classes else None
+        return nnx.data(head)  # may be replaced by the other kind
+
+    def _training_key(self, key: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array | None:
+        """The key of a call with these arguments, None in evaluation."""
+        rates = (self.drop_rate, self.attn_drop_rate, self.drop_path_rate)
+        if key is not None or self.deterministic or not any(rates):
+            return key
+        if rngs is None:
+            raise ValueError(
+                "the model is in training mode and has drop rates, so a call needs randomness: pass "
+                "key=jax.random.key(...) or rngs=nnx.Rngs(...), or call model.eval() first"
+            )
+        return rngs.dropout()
+
+    def _check_images(self, images: Any) -> None:
+        expected = (*self.image_size, self.in_chans)
+        if not isinstance(images, jax.Array | np.ndarray):
+            raise ValueError(
+                f"images are a {type(images).__module__}.{type(images).__name__}: pass a JAX or numpy array; of a "
+                "torch tensor images.permute(0, 2, 3, 1).numpy()"
+            )
+        if images.ndim != 4 or images.shape[1:] != expected:
+            remedy = "resize them, or create the model with another image_size"
+            if images.ndim == 4 and images.shape[1:] == (self.in_chans, *self.image_size):
+                remedy = "they are channels first, pass images.transpose(0, 2, 3, 1)"
+            raise ValueError(
+                f"images have shape {list(images.shape)}, but this model takes [B, {', '.join(map(str, expected))}] "
+                f"(channels last): {remedy}"
+            )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images are {images.dtype}, but this model takes normalised floats: use model.preprocess(images) of "
+                "load_pretrained's model, or (images / 255 - mean) / std"
+            )
+
+    def _final_tokens(self, images: jax.Array, key: jax.Array | None, queries: int | None) -> jax.Array:
+        """The leading `queries` tokens, or all, after the last norm, float32 [B, ..., D]."""
         embed_key, block_key = split_key(key, 2)
         x, tokens = self._embed(images, embed_key)
         if self.gpsa_blocks is not None:
@@ -238,18 +348,10 @@ class VisionTransformer(nnx.Module):
             # Without a loop to fix the layout, XLA for a GPU puts the batch last and transposes the tokens in
             # every block (docs/performance.md).
             x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
-        return self.norm(self._scan(self.sa_blocks, self.local_up_to_layer, x, block_key, tokens.shape[1]))
+        return self.norm(self._scan(self.sa_blocks, self.local_up_to_layer, x, block_key, queries))
 
     def _embed(self, images: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Patches [B, N, D] and class (and distillation) token [B, 1 or 2, D], with position embedding."""
-        expected = (*self.image_size, self.in_chans)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise ValueError(
-                f"images have shape {list(images.shape)}, but this model takes [B, {', '.join(map(str, expected))}] "
-                "(channels last): resize them, or create the model with another image_size"
-            )
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images are {images.dtype}, this model takes normalised floats: convert them")
         patches_key, tokens_key = split_key(key, 2)
         # Added up in float32, for the gradients of what is added to all images.
         patches = self.patch_embed(images.astype(self.dtype))
@@ -298,8 +400,11 @@ class VisionTransformer(nnx.Module):
 
 def _stack(settings: Settings, numbers: range, key: jax.Array, *, gpsa: bool) -> Block:
     """The blocks with these numbers as one Block whose parameters have a leading axis [L]."""
-    keys = jnp.stack([jax.random.fold_in(key, number) for number in numbers])
-    return nnx.vmap(lambda key: Block(settings, gpsa=gpsa, rngs=nnx.Rngs(params=key)))(keys)
+    keys = [jax.random.fold_in(key, number) for number in numbers]
+    blocks = [nnx.split(Block(settings, gpsa=gpsa, rngs=nnx.Rngs(params=key))) for key in keys]
+    traced = isinstance(key, jax.core.Tracer)
+    stacked = jax.tree.map(lambda *leaves: (jnp if traced else np).stack(leaves), *(params for _, params in blocks))
+    return nnx.merge(blocks[0][0], jax.tree.map(jnp.asarray, stacked))
 
 
 def patch_grid(settings: Settings) -> tuple[int, int]:

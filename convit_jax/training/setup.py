@@ -44,14 +44,13 @@ class Steps:
         optimizer = make_optimizer(config.optim, schedule, abstract_params)
         no_sums = functools.partial(train_metrics, distilled=teacher is not None)
 
-        def first(seed: jax.Array, params: Any = None) -> dict[str, Any]:
-            params = initial_params(plan.model, seed) if params is None else params
+        def first(params: Any) -> dict[str, Any]:
             state = new_state(params, optimizer, ema=config.optim.ema_decay > 0)
             return {"state": state, "metrics": no_sums()}
 
         self._seed = jax.device_put(np.uint32(config.seed), replicated(mesh))
         self._teacher_params = put_same(teacher_params, state_shardings(mesh, teacher_params))
-        shardings = state_shardings(mesh, jax.eval_shape(first, self._seed))
+        shardings = state_shardings(mesh, jax.eval_shape(first, abstract_params))
         self._first = jax.jit(first, out_shardings=shardings)
         self._train = jax.jit(
             make_train_step(self.graphdef, optimizer, schedule, config, plan.model["num_classes"], whole, teacher),
@@ -60,12 +59,12 @@ class Steps:
         )
         evaluate = make_eval_step(self.graphdef, config.data.mean, config.data.std, whole)
         self.evaluate = jax.jit(evaluate, out_shardings=replicated(mesh))
-        self.shapes = jax.eval_shape(self._first, self._seed)  # and shardings of a checkpoint's content
+        self.shapes = jax.eval_shape(self._first, abstract_params)  # and shardings of a checkpoint's content
         self.no_sums: Arrays = jax.jit(no_sums, out_shardings=replicated(mesh))()  # of an empty window
 
     def first(self, params: Any) -> dict[str, Any]:
-        """Returns the content of a checkpoint of step 0, {"state", "metrics"}; params: None for new ones."""
-        return self._first(self._seed, params)
+        """Returns the content of a checkpoint of step 0, {"state", "metrics"}; params: numpy or JAX arrays."""
+        return self._first(params)
 
     def train(self, state: State, sums: Arrays, batch: Arrays) -> tuple[State, Arrays]:
         """Returns the next state and sums; donates the state."""
@@ -110,7 +109,7 @@ class Training:
         self.checkpoints = Checkpoints(workdir / "checkpoints", top1)
         stack.callback(self.checkpoints.close)
         stack.enter_context(distributed.ends_all())  # closing would wait for the other processes
-        tree = self._restore() or self.steps.first(start_from)
+        tree = self._restore() or self.steps.first(start_from or initial_params(self.plan.model, config.seed))
         self.state: State = tree["state"]  # after first_step steps
         self.sums: Arrays = tree["metrics"]  # of the open window of log_every steps
         self.first_step = int(self.state["step"])

@@ -19,41 +19,17 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from convit_jax.data.class_names import IMAGENET
-from convit_jax.errors import UserError, explained
+from convit_jax.data.class_names import IMAGENET, words
+from convit_jax.errors import explained
 from convit_jax.models.variants import abstract_model, model_settings
 from convit_jax.models.vit import VisionTransformer
 from convit_jax.rundir import atomic_write
 from convit_jax.weights import names
 from convit_jax.weights.architecture import infer
 from convit_jax.weights.checkpoint_file import damage_explained
+from convit_jax.weights.preprocess import Preprocess, Preprocessing
 
-INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
 TIMM = {"crop_ratio": "crop_pct", "interpolation": "interpolation", "mean": "mean", "std": "std"}  # its names
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes an input: resize, crop the centre, (x - mean) / std."""
-
-    crop_ratio: float = 0.875  # side of the crop / short side of the resized image
-    interpolation: str = "bicubic"  # one of INTERPOLATIONS
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, for pixels in 0..1
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):  # JSON has lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.interpolation not in INTERPOLATIONS:
-            raise UserError(
-                f"the weights ask for interpolation {self.interpolation!r}: "
-                f"set one of {', '.join(INTERPOLATIONS)} in their config.json."
-            )
-
-    def words(self) -> str:
-        """Returns a description for people."""
-        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        return f"crop {self.crop_ratio:g}, {self.interpolation}, mean {mean}, std {std}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +53,11 @@ class Pretrained:
         return names.to_params(self.tensors, self.network[1])
 
     def model(self) -> VisionTransformer:
-        """Returns the model."""
-        return nnx.merge(self.network[0], names.to_params(self.tensors, self.network[1], jax.device_put))
+        """Returns the model, with its preprocessing and, if known, the names of its classes in words."""
+        model = nnx.merge(self.network[0], names.to_params(self.tensors, self.network[1], jax.device_put))
+        model.preprocess = Preprocess(self.preprocessing, self.settings["image_size"])
+        model.class_names = self.class_names and tuple(words(name) for name in self.class_names)
+        return model
 
     def with_settings(self, **changes: Any) -> "Pretrained":
         """Returns the same weights with some settings changed and checked."""
@@ -113,18 +92,21 @@ def from_state_dict(
 
 def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
     """Reads a run directory, with the architecture and preprocessing of its config."""
-    from convit_jax.weights.run import read_run  # Orbax takes a second to import
+    from convit_jax.weights.run import find_step, read_run  # Orbax takes a second to import
 
-    tensors = names.to_state_dict(read_run(path, which, ema))
+    step = which if isinstance(which, int) else find_step(path, which, ema)
+    tensors = names.to_state_dict(read_run(path, step, ema))
     with read_json(path / "config.json") as config, read_json(path / "run.json") as run:
         given = {name: value for name, value in config["model"].items() if value is not None}
         settings = model_settings(**{"num_classes": run["classes"], **given})
         how = Preprocessing(**{name: config["data"][name] for name in ("crop_ratio", "mean", "std")})
-        return Pretrained(tensors, settings, how, tuple(run["class_names"]), str(path))
+        kind = "checkpoint" if which == step else f"{which} checkpoint"
+        source = f"{path} ({kind}, step {step}{', moving average' if ema else ''})"
+        return Pretrained(tensors, settings, how, tuple(run["class_names"]), source)
 
 
 @contextlib.contextmanager
-def read_json(path: Path) -> Iterator[dict[str, Any]]:
+def damage_checked_json(path: Path) -> Iterator[dict[str, Any]]:
     """What a JSON file holds; errors inside that come from its contents become a UserError."""
     with explained(path), damage_explained():
         yield json.loads(path.read_text())

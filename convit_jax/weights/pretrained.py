@@ -8,14 +8,16 @@ position embedding resized.
 import dataclasses
 import hashlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from convit_jax.errors import UserError, nearest
-from convit_jax.models.layers import TRUNC_NORMAL
+from convit_jax.models.initializers import trunc_normal
 from convit_jax.models.vit import VisionTransformer, patch_grid
 from convit_jax.rundir import is_run
 from convit_jax.weights.checkpoint_file import read_state_dict
@@ -42,10 +44,13 @@ def load_pretrained(
 ) -> VisionTransformer:
     """Returns a trained model: model(images [B, H, W, 3], normalised) -> logits [B, num_classes].
 
+    `model.preprocess(images)` makes the input from paths, Pillow images or uint8 arrays, and `model.class_names`
+    has the classes in words, or None. The model is in evaluation mode, and its drop rates are 0 unless given.
+
     Args:
       path: of a .pth, .pt, .bin or .safetensors file, a converted directory or a run directory; or a Hub
         id as "timm/convit_tiny.fb_in1k", or the authors' name as "convit_tiny".
-      num_classes: replace the head by a new one of this size, initialised from `seed`.
+      num_classes: replace the head by a new one of this size, initialised from `seed`; 0 removes it.
       image_size: pixels, an int or (height, width): resize the position embedding for such images.
       num_heads: of a DeiT whose width is not in the table of sizes.
       which: checkpoint of a run directory: "best" (by top-1 on the test split), "latest", or a step.
@@ -59,7 +64,11 @@ def load_pretrained(
     loaded = load(
         path, num_classes=num_classes, image_size=image_size, num_heads=num_heads, which=which, ema=ema, seed=seed
     )
-    return with_behaviour(loaded, **behaviour).model()
+    rates = {"drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_path_rate": 0.0}
+    loaded = with_behaviour(loaded, **{**rates, **behaviour})
+    if is_run(Path(path)):
+        print(f"Loaded {loaded.source}, computed in {loaded.settings['dtype']}", file=sys.stderr)
+    return loaded.model()
 
 
 def load(
@@ -196,9 +205,12 @@ def _with_new_head(loaded: Pretrained, num_classes: int, seed: int) -> Pretraine
     resized = loaded.with_settings(num_classes=num_classes)
     tensors, dtype = {**loaded.tensors}, loaded.tensors["pos_embed"].dtype
     for number, head in enumerate(("head", "head_dist") if loaded.settings["distilled"] else ("head",)):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        weight = TRUNC_NORMAL(key, (num_classes, loaded.settings["embed_dim"]))
-        tensors[f"{head}.weight"] = np.asarray(weight).astype(dtype)
-        tensors[f"{head}.bias"] = np.zeros(num_classes, dtype)
-    changes = (*loaded.changes, f"new head for {num_classes} classes")
-    return dataclasses.replace(resized, tensors=tensors, class_names=None, changes=changes)
+        weight, bias = f"{head}.weight", f"{head}.bias"
+        if num_classes:
+            key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
+            values = trunc_normal(key, (num_classes, loaded.settings["embed_dim"]))
+            tensors |= {weight: np.asarray(values).astype(dtype), bias: np.zeros(num_classes, dtype)}
+        else:
+            del tensors[weight], tensors[bias]
+    change = f"new head for {num_classes} classes" if num_classes else "head removed"
+    return dataclasses.replace(resized, tensors=tensors, class_names=None, changes=(*loaded.changes, change))

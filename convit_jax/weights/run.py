@@ -10,12 +10,11 @@ from convit_jax.errors import UserError
 from convit_jax.rundir import checkpoint_steps, read_metrics
 
 
-def read_run(directory: Path, which: str | int = "best", ema: bool = False) -> dict[str, Any]:
-    """Returns the parameters in a run directory, a nested dict of float32 numpy arrays.
+def read_run(directory: Path, step: int, ema: bool) -> dict[str, Any]:
+    """Returns the parameters in a run's checkpoint, a nested dict of float32 numpy arrays.
 
-    `which` is a step, or as in `find_step`. Each of several processes reads by itself and waits for no other.
+    Each of several processes reads by itself and waits for no other.
     """
-    step = which if isinstance(which, int) else find_step(directory, which, ema)
     path = (directory / "checkpoints" / str(step)).absolute()
     part = "ema" if ema else "params"
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

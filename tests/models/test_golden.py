@@ -50,6 +50,23 @@ def test_features_and_maps(golden):
         np.testing.assert_allclose(maps, reference[f"gpsa_attention_{block}"], atol=1e-6)
 
 
+def test_tokens_and_intermediates_are_those_of_timm(golden):
+    graphdef, params, _, images = golden
+    model = nnx.merge(graphdef, params)
+    with np.load(GOLDEN / "timm_features.npz") as file:
+        theirs = dict(file)
+    tokens, blocks = model.forward_intermediates(images[:2])
+    for number, block in enumerate(blocks):
+        np.testing.assert_allclose(block.transpose(0, 3, 1, 2), theirs[f"block_{number}"], atol=1e-5)
+    np.testing.assert_allclose(tokens, theirs["forward_features"], atol=1e-5)
+    np.testing.assert_allclose(model.forward_features(images[:2]), tokens, atol=1e-5)
+    _, (normed,) = model.forward_intermediates(images[:2], 1, norm=True)
+    np.testing.assert_allclose(normed.transpose(0, 3, 1, 2), theirs["block_3_norm"], atol=1e-5)
+    _, some = model.forward_intermediates(images[:2], [-1, 1])
+    for found, number in zip(some, (1, 3), strict=True):
+        np.testing.assert_array_equal(found, blocks[number])
+
+
 def test_loss_and_gradients(golden):
     graphdef, params, reference, images = golden
 

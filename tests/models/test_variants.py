@@ -1,6 +1,7 @@
 """The table of models: names, exact sizes, cost, seeds, and refused settings."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same
@@ -9,6 +10,7 @@ from flax import nnx
 import convit_jax
 from convit_jax import create_model
 from convit_jax.errors import UserError
+from convit_jax.models.initializers import trunc_normal, uniform
 from convit_jax.models.variants import abstract_model, count_macs, count_params, model_settings
 
 # Parameters (1000 classes, 224 px) as measured in the original, GMACs as printed in the paper.
@@ -69,6 +71,21 @@ def test_the_seed_decides_the_weights_and_an_mlp_does_not_depend_on_its_attentio
     np.testing.assert_array_equal(of_gpsa["kernel"][0], of_plain["kernel"][0])
 
 
+def test_initial_values_are_those_of_jax_random_for_any_shape():
+    key = jax.random.key(7)
+    for shape in ((3,), (5, 4), (700, 400)):
+        np.testing.assert_array_equal(trunc_normal(key, shape), jax.jit(trunc_normal, static_argnums=1)(key, shape))
+        np.testing.assert_array_equal(uniform(0.1)(key, shape), jax.random.uniform(key, shape, minval=-0.1, maxval=0.1))
+
+
+def test_names_and_dtypes_of_timm_users():
+    assert model_settings("convit_tiny.fb_in1k") == model_settings("convit_tiny", dtype=jnp.float32)
+    assert model_settings("deit_base_patch16_384")["image_size"] == (384, 384)
+    assert model_settings("deit_small_distilled_patch16_224.fb_in1k", dtype=jnp.bfloat16) == model_settings(
+        "deit_small", distilled=True, dtype="bfloat16"
+    )
+
+
 BFLOAT16 = {"attention": "cudnn", "dtype": "bfloat16"}
 
 
@@ -77,6 +94,8 @@ BFLOAT16 = {"attention": "cudnn", "dtype": "bfloat16"}
     [
         ("convit_smal", {}, "no model 'convit_smal', did you mean 'convit_small'"),
         ("convit_tiny", {"embed_dims": 8}, "no setting 'embed_dims', did you mean 'embed_dim'"),
+        ("convit_tiny", {"img_size": 224}, "no setting 'img_size': use image_size"),
+        ("convit_tiny", {"pretrained": True}, r"'pretrained': use convit_jax.load_pretrained\(name\)"),
         ("convit_tiny", {"image_size": 225}, "image_size 225 x 225 is not a multiple of patch_size 16"),
         ("convit_tiny", {"embed_dim": 190}, "embed_dim 190 is not a multiple of num_heads 4"),
         ("convit_tiny", {"local_up_to_layer": 12}, "the class token needs a block: give 0 to 11"),

@@ -80,6 +80,36 @@ def test_eager_calls_are_compiled_once_for_all_models_of_the_same_settings():
     assert not compiled
 
 
+def test_training_mode_needs_randomness_if_there_are_drop_rates():
+    model = nnx.merge(*nnx.split(small(drop_path_rate=0.5, drop_rate=0.1)))
+    evaluated = model(IMAGES)
+    model.train()
+    with pytest.raises(ValueError, match="needs randomness: pass key"):
+        model(IMAGES)
+    trained = model(IMAGES, rngs=nnx.Rngs(dropout=3))
+    assert np.abs(trained - evaluated).max() > 0
+    np.testing.assert_array_equal(trained, model(IMAGES, key=nnx.Rngs(dropout=3).dropout()))
+    assert model.attention_maps(IMAGES)[0].shape == (3, 4, 6, 6)  # not random
+    np.testing.assert_array_equal(nnx.view(model, deterministic=True)(IMAGES), evaluated)
+    model.eval()
+    np.testing.assert_array_equal(model(IMAGES, rngs=nnx.Rngs(0)), evaluated)
+    without_rates = small()
+    without_rates.train()
+    np.testing.assert_array_equal(without_rates(IMAGES), nnx.view(without_rates, deterministic=True)(IMAGES))
+    without_rates.eval()
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_model_without_a_head_gives_features_and_takes_a_new_one(distilled):
+    model = create_model("deit_tiny", **{**SMALL, "num_classes": 0, "distilled": distilled})
+    tokens = model.forward_features(IMAGES)[:, : 1 + distilled]
+    np.testing.assert_allclose(model(IMAGES), tokens.mean(axis=1), atol=1e-6)
+    model.reset_classifier(5)
+    heads = [model.head, *([model.head_dist] if distilled else [])]
+    expected = sum(head(tokens[:, number]) for number, head in enumerate(heads)) / len(heads)
+    np.testing.assert_allclose(model(IMAGES), expected, atol=1e-5)
+
+
 def test_evaluation_is_deterministic_and_training_is_not():
     model = small(drop_path_rate=0.5, drop_rate=0.1)
     np.testing.assert_array_equal(model(IMAGES), model(IMAGES))
@@ -141,7 +171,9 @@ def test_init_has_the_original_distributions():
     ("images", "message"),
     [
         (np.ones((3, 24, 24, 3), np.float32), r"\[3, 24, 24, 3\], but this model takes \[B, 16, 24, 3\]"),
-        (np.ones((3, 16, 24, 3), np.uint8), "images are uint8, this model takes normalised floats"),
+        (np.ones((3, 16, 24, 3), np.uint8), r"images are uint8, but .*: use model.preprocess\(images\)"),
+        (np.ones((3, 3, 16, 24), np.float32), r"channels first, pass images.transpose\(0, 2, 3, 1\)"),
+        ([[0.0]], "images are a builtins.list: pass a JAX or numpy array"),
     ],
 )
 def test_unsuitable_images_are_refused(images, message):

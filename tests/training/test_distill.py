@@ -19,7 +19,8 @@ from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
 from convit_jax.training.step import augmented, make_train_step, new_state, step_keys, train_metrics
 from convit_jax.weights import names, pretrained
-from convit_jax.weights.formats import Preprocessing, Pretrained, save_converted
+from convit_jax.weights.formats import Pretrained, save_converted
+from convit_jax.weights.preprocess import Preprocessing
 
 DIGITS = tuple("0123456789")
 LIKE_DIGITS = Preprocessing(crop_ratio=1.0, mean=(0.305,) * 3, std=(0.376,) * 3)

@@ -69,7 +69,6 @@ def test_what_is_no_network_of_this_kind_is_said_in_a_sentence():
         "no usable patch_embed.proj.weight, pos_embed, cls_token": {"fc.weight": np.zeros((2, 2))},
         "no usable pos_embed": {**tensors, "pos_embed": np.zeros(7)},
         "no usable blocks.0.attn.gating_param": {n: t for n, t in tensors.items() if "gating" not in n},
-        "no usable head.weight": {name: tensor for name, tensor in tensors.items() if name != "head.weight"},
     }
     for sentence, broken in cases.items():
         with pytest.raises(UserError, match=sentence):

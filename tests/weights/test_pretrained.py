@@ -20,7 +20,8 @@ from convit_jax.training import setup
 from convit_jax.training.loop import train
 from convit_jax.weights import pretrained
 from convit_jax.weights.checkpoint_file import read_state_dict
-from convit_jax.weights.formats import Preprocessing, save_converted, write_safetensors
+from convit_jax.weights.formats import save_converted, write_safetensors
+from convit_jax.weights.preprocess import Preprocessing
 
 GOLDEN = ROOT / "tests/golden/convit_golden.safetensors"
 
@@ -104,6 +105,15 @@ def test_a_new_head_and_larger_images(golden):
     assert pretrained.load(GOLDEN, num_classes=10).changes == ()
 
 
+def test_weights_without_a_head_take_a_new_one(golden, tmp_path):
+    headless = pretrained.load(GOLDEN, num_classes=0)
+    write_safetensors(tmp_path / "backbone.safetensors", headless.tensors)
+    model, whole = (convit_jax.load_pretrained(path) for path in (tmp_path / "backbone.safetensors", GOLDEN))
+    images = np.ones((1, 48, 48, 3), np.float32)
+    np.testing.assert_allclose(model(images), whole.features(images), atol=1e-6)
+    assert convit_jax.load_pretrained(tmp_path / "backbone.safetensors", num_classes=3)(images).shape == (1, 3)
+
+
 def test_float32_does_without_the_kernel_that_does_not_take_it():
     loaded = pretrained.load(GOLDEN)
     faster = pretrained.with_behaviour(loaded, dtype="bfloat16", attention="cudnn")
@@ -124,7 +134,7 @@ def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
         ("convit_tinny", {}, r"no file or directory convit_tinny, .* did you mean 'convit_tiny'"),
         (tmp_path, {}, "neither a run directory"),
         (GOLDEN, {"image_size": 50}, "image_size 50 x 50 is not a multiple of patch_size 8"),
-        (GOLDEN, {"num_classes": 0}, "num_classes is 0: it must be at least 1"),
+        (GOLDEN, {"num_classes": -1}, "num_classes is -1: it must be at least 0"),
         (GOLDEN, {"dtyp": "bfloat16"}, "no setting 'dtyp', did you mean 'dtype'"),
         (GOLDEN, {"dtype": "float16"}, "choose float32 or bfloat16"),
         (tmp_path / "broken.pth", {}, r"do not fit .*missing: blocks.2.norm1.bias; unexpected: other"),

@@ -1,0 +1,79 @@
+"""Images to the inputs of a model."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from convit_jax.data.augment import normalize
+from convit_jax.data.images import centre_crop, decode
+from convit_jax.errors import UserError, explained
+
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes an input: resize, crop the centre, (x - mean) / std."""
+
+    crop_ratio: float = 0.875  # side of the crop / short side of the resized image
+    interpolation: str = "bicubic"  # one of INTERPOLATIONS
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, for pixels in 0..1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.interpolation not in INTERPOLATIONS:
+            raise UserError(
+                f"the weights ask for interpolation {self.interpolation!r}: "
+                f"set one of {', '.join(INTERPOLATIONS)} in their config.json."
+            )
+
+    def words(self) -> str:
+        """Returns a description for people."""
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"crop {self.crop_ratio:g}, {self.interpolation}, mean {mean}, std {std}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """A function from images to a model's input, made for a preprocessing and an image size."""
+
+    how: Preprocessing
+    size: tuple[int, int]  # (height, width) of the model's images
+
+    def __call__(self, images: Any) -> jax.Array:
+        """Returns float32 [B, height, width, 3], normalised, of an image or a list of images.
+
+        Args:
+          images: each a path, a Pillow image, or uint8 [H, W, 3] of any size; also uint8 [B, H, W, 3].
+
+        Raises:
+          UserError: a file that cannot be read, or an array of another kind.
+        """
+        is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | jax.Array) and images.ndim == 4)
+        pixels = [
+            centre_crop(_open(image), self.size, self.how.crop_ratio, self.how.interpolation)
+            for image in (images if is_batch else [images])
+        ]
+        return normalize(jnp.asarray(np.stack(pixels)), self.how.mean, self.how.std)
+
+
+def _open(image: Any) -> Image.Image:
+    if isinstance(image, str | os.PathLike):
+        with explained(str(image)):
+            return decode(Path(image).expanduser().read_bytes(), str(image))
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise UserError(
+            f"an image is {image.dtype} {list(image.shape)}: give a path, a Pillow image, or uint8 [H, W, 3]."
+        )
+    return Image.fromarray(image)

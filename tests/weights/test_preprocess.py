@@ -1,0 +1,35 @@
+"""From images to labels, as a user of the Python API goes."""
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import convit_jax
+from convit_jax.errors import UserError
+
+GOLDEN = ROOT / "tests/golden/convit_golden.safetensors"
+
+
+def test_a_path_a_picture_and_pixels_give_the_same_input(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    model = convit_jax.load_pretrained(GOLDEN)
+    images = model.preprocess([tmp_path / "photo.png", Image.fromarray(pixels), pixels, str(tmp_path / "photo.png")])
+    assert (images.shape, images.dtype) == ((4, 48, 48, 3), np.float32)
+    for image in images:
+        np.testing.assert_array_equal(image, model.preprocess(pixels)[0])
+    np.testing.assert_array_equal(model.preprocess(np.stack([pixels] * 2))[1], images[0])
+    grey = model.preprocess(np.full((50, 50, 3), 128, np.uint8))[0, 0, 0]
+    np.testing.assert_allclose(grey, (128 / 255 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225], atol=1e-6)
+    assert model(images).shape == (4, 10)
+    with pytest.raises(UserError, match=r"an image is float32 \[60, 80, 3\]: give a path, a Pillow image, or uint8"):
+        model.preprocess(pixels / np.float32(255))
+    with pytest.raises(UserError, match=r"nowhere\.jpg"):
+        model.preprocess(tmp_path / "nowhere.jpg")
+
+
+def test_a_trained_run_knows_its_classes_and_is_in_evaluation_mode(trained):
+    model = convit_jax.load_pretrained(trained, dtype="bfloat16")
+    assert model.class_names == tuple("0123456789")
+    assert (model.deterministic, model.drop_path_rate, model.dtype) == (True, 0.0, "bfloat16")
