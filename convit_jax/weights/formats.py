@@ -96,7 +96,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
 
     step = which if isinstance(which, int) else find_step(path, which, ema)
     tensors = names.to_state_dict(read_run(path, step, ema))
-    with read_json(path / "config.json") as config, read_json(path / "run.json") as run:
+    with checked_json(path / "config.json") as config, checked_json(path / "run.json") as run:
         given = {name: value for name, value in config["model"].items() if value is not None}
         settings = model_settings(**{"num_classes": run["classes"], **given})
         how = Preprocessing(**{name: config["data"][name] for name in ("crop_ratio", "mean", "std")})
@@ -106,7 +106,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
 
 
 @contextlib.contextmanager
-def damage_checked_json(path: Path) -> Iterator[dict[str, Any]]:
+def checked_json(path: Path) -> Iterator[dict[str, Any]]:
     """What a JSON file holds; errors inside that come from its contents become a UserError."""
     with explained(path), damage_explained():
         yield json.loads(path.read_text())

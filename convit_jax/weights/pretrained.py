@@ -21,7 +21,7 @@ from convit_jax.models.initializers import trunc_normal
 from convit_jax.models.vit import VisionTransformer, patch_grid
 from convit_jax.rundir import is_run
 from convit_jax.weights.checkpoint_file import read_state_dict
-from convit_jax.weights.formats import Pretrained, from_run, from_state_dict, read_json
+from convit_jax.weights.formats import Pretrained, checked_json, from_run, from_state_dict
 from convit_jax.weights.hub import WEIGHTS, fetch
 from convit_jax.weights.names import check_state_dict
 from convit_jax.weights.positions import resize_pos_embed
@@ -91,7 +91,7 @@ def load(
         loaded = from_state_dict(read_state_dict(path, ema=ema), {}, source, size, num_heads)
     elif files := [path / name for name in ("weights.safetensors", *WEIGHTS) if (path / name).exists()]:
         tensors = read_state_dict(files[0], ema=ema)
-        with read_json(path / "config.json") as config:
+        with checked_json(path / "config.json") as config:
             loaded = from_state_dict(tensors, config, source, size, num_heads)
     else:
         raise UserError(
