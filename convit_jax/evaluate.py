@@ -2,6 +2,7 @@
 
     python -m convit_jax.evaluate --checkpoint=convit_small --config=configs/convit_s.py --config.data.dir=IMAGENET
     python -m convit_jax.evaluate --checkpoint=runs/convit_s
+    python -m convit_jax.evaluate --checkpoint=runs/convit_s --per_class --predictions=predictions.csv
     python -m convit_jax.evaluate --checkpoint=runs/convit_s --mask=position_embedding
     python -m convit_jax.evaluate --checkpoint=runs/convit_s --gates=content --gpsa_layers=5
 
@@ -11,25 +12,36 @@ fields change. The last two commands are Tables 5 and 6 of the paper: the accura
 embedding, and with gates forced to position or content.
 """
 
+import csv
 import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from convit_jax.cli import define_weights, launch, load_weights, required_config
 from convit_jax.errors import UserError
+from convit_jax.rundir import atomic_write, disk_errors
+
+if TYPE_CHECKING:
+    from convit_jax.training.evaluation import Rows
 
 
 def _define_flags() -> None:
     define_weights()
     flags.DEFINE_enum("mask", None, ["position_embedding"], "Set it to 0 (Table 5).")
     flags.DEFINE_enum("gates", None, ["position", "content"], "Force sigma(lambda) to 1 or to 0 (Table 6).")
+    flags.DEFINE_string("predictions", None, "Write a CSV file: image, label, prediction, probability.")
+    flags.DEFINE_bool("per_class", False, "Print the top-1 of each class.")
     flags.DEFINE_integer("gpsa_layers", None, "Number of leading GPSA layers to change; all by default.")
 
 
 def main(arguments: list[str]) -> None:
     """Evaluates what the flags describe."""
     from convit_jax.analysis.interventions import force_gates, mask_position_embedding
-    from convit_jax.training.distributed import phase, say, several, together
+    from convit_jax.data.class_names import words
+    from convit_jax.training.distributed import is_first, phase, say, several, together
     from convit_jax.training.evaluation import evaluate_weights
     from convit_jax.training.setup import use_compilation_cache
     from convit_jax.training.sharding import make_mesh
@@ -58,8 +70,32 @@ def main(arguments: list[str]) -> None:
     say(f"{describe_weights(loaded)}\nfrom {loaded.source}, computed in {loaded.settings['dtype']}")
     if changes:
         say(f"Changed for this evaluation: {'; '.join(changes)}")
-    result = evaluate_weights(config, loaded, params, mesh)
+    wanted = bool(values.predictions or values.per_class)
+    result, rows = evaluate_weights(config, loaded, params, mesh, predictions=wanted)
+    if values.per_class:
+        say(per_class_table(rows, lambda label: words(loaded.class_name(label))))
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
+    if values.predictions and is_first():
+        write_predictions(Path(values.predictions).expanduser(), rows, loaded.class_name)
+
+
+def write_predictions(path: Path, rows: "Rows", class_name: Callable[[int], str]) -> None:
+    """Writes a CSV file with a line per image: its name, its class, the predicted class and the probability of that."""
+    with disk_errors(path), atomic_write(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "label", "prediction", "probability"])
+        for image, label, predicted, probability in zip(*rows.values(), strict=True):
+            name = image.encode(errors="backslashreplace").decode()  # it may not be UTF-8
+            writer.writerow([name, class_name(label), class_name(predicted), f"{probability:.6f}"])
+
+
+def per_class_table(rows: "Rows", class_name: Callable[[int], str]) -> str:
+    """Returns a table with the number of images and the top-1 of each class."""
+    lines = ["images   top-1  class"]
+    for label in sorted({*rows["label"].tolist()}):
+        predicted = rows["predicted"][rows["label"] == label]
+        lines.append(f"{len(predicted):6}  {100 * (predicted == label).mean():6.2f}  {class_name(label)}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

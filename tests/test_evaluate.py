@@ -1,5 +1,6 @@
 """python -m convit_jax.evaluate: the numbers of the training, labels matched, unreadable images."""
 
+import csv
 import json
 import re
 from types import SimpleNamespace
@@ -64,9 +65,21 @@ def test_images_in_folders(image_folder, lines, tmp_path):
     save_converted(loaded, tmp_path / "w")
     (image_folder / "val/bee/0.jpg").write_bytes(b"not an image")
     data = [f"--config.data.{field}" for field in ("name=folder", f"dir={image_folder}", "workers=0")]
-    shown = lines(f"--checkpoint={tmp_path}/w", "--config=configs/convit_ti.py", *data)
+    what = ["--per_class", f"--predictions={tmp_path}/p.csv", "--config.eval_batch_size=4"]
+    shown = lines(f"--checkpoint={tmp_path}/w", "--config=configs/convit_ti.py", *data, *what)
     assert "bee/0.jpg" in "".join(shown)  # left out, and said
     assert re.fullmatch(r"top-1 \d+\.000  top-5 100\.000  loss \d\.\d{3}  images 5", shown[-1])
+    head, *rows = csv.reader((tmp_path / "p.csv").read_text().splitlines())
+    assert head == ["image", "label", "prediction", "probability"]
+    kept = [(name, f"class {label}") for label, name in enumerate(("ant", "bee", "cat"))]
+    images = [[f"{name}/{number}.jpg", label] for name, label in kept for number in range(2)]
+    assert [row[:2] for row in rows] == [image for image in images if image[0] != "bee/0.jpg"]
+    right = {label: [row[2] == label for row in rows if row[1] == label] for _, label in kept}
+    table = [f"{len(hits):6}  {100 * np.mean(hits):6.2f}  {label}" for label, hits in right.items()]
+    assert shown[-5:-1] == ["images   top-1  class", *table]
+    top1 = 100 * np.mean([row[1] == row[2] for row in rows])
+    assert shown[-1].startswith(f"top-1 {top1:.3f} ")
+    assert all(1 / 3 <= float(row[3]) <= 1 for row in rows)
 
 
 def test_a_split_of_which_no_image_can_be_read_is_refused():

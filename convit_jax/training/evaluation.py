@@ -7,10 +7,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from convit_jax.data.examples import Batch, EvalExample, TrainExample, Unreadable
+from convit_jax.data.index import Source
 from convit_jax.data.loader import batches
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select
@@ -22,6 +24,8 @@ from convit_jax.training.step import Arrays, make_eval_step
 from convit_jax.weights.formats import Pretrained
 from convit_jax.weights.pretrained import fingerprint, match_classes
 
+Rows = dict[str, np.ndarray]
+ROWS = ("valid", "predicted", "probability")  # what an evaluation step returns of each row, if asked to
 AHEAD = 2  # steps that the host is ahead of the device: hides the host's work, keeps few batches in memory
 
 
@@ -73,8 +77,14 @@ def our_batches(
         yield from map(unreadable.take, rows)
 
 
-def evaluate_weights(config: ConfigDict, loaded: Pretrained, params: dict[str, Any], mesh: Mesh) -> dict[str, float]:
-    """Evaluates parameters of weights on the test images of a config, with the weights' preprocessing."""
+def evaluate_weights(
+    config: ConfigDict, loaded: Pretrained, params: dict[str, Any], mesh: Mesh, *, predictions: bool = False
+) -> tuple[dict[str, float], Rows]:
+    """Evaluates parameters of weights on the test images of a config, with the weights' preprocessing.
+
+    Returns the numbers, and with `predictions` the "image" (its name), "label", "predicted" and "probability" of each
+    readable image, [images]; the labels are the weights'.
+    """
     classes, how = config.data.num_classes, loaded.preprocessing
     phase("reading the lists of images")
     source = distributed.first_then_others(lambda: open_source(config.data, "test"))
@@ -106,10 +116,34 @@ def evaluate_weights(config: ConfigDict, loaded: Pretrained, params: dict[str, A
             progress.update(number * batch_size, "")
             yield {**batch, "label": labels[batch["label"]]}
 
-    step = jax.jit(make_eval_step(loaded.network[0], how.mean, how.std), out_shardings=replicated(mesh))
+    step = make_eval_step(loaded.network[0], how.mean, how.std, predictions=predictions)
+    compiled, kept = jax.jit(step, out_shardings=replicated(mesh)), []
+
+    def keep_rows(params: Any, batch: Arrays) -> Arrays:
+        sums = compiled(params, batch)
+        kept.append([sums.pop(name) for name in ROWS if predictions])
+        return sums
+
     params = put_same(params, jax.tree.map(lambda _: replicated(mesh), params))
     phase("the first batch, which is compiled")
-    results = evaluate({"": params}, relabelled(), step, mesh)
+    results = evaluate({"": params}, relabelled(), keep_rows, mesh)
     progress.close()
     assert results is not None  # nothing stops it
-    return results[""]
+    # The last batch is padded.
+    columns = [np.concatenate(column)[:count] for column in zip(*jax.device_get(kept), strict=True)]
+    return results[""], _rows_of_images(source, indices, labels, *columns) if predictions else {}
+
+
+def _rows_of_images(
+    source: Source,
+    indices: np.ndarray,
+    labels: np.ndarray,
+    valid: np.ndarray,
+    predicted: np.ndarray,
+    probability: np.ndarray,
+) -> Rows:
+    """The columns of evaluate_weights, without unreadable images."""
+    indices = indices[valid]
+    names = np.array([source.name(index) for index in indices])
+    label = labels[source.labels[indices]]
+    return {"image": names, "label": label, "predicted": predicted[valid], "probability": probability[valid]}
