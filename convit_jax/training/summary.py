@@ -1,7 +1,6 @@
 """What a run amounts to: the facts in run.json and the text before the first step."""
 
 import re
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from convit_jax.config import flatten
+from convit_jax.config import default_config, flatten
 from convit_jax.models.kernels import cudnn_available
 from convit_jax.models.variants import count_macs, count_params
 from convit_jax.training.distill import Teacher
@@ -85,7 +84,12 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
     mesh = ", ".join(f"{axis} {size}" for axis, size in run["mesh"].items())
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     each = " to ".join(f"{count:,}" for count in sorted({*run["train_images_per_class"]}))
+    default = flatten(default_config())
+    changed = [
+        f"{name}={value}".replace(", ", ",") for name, value in flatten(config).items() if value != default.get(name)
+    ]
     lines = [
+        f"Config   {' '.join(changed) or 'as configs/default.py'}",
         f"Model    {run['model']}, {run['parameters']:,} parameters, {height} x {width} px, {run['dtype']}",
         f"Cost     {run['macs'] / 1e9:.4g} GMACs = {run['flops'] / 1e9:.4g} GFLOPs per image, forward",
         f"Data     {run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images "
@@ -98,6 +102,4 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
         lines.append("Caution  XLA computes attention: cudnn needs an NVIDIA GPU, Ampere or later")
     if teacher := run["teacher"]:
         lines.append("; ".join([f"Teacher  {teacher['source']}, {teacher['network']}", *teacher["changes"]]))
-    settings = "  ".join(f"{name}={value}".replace(" ", "") for name, value in flatten(config).items())
-    wrapped = textwrap.fill(settings, 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-    return "\n".join([*lines, f"Run      {workdir}", "Config", wrapped])
+    return "\n".join([*lines, f"Run      {workdir}"])

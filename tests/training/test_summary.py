@@ -32,6 +32,13 @@ def test_the_peak_of_the_rate_is_that_of_the_runs_own_steps(digits_config):
     assert describe(digits_config)[1]["peak_learning_rate"] == pytest.approx(1e-6)
 
 
+def test_fields_that_differ_from_the_default_come_first(digits_config):
+    first = describe(digits_config)[0][0].split()
+    assert first[0] == "Config"
+    assert {"model.name=convit_tiny", "data.mean=[0.305,0.305,0.305]", "epochs=2"} <= {*first}
+    assert "augment.num_ops=2" not in first
+
+
 def test_attention_without_cudnn_is_said(digits_config, monkeypatch):
     digits_config.model.update(attention="cudnn", dtype="bfloat16", embed_dim=32)
     caution = "Caution  XLA computes attention: cudnn needs an NVIDIA GPU, Ampere or later"
