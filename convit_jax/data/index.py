@@ -75,8 +75,10 @@ def cached_index(
     """
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    places = [directory / f".convit_jax-{name}-index", cache / f"convit_jax/indices/{key}-{name}"]
+    places = [directory / f".convit_jax-{name}-index"]
+    with contextlib.suppress(RuntimeError):  # the user has no home directory
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        places.append(cache / f"convit_jax/indices/{key}-{name}")
     for path in places:
         with contextlib.suppress(*UNUSABLE):
             return _read(path, fingerprint)

@@ -126,7 +126,8 @@ class Training:
         self.batches = our_batches(self.plan.train, self.unreadable, config.data.workers, config.batch_size, steps)
         stack.callback(self.batches.close)
         self.attention_log = make_attention_log(self.steps.graphdef, config, self.plan, self.mesh)
-        phase("the first step, which is compiled")
+        if self.first_step < self.plan.total_steps:
+            self.progress.say("Compiling the training step ...")
 
     def test_batches(self) -> Iterator[Batch]:
         """Starts an evaluation; yields this process's rows."""
@@ -134,8 +135,15 @@ class Training:
         return our_batches(self.plan.test, self._unreadable_test, workers, size, range(self.plan.eval_steps))
 
     def _take_directory(self, stack: contextlib.ExitStack) -> Any:
-        """Locks the run directory for this run, and returns the parameters to start from, or None."""
+        """Locks the run directory for this run, and returns the parameters of init_from, or None."""
         config, workdir, start_from = self.config, self.workdir, None
+        if config.init_from and not from_first(bool(checkpoint_steps(workdir))):
+            phase("reading init_from")
+            with together():
+                start_from, changes = load_into(config.init_from, self.plan.model, config.seed)
+            digest = {"the digest of the weights of init_from": fingerprint(start_from)}
+            check_same(digest, "give all processes the same weights")
+            say("; ".join([f"Starting from {config.init_from}", *changes]))
         phase(f"taking {workdir}")
         owner = from_first(secrets.token_hex())
         with together():
@@ -146,13 +154,6 @@ class Training:
                 wait_for_owner(workdir, owner)
         shared = several() and config.compilation_cache  # one folder for all processes, see docs/clusters.md
         use_compilation_cache(workdir / "compiled" if shared else config.compilation_cache)
-        if config.init_from and not from_first(bool(checkpoint_steps(workdir))):
-            phase("reading init_from")
-            with together():
-                start_from, changes = load_into(config.init_from, self.plan.model, config.seed)
-            digest = {"the digest of the weights of init_from": fingerprint(start_from)}
-            check_same(digest, "give all processes the same weights")
-            say("; ".join([f"Starting from {config.init_from}", *changes]))
         with together():
             if is_first():
                 claim_run(workdir, config, self.facts)
@@ -185,5 +186,10 @@ def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
 def use_compilation_cache(folder: str | Path) -> None:
     """Keeps compiled programs in a folder, so that the next start of a run takes seconds; "" keeps none."""
     if folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        try:
+            path = Path(folder).expanduser()
+        except RuntimeError:
+            say("There is no home directory: compiled programs and lists of images are not kept.")
+            return
+        jax.config.update("jax_compilation_cache_dir", str(path))
         compilation_cache.reset_cache()  # otherwise JAX stays with the folder of its first compilation

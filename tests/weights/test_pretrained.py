@@ -256,4 +256,4 @@ def test_weights_that_cannot_be_used_stop_a_training_before_anything_is_written(
     golden_config.init_from, golden_config.model.depth = str(tmp_path / "damaged.pth" if damaged else GOLDEN), 5
     with pytest.raises(UserError, match=message):
         train(golden_config, tmp_path / "run")
-    assert not (tmp_path / "run/config.json").exists()
+    assert not (tmp_path / "run").exists()
