@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import traceback
 from collections.abc import Iterable, Iterator
 
 
@@ -34,6 +35,14 @@ def out_of_memory(error: Exception) -> str | None:
         f"the device ran out of memory ({first_line}): lower batch_size (eval_batch_size in an evaluation), "
         "raise accumulate, set model.remat=True, or use mesh.fsdp with several devices."
     )
+
+
+def missing_platform(error: Exception) -> str | None:
+    """Returns the message for a JAX_PLATFORMS that cannot be used here, or None if `error` is something else."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms or traceback.extract_tb(error.__traceback__)[-1].name != "backends":
+        return None
+    return f'JAX cannot use JAX_PLATFORMS={platforms}: unset it, or install JAX for it, as pip install "jax[cuda12]".'
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -93,6 +94,8 @@ def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait
     Two runs in one directory would remove each other's unfinished checkpoints. `owner` is a text for
     `wait_for_owner`. While another process has the lock, it raises DirectoryLocked, or waits.
     """
+    if re.match(r"\w{2,}:/", str(directory)):
+        raise UserError(f"{directory} is a URL: give a directory of this machine, or mount the bucket.")
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / name)
@@ -141,7 +144,10 @@ def claim_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> No
                     f"{workdir} has a log but no checkpoints, so its run cannot continue: restore the "
                     "checkpoints, use another --workdir, or remove metrics.jsonl to start over."
                 )
-        write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+        record = json.loads(config.to_json_best_effort())
+        if record["data"]["dir"]:  # evaluate may run in another working directory
+            record["data"]["dir"] = str(Path(record["data"]["dir"]).expanduser().absolute())
+        write_json(workdir / "config.json", record)
         write_json(workdir / "run.json", facts)
 
 

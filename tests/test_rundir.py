@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -64,6 +65,9 @@ def test_lock_keeps_others_out_and_a_kill_frees_it(tmp_path):
 
 def test_run_directory_belongs_to_one_config_and_its_data(digits_config, tmp_path):
     claim_run(tmp_path, digits_config, FACTS)
+    digits_config.data.dir = "images"
+    claim_run(tmp_path, digits_config, FACTS)
+    assert read_json(tmp_path / "config.json")["data"]["dir"] == f"{Path.cwd()}/images"
     (tmp_path / "checkpoints/5").mkdir(parents=True)
     (tmp_path / "checkpoints/9.unfinished").mkdir()
     assert checkpoint_steps(tmp_path) == [5]
@@ -101,3 +105,5 @@ def test_directory_that_cannot_be_made(digits_config, tmp_path):
     for attempt in (lambda path: claim_run(path, digits_config, {}), lambda path: lock_directory(path).__enter__()):
         with pytest.raises(UserError, match=r"Not a directory\): check the path and its permissions"):
             attempt(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="gs:/bucket/run is a URL: give a directory of this machine"):
+        lock_directory(Path("gs://bucket/run")).__enter__()
