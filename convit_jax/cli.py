@@ -7,6 +7,7 @@ prints a UserError alone and exits with status 1.
 import contextlib
 import faulthandler
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from convit_jax.config import ROOT, declared_fields, load_config_file, load_run_config, take_config, take_option
-from convit_jax.errors import UserError, out_of_memory
+from convit_jax.errors import UserError, missing_platform, out_of_memory
 from convit_jax.rundir import is_run
 
 if TYPE_CHECKING:
@@ -41,14 +42,18 @@ def launch(
     is no default; None: the command takes no config. `arguments` names what is expected besides flags.
     `processes`: several processes can run the command together. `interrupted` is said after Ctrl-C.
     """
-    faulthandler.enable()
+    with contextlib.suppress(RuntimeError, OSError):  # where the error stream is closed
+        faulthandler.enable()
     logging.use_absl_handler()
     app.define_help_flags()
     message = None
     try:
         if processes:
             _define_processes()
-        rest = _parse(sys.argv, define, config, arguments)[1:]
+        try:
+            rest = _parse(sys.argv, define, config, arguments)[1:]
+        except SystemExit:  # absl's --help exits with status 1
+            sys.exit(0)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C would crash C++ modules during the import
         import jax  # noqa: F401
 
@@ -61,8 +66,8 @@ def launch(
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except RuntimeError as error:  # of JAX
-        message = out_of_memory(error)
+    except (RuntimeError, AssertionError) as error:  # of JAX
+        message = out_of_memory(error) or missing_platform(error)
         if message is None:
             raise
     # Outside of `except`, where the error no longer holds a loader's batch in shared memory.
@@ -72,6 +77,15 @@ def launch(
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(130)  # JAX may still compile in a thread, which crashes when Python's shutdown removes the device
+
+
+def console() -> None:
+    """Runs the command that a console script is named after: convit-train, convit-evaluate, ..."""
+    name = Path(sys.argv[0]).stem.removeprefix("convit-")
+    if name == "train":
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    else:
+        runpy.run_module(f"convit_jax.{name}", run_name="__main__", alter_sys=True)
 
 
 # ---- Several processes -----------------------------------------------------------------------
@@ -130,7 +144,7 @@ def _define_config(argv: list[str], default: str) -> list[str]:
     config = None
     if given is None and is_run(checkpoint):
         config = load_run_config(Path(str(checkpoint)).expanduser())
-    elif given is None and default and (ROOT / default).exists():
+    elif given is None and default:
         config = load_config_file(default)
     flags.DEFINE_string("config", None, "Config file; --config.FIELD=VALUE changes a field.")
     flags.FLAGS["config"].value, rest = take_config(argv, config)

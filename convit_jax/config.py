@@ -7,7 +7,6 @@ config is an ml_collections.ConfigDict with these fields. Config files change so
 
 import dataclasses
 import json
-import os
 import re
 import runpy
 import sys
@@ -20,8 +19,8 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 
 from convit_jax.errors import UserError, explained, nearest
 
-ROOT = Path(__file__).parents[1]  # the clone
-IN_CLONE = (ROOT / "pyproject.toml").is_file()  # an installed package has no configs/
+INSTALLED = Path(__file__).parent / "recipes"
+ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[1]  # has train.py, configs/ and studies/
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,38 +63,43 @@ def make_config(fields: Mapping[str, Field]) -> ConfigDict:
 
 
 def declared_fields() -> dict[str, Field]:
-    """Returns the fields of configs/default.py; none where the package is installed without configs/."""
-    if not IN_CLONE:
-        return {}
-    if sys.path[0] != str(ROOT):  # from any working directory; config files import each other, too
-        sys.path.insert(0, str(ROOT))
+    """Returns the fields of configs/default.py."""
+    _import_from_root()
     from configs import default
 
     return default.FIELDS
 
 
 def default_config() -> ConfigDict:
-    """Returns the config of configs/default.py; an empty one where the package is installed without it."""
+    """Returns the config of configs/default.py."""
     return make_config(declared_fields())
+
+
+def _import_from_root() -> None:
+    """Lets config files and plans import each other, from any working directory."""
+    if sys.path[0] != str(ROOT):
+        sys.path.insert(0, str(ROOT))
+
+
+def run_file(path: str, folder: str) -> dict[str, Any]:
+    """Returns the globals of a Python file: a path, from here or from ROOT, or the bare name of a file in ROOT/folder.
+
+    Raises UserError if there is no such file.
+    """
+    file = next((each for each in (Path(path), ROOT / path, ROOT / folder / f"{path}.py") if each.is_file()), None)
+    if file is None:
+        files = sorted(f"{folder}/{each.name}" for each in (ROOT / folder).glob("[!_]*.py"))
+        hint = nearest(path, [*files, *(Path(each).stem for each in files)])
+        raise UserError(f"there is no file {path!r}{hint} The files are: {', '.join(files)}.")
+    _import_from_root()
+    return runpy.run_path(str(file))
 
 
 def load_config_file(source: str) -> ConfigDict:
     """Returns get_config() of FILE.py, or get_config(ROW) of FILE.py:ROW; UserError if a field is wrong or missing."""
     path, _, row = source.partition(":")
-    file = Path(path) if Path(path).is_file() else ROOT / path
-    if not file.is_file():
-        files = sorted(os.path.relpath(each) for each in ROOT.glob("configs/[!_]*.py"))
-        where = f"The files are: {', '.join(files)}." if files else "They are in a clone of the repository."
-        raise UserError(f"there is no config file {path!r}{nearest(path, files)} {where}")
-    known = declared_fields()
-    try:
-        get_config = runpy.run_path(str(file))["get_config"]
-    except ModuleNotFoundError as error:
-        if error.name != "configs":
-            raise
-        raise UserError(f"{path} imports from configs/: run the command in a clone of the repository.") from error
-    config = get_config(*[row] if row else [])
-    names = flatten(config)
+    config = run_file(path, "configs")["get_config"](*[row] if row else [])
+    known, names = declared_fields(), flatten(config)
     _check_names(names, f"the config file {path} sets")
     if missing := [name for name in known if name not in names]:
         raise UserError(f"the config file {path} lacks {missing[0]!r}: start from default.get_config().")
@@ -155,7 +159,7 @@ def load_config(arguments: Sequence[str]) -> ConfigDict:
 def _check_names(names: Iterable[str], words: str) -> None:
     known = declared_fields()
     for name in names:
-        if known and name not in known:
+        if name not in known:
             inside = [each for each in known if each.endswith(f".{name}")]
             hint = f", did you mean {inside[0]!r}?" if inside else nearest(name, known)
             raise UserError(f"{words} {name!r}{hint} configs/default.py explains all fields.")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from convit_jax.weights.formats import Pretrained
 
+OTHERS = (".onnx", ".pb", ".pt", ".pth", ".safetensors", ".tflite")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -38,6 +39,8 @@ def main(arguments: list[str]) -> None:
     if unknown := [name for name in flags.FLAGS.platforms if name not in PLATFORMS]:
         raise UserError(f"there is no platform {unknown[0]!r}: choose from {', '.join(PLATFORMS)}.")
     output = Path(arguments[0]).expanduser()
+    if output.suffix in OTHERS:
+        raise UserError(f"export writes StableHLO, not {output.suffix}: name it {output.with_suffix('.stablehlo')}.")
     if output.exists() and not flags.FLAGS.overwrite:
         raise UserError(f"{output} exists: give another OUTPUT, or add --overwrite to replace it.")
     exported = export(load_weights(), flags.FLAGS.platforms)

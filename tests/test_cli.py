@@ -1,20 +1,22 @@
 """Commands report mistakes in their flags in one sentence, and end cleanly."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import ROOT, run_python, says
 
 import train
-from convit_jax import cli, config
 from convit_jax.config import load_config
 from convit_jax.errors import UserError, out_of_memory
 
 WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
 DIGITS = "--config=configs/digits.py"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,7 @@ DIGITS = "--config=configs/digits.py"
         (f"predict {WEIGHTS} --checkpiont=x", "Unknown command line flag 'checkpiont'. Did you mean: checkpoint"),
         (f"export {WEIGHTS} --platforms=cpu,gpu x", "there is no platform 'gpu': choose from cpu"),
         (f"export {WEIGHTS}", "expected OUTPUT, got nothing"),
+        (f"export {WEIGHTS} m.onnx", "export writes StableHLO, not .onnx: name it m.stablehlo."),
         ("train --config.batch_size=many", "flag --config.batch_size=many: invalid literal for int()"),
         ("train --config=configs/ablations.py:x", "there is no ablation 'x'"),
         ("train --epochs=3", "there is no flag --epochs, did you mean --config.epochs?"),
@@ -42,35 +45,35 @@ def test_wrong_flags(run_here, line, sentence):
         run_here(*line.split())
 
 
-@pytest.mark.parametrize(
-    ("line", "sentence"),
-    [
-        ("evaluate --checkpont=x", "Unknown command line flag 'checkpont'. Did you mean: checkpoint"),
-        ("evaluate --config=own.py", "there is no config file 'own.py'. They are in a clone of"),
-        ("visualize --init --output=o", "this needs a config: add --config="),
-        ("visualize --init --config.seed=1", "--config.seed changes a config: add --config=FILE"),
-    ],
-)
-def test_package_without_configs(run_here, monkeypatch, tmp_path, line, sentence):
-    monkeypatch.setattr(config, "IN_CLONE", False)
-    for module in (config, cli):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        run_here(*line.split())
+def test_pyproject_lists_all_packages():
+    listed = {*PROJECT["tool"]["setuptools"]["packages"]}
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("convit_jax/**/__init__.py")}
+    recipes = {f"convit_jax.recipes{part}" for part in ("", ".configs", ".studies")}
+    assert listed == packages | recipes
 
 
-def test_package_without_the_clone_draws_attention_maps(tmp_path):
-    shutil.copytree(ROOT / "convit_jax", tmp_path / "convit_jax", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "convit_jax.visualize", WEIGHTS, "--output=maps"]
-    for options, sentence in (
-        ([f"--config={ROOT}/configs/convit_s.py"], "convit_s.py imports from configs/: run the command in a clone"),
-        ([f"--image={ROOT}/docs/digits.png"], ""),
-    ):
-        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=100)
-        assert done.returncode == bool(sentence), done.stderr
-        assert sentence in done.stderr
-        assert "Traceback" not in done.stderr
-    assert list((tmp_path / "maps").glob("*.png"))
+def test_installed_commands_run_in_any_directory(tmp_path):
+    package, ignored = tmp_path / "site/convit_jax", shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "convit_jax", package, ignore=ignored)
+    for folder in ("configs", "studies"):
+        shutil.copytree(ROOT / folder, package / "recipes" / folder, ignore=ignored)
+    shutil.copy(ROOT / "train.py", package / "recipes")
+
+    def run(script, *arguments):
+        code = f"import sys; sys.argv[0] = 'convit-{script}'; from convit_jax.cli import console; console()"
+        command = [sys.executable, "-c", code, *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+
+    for script in PROJECT["project"]["scripts"]:
+        done = run(script.removeprefix("convit-"), "--help")
+        assert (done.returncode, "--helpfull" in done.stdout) == (0, True), done.stderr
+    listed = run("study", "digits:models", "--list")
+    assert "recipes/train.py --config=configs/digits.py" in listed.stdout, listed.stderr
+    refused = run("train", "--config=convit_x")
+    assert refused.stderr.startswith("train.py: there is no file 'convit_x', did you mean 'convit_s'? The files are:")
+    refused = run("train", "--config=ablations:e", "--config.data.name=digits", "--config.data.std=(1.0,1.0)")
+    assert "data.std is (1.0, 1.0): give 3 numbers" in refused.stderr
 
 
 def test_help_shows_the_flags_of_a_command():
@@ -82,6 +85,18 @@ def test_help_shows_the_flags_of_a_command():
 def test_a_mistake_is_one_sentence(tmp_path):
     said = says("train.py", "--config.data.name=digit", f"--workdir={tmp_path}")
     assert said.startswith("train.py: cannot open the TFDS data set 'digit' (")
+
+
+def test_platform_that_jax_does_not_have(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert says("-m", "convit_jax.predict", WEIGHTS, "docs/digits.png").startswith(
+        "predict: JAX cannot use JAX_PLATFORMS=cuda"
+    )
+
+
+def test_closed_error_stream(tmp_path):
+    code = "import sys; sys.stderr = None; from convit_jax.cli import launch; launch('fake', lambda _: 3)"
+    assert run_python("-c", code).returncode == 3
 
 
 def test_device_out_of_memory():

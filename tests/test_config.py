@@ -66,7 +66,7 @@ def test_overrides_have_the_type_of_their_field():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/digit.py"], "no config file .*, did you mean 'configs/digits.py'"),
+        (["--config=configs/digit.py"], "no file .*, did you mean 'configs/digits.py'"),
         ([DIGITS, "--config.optim.lrr=1"], "no field 'optim.lrr', did you mean 'optim.lr'"),
         ([DIGITS, "--config.lr=1"], "no field 'lr', did you mean 'optim.lr'"),
         ([DIGITS, "--config.epochs=ten"], "config.epochs=ten: invalid literal for int"),

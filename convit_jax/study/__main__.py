@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import jax
 from absl import flags
 from tqdm import tqdm
 
@@ -35,6 +34,8 @@ def _define_flags() -> None:
 
 def main(arguments: list[str], changes: list[str]) -> int:
     """Runs what is left of a study; returns the exit status."""
+    import jax
+
     if len(arguments) != 1:
         raise UserError("give one PLAN, as studies/digits.py:sample_efficiency.")
     study = read_study(arguments[0], changes)

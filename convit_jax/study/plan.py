@@ -7,20 +7,13 @@ The file (studies/digits.py) has get_plan(), or get_plan(name) for FILE.py:NAME.
 import dataclasses
 import itertools
 import re
-import runpy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from convit_jax.config import ROOT, flatten, load_config, may_change
-from convit_jax.errors import UserError, nearest
-from convit_jax.models.variants import abstract_model
-from convit_jax.training.distill import load_teacher
-from convit_jax.training.optimizer import frozen_mask
-from convit_jax.training.plan import make_plan
-from convit_jax.weights.hub import fetch
+from convit_jax.config import flatten, load_config, may_change, run_file
+from convit_jax.errors import UserError
 
 METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss"}
 
@@ -99,11 +92,8 @@ def read_study(source: str, changes: Sequence[str] = ()) -> Study:
     if any(re.match(r"--?config\.seed\b", change) for change in changes):
         raise UserError("--config.seed is not possible here: the seeds are in the study's file.")
     path, _, name = source.partition(":")
-    if not Path(path).is_file():
-        files = [f"studies/{file.name}" for file in sorted(ROOT.glob("studies/[!_]*.py"))]
-        raise UserError(f"there is no plan {path!r}{nearest(path, files)} The plans are: {', '.join(files)}.")
     try:
-        plan = dict(runpy.run_path(path)["get_plan"](*[name] if name else []))
+        plan = dict(run_file(path, "studies")["get_plan"](*[name] if name else []))
         by_entry = [_expand_entry(plan["rows"], changes, **entry) for entry in plan.pop("runs")]
         # Seed by seed: the whole table is there early, with one seed.
         runs = tuple(run for of_seed in itertools.zip_longest(*by_entry) for run in of_seed if run)
@@ -147,6 +137,12 @@ def run_identity(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 def check_study(study: Study) -> None:
     """Checks configs, models, data and weights of all runs, in seconds; UserError names a run that cannot work."""
+    from convit_jax.models.variants import abstract_model
+    from convit_jax.training.distill import load_teacher
+    from convit_jax.training.optimizer import frozen_mask
+    from convit_jax.training.plan import make_plan
+    from convit_jax.weights.hub import fetch
+
     different = {str(flatten(run.config) | {"seed": None}): run for run in reversed(study.runs)}
     for run in different.values():
         config = run.config

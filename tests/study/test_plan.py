@@ -87,7 +87,7 @@ def test_a_mistake_in_a_study_is_named(entries, keys, sentence, make_study, monk
 @pytest.mark.parametrize(
     ("source", "changes", "sentence"),
     [
-        ("studies/digit.py", [], "there is no plan 'studies/digit.py', did you mean 'studies/digits.py'?"),
+        ("studies/digit.py", [], "there is no file 'studies/digit.py', did you mean 'studies/digits.py'?"),
         ("studies/digits.py", [], "say which study of the file, as FILE.py:NAME; it has models, sample_eff"),
         ("README.md", [], "cannot read the plan README.md ("),
         ("studies/digits.py:models", ["--config.seed=1"], "--config.seed is not possible here"),
