@@ -50,10 +50,7 @@ def launch(
     try:
         if processes:
             _define_processes()
-        try:
-            rest = _parse(sys.argv, define, config, arguments)[1:]
-        except SystemExit:  # absl's --help exits with status 1
-            sys.exit(0)
+        rest = _parse(sys.argv, define, config, arguments)[1:]
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C would crash C++ modules during the import
         import jax  # noqa: F401
 
@@ -119,7 +116,7 @@ def _run_with_others(main: Callable[[list[str]], int | None], arguments: list[st
 
 
 def _parse(argv: list[str], define: Callable[[], None], config: str | None, arguments: str) -> list[str]:
-    """Defines and reads the flags; returns argv without them. Raises UserError for wrong flags."""
+    """Defines and reads the flags; returns argv without them. Raises UserError for wrong flags; --help exits."""
     try:
         if config is not None:
             argv = _define_config(argv, config)
@@ -129,6 +126,8 @@ def _parse(argv: list[str], define: Callable[[], None], config: str | None, argu
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         raise UserError(_explain(error, config)) from error
+    except SystemExit:  # after --help, with absl's status 1
+        sys.exit(0)
     if len(rest) - 1 != len(arguments.split()) and not arguments.endswith("..."):
         expected = arguments or "only flags, such as --config.epochs=10"
         raise UserError(f"expected {expected}, got {' '.join(rest[1:]) or 'nothing'}: see --help.")

@@ -40,6 +40,7 @@ def out_of_memory(error: Exception) -> str | None:
 def missing_platform(error: Exception) -> str | None:
     """Returns the message for a JAX_PLATFORMS that cannot be used here, or None if `error` is something else."""
     platforms = os.environ.get("JAX_PLATFORMS")
+    # JAX's function; for cuda it fails an assertion that has no message.
     if not platforms or traceback.extract_tb(error.__traceback__)[-1].name != "backends":
         return None
     return f'JAX cannot use JAX_PLATFORMS={platforms}: unset it, or install JAX for it, as pip install "jax[cuda12]".'

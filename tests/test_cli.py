@@ -94,7 +94,7 @@ def test_platform_that_jax_does_not_have(monkeypatch):
     )
 
 
-def test_closed_error_stream(tmp_path):
+def test_closed_error_stream():
     code = "import sys; sys.stderr = None; from convit_jax.cli import launch; launch('fake', lambda _: 3)"
     assert run_python("-c", code).returncode == 3
 

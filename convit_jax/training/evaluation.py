@@ -129,21 +129,13 @@ def evaluate_weights(
     results = evaluate({"": params}, relabelled(), keep_rows, mesh)
     progress.close()
     assert results is not None  # nothing stops it
-    # The last batch is padded.
-    columns = [np.concatenate(column)[:count] for column in zip(*jax.device_get(kept), strict=True)]
-    return results[""], _rows_of_images(source, indices, labels, *columns) if predictions else {}
+    return results[""], _rows_of_images(source, indices, labels, jax.device_get(kept)) if predictions else {}
 
 
-def _rows_of_images(
-    source: Source,
-    indices: np.ndarray,
-    labels: np.ndarray,
-    valid: np.ndarray,
-    predicted: np.ndarray,
-    probability: np.ndarray,
-) -> Rows:
-    """The columns of evaluate_weights, without unreadable images."""
-    indices = indices[valid]
+def _rows_of_images(source: Source, indices: np.ndarray, labels: np.ndarray, batches: list[list[np.ndarray]]) -> Rows:
+    """The rows of all batches (ROWS) as evaluate_weights returns them; it leaves out unreadable images and padding."""
+    valid, predicted, probability = map(np.concatenate, zip(*batches, strict=True))
+    indices = indices[valid[: len(indices)]]
     names = np.array([source.name(index) for index in indices])
     label = labels[source.labels[indices]]
     return {"image": names, "label": label, "predicted": predicted[valid], "probability": probability[valid]}
