@@ -83,6 +83,9 @@ class Training:
         # ---- The images and the teacher ----------------------------------------------------
         phase("reading the lists of images")
         self.plan = distributed.first_then_others(lambda: make_plan(config, devices=self.mesh.size))
+        for example in (self.plan.train, self.plan.test):
+            if example.source.note:
+                say(example.source.note)
         if config.distill.teacher:
             phase("reading the teacher")
         with together():
