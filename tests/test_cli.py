@@ -29,7 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
         (f"evaluate {DIGITS} --batch_size=8", "there is no flag --batch_size, did you mean --config.batch_size?"),
         (f"evaluate {DIGITS} --config.epoch=8", "the config has no field 'epoch', did you mean 'epochs'"),
         (f"evaluate {WEIGHTS} photo.jpg", "expected only flags, such as --config.epochs=10, got photo.jpg"),
-        (f"evaluate {WEIGHTS} --image_size=3x4x5", "--image_size is '3x4x5': give 384"),
+        (f"evaluate {WEIGHTS} --image_size=3x4x5", "image_size is '3x4x5': give a side"),
         (f"predict {WEIGHTS}", "give at least one IMAGE"),
         (f"predict {WEIGHTS} --checkpiont=x", "Unknown command line flag 'checkpiont'. Did you mean: checkpoint"),
         (f"export {WEIGHTS} --platforms=cpu,gpu x", "there is no platform 'gpu': choose from cpu"),
@@ -105,6 +105,7 @@ def test_device_out_of_memory():
         from convit_jax.cli import launch
 
         def main(arguments):
+            print("cat-\\udce9.jpg")  # a name in Latin-1, as os.fsdecode gives it
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 GiB.\\nA long list")
 
         launch("fake", main)
