@@ -42,7 +42,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     summary = done.stdout[done.stdout.index("Done: ") :]
     last = lines[-1]
     assert summary.startswith(f"Done: top-1 {last['val_top1']:.2f}  top-5 {last['val_top5']:.2f}")
-    for name in ("checkpoints", "curves", "TensorBoard", "next"):
+    for name in ("checkpoints", "curves", "TensorBoard", "evaluate", "predict", "visualize", "convert"):
         assert f"  {name} " in summary
 
 
