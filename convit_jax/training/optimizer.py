@@ -92,6 +92,13 @@ def layer_scales(params: Any, layer_decay: float, freeze: str | int) -> Any:
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
+def detach_backbone(params: Any, freeze: str | int) -> Any:
+    """Returns parameters of which a frozen backbone gets no gradient, so that a linear probe costs a forward pass."""
+    if freeze != "backbone":
+        return params
+    return {name: part if name in HEADS else jax.lax.stop_gradient(part) for name, part in params.items()}
+
+
 def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.GradientTransformation:
     """Returns the optimizer of a run, for parameters of this structure.
 
