@@ -146,7 +146,10 @@ FIELDS = {
     "mesh.data": Field(-1, "devices that share a batch; -1: all", "[-1, inf)", may_change=True),
     "mesh.fsdp": Field(1, "devices that also share parameters and optimizer state", "[1, inf)", may_change=True),
     "eval_batch_size": Field(
-        1024, "images per evaluation step, over all devices; does not affect results", "[1, inf)", may_change=True
+        1024,
+        "images per evaluation step, at most; over all devices; does not affect results",
+        "[1, inf)",
+        may_change=True,
     ),
     "eval_every": Field(
         1.0,

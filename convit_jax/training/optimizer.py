@@ -74,18 +74,20 @@ def layer_scales(params: Any, layer_decay: float, freeze: str | int) -> Any:
     Layers as in BEiT: the embeddings, each block, then the last norm and the head as one. A stack of L blocks has a
     factor for each block, float32 [L, 1, ...].
     """
-    counts = {
-        name: jax.tree.leaves(params[name])[0].shape[0] for name in ("gpsa_blocks", "sa_blocks") if name in params
-    }
-    first = {"gpsa_blocks": 1, "sa_blocks": 1 + counts.get("gpsa_blocks", 0)}
-    depth = sum(counts.values())
+    blocks, depth = {}, 0  # the layers in each stack; the number of blocks so far
+    for name in ("gpsa_blocks", "sa_blocks"):
+        if name in params:
+            count = jax.tree.leaves(params[name])[0].shape[0]
+            blocks[name] = depth + 1 + np.arange(count)
+            depth += count
     last_frozen = {"none": -1, "backbone": depth + 1}[freeze] if isinstance(freeze, str) else freeze
 
     def scale(path: Any, leaf: Any) -> np.ndarray:
         name = path[0].key
-        layer = np.array(0 if name in EMBEDDINGS else depth + 1)
-        if name in counts:
-            layer = (first[name] + np.arange(counts[name])).reshape(-1, *[1] * (len(leaf.shape) - 1))
+        if name in blocks:
+            layer = blocks[name].reshape(-1, *[1] * (len(leaf.shape) - 1))
+        else:
+            layer = np.array(0 if name in EMBEDDINGS else depth + 1)
         is_frozen = (layer <= last_frozen) & (name not in HEADS)
         return np.where(is_frozen, 0.0, layer_decay ** (depth + 1 - layer)).astype(np.float32)
 
