@@ -28,7 +28,7 @@ class Plan:
     eval_at: frozenset[int]  # the steps after which to evaluate
     batch_size: int  # global
     eval_batch_size: int  # global
-    warmup_epochs: float  # as epochs
+    warmup_epochs: float  # as `epochs`
 
     @functools.cached_property
     def image_lists(self) -> list[str]:
