@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from convit_jax.figures.style import COLORS, save_figure, tidy_axes
+from convit_jax.figures.style import COLORS, add_title, save_figure, tidy_axes
 from convit_jax.study.plan import METRICS, Study, is_number
 from convit_jax.study.runner import Outcome
-from convit_jax.study.table import Cells, Estimate, collect_cells, gap_to_baseline, mean_over_seeds
+from convit_jax.study.table import Cells, Estimate, collect_cells, describe_seeds, gap_to_baseline, mean_over_seeds
 
 
 def draw_study(study: Study, outcomes: Mapping[str, Outcome], output: Path) -> None:
@@ -26,7 +26,8 @@ def draw_study(study: Study, outcomes: Mapping[str, Outcome], output: Path) -> N
         columns = study.column_names()
         plot = _plot_lines if len(columns) > 1 and all(map(is_number, columns)) else _plot_dots
         figure = plot(study, ours, paper)
-        figure.suptitle(study.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+        figure.axes[0].set_title(describe_seeds(ours), loc="left", fontsize=8.5)
+        add_title(figure, study.title)
         save_figure(figure, output, "figure")
 
 
@@ -76,11 +77,10 @@ def _plot_dots(study: Study, ours: Cells, paper: Cells) -> Figure:
 
 def _plot_estimates(axes: Axes, points: Mapping[Any, Estimate | None], style: Any, *, across: bool = False) -> None:
     """Values with error bars, along x instead of y if `across`; places without a value are left out."""
-    known = [(place, *found) for place, found in points.items() if found]
+    known = [(place, found.value, found.error) for place, found in points.items() if found]
     if known:
         places, values, errors = zip(*known, strict=True)
-        bars = None if None in errors else errors
         if across:
-            axes.errorbar(values, places, xerr=bars, capsize=3, **style)
+            axes.errorbar(values, places, xerr=errors, capsize=3, **style)
         else:
-            axes.errorbar(places, values, yerr=bars, capsize=3, **style)
+            axes.errorbar(places, values, yerr=errors, capsize=3, **style)

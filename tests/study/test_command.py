@@ -36,8 +36,10 @@ def study(plan, tmp_path, monkeypatch):
     """Runs the command in this process; returns its exit status."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
 
-    def run(*changes, listed=False):
-        flags = SimpleNamespace(FLAGS=SimpleNamespace(output=f"{tmp_path}/out", list=listed))
+    def run(*changes, listed=False, rows=None):
+        flags = SimpleNamespace(
+            FLAGS=SimpleNamespace(output=f"{tmp_path}/out", list=listed, rows=rows, columns=None, seeds=None)
+        )
         monkeypatch.setattr(command, "flags", flags)
         return command.main([plan], list(changes))
 
@@ -76,11 +78,12 @@ def test_a_study_survives_a_failure_and_a_signal_and_skips_what_is_done(plan, st
     assert f"3 runs in {output}: 1 done, 2 to do" in printed
     assert "[2/3] broken-seed0: failed: cannot read " in printed
     assert "[3/3] last-seed0: stopped; the same command continues it" in printed
-    again = f"python -m convit_jax.study {plan} --output={output}"
-    assert f"2 of 3 runs, 1 failed; the same command continues:\n          {again}\n" in printed
+    assert "2 of 3 runs, 1 failed; the same command continues\n" in printed
     assert "Failed:\n\n- broken-seed0: cannot read " in printed
     assert states(output) == {"first": "done", "broken": "failed", "last": "begun"}
 
+    assert study(rows=["first"]) == 0
+    assert f"1 runs in {output}: 1 done" in capsys.readouterr().out
     pretend_done(output / "runs/broken-seed0")
     monkeypatch.setenv("XLA_FLAGS", QUICK)
     monkeypatch.chdir(ROOT)
