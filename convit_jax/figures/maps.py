@@ -81,7 +81,7 @@ def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query)
     _draw_photo(photo, image, grid, query)
     cells = {(n, head): (maps[head], texts[head]) for n, (_, maps, texts) in enumerate(rows) for head in range(heads)}
     _draw_maps(axes, cells, _common_norm(grid), query, image)
-    axes.set_xticks([n * across + grid[1] / 2 for n in range(heads)], [f"head {n + 1}" for n in range(heads)])
+    axes.set_xticks([n * across + grid[1] / 2 for n in range(heads)], ["head 1", *range(2, heads + 1)])
     axes.set_yticks([n * down + grid[0] / 2 for n in range(len(rows))], [name for name, _, _ in rows])
     axes.tick_params(length=0, labelsize=7.5, labeltop=True, labelbottom=False)
     label = f"attention; the faded image: uniform (1/{math.prod(grid)}) or less"
@@ -141,7 +141,7 @@ def _draw_maps(axes: Axes, cells: Cells, norm: Normalize, query: Query, image: n
         canvas[top : top + height, left : left + width] = values
         axes.add_patch(Rectangle((left, top), width, height, fill=False, ec="0.6", lw=0.4))
         axes.text(
-            left + width / 2, top - 0.3, caption, fontsize=min(6.2, 72 / len(caption)), ha="center", in_layout=False
+            left + width / 2, top - 0.3, caption, fontsize=72 / max(12, len(caption)), ha="center", in_layout=False
         )
         _frame(axes, left, top, query)
     extent = (0, columns * across, rows * down, 0)

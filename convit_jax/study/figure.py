@@ -5,6 +5,7 @@ lines or diamonds.
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def _plot_estimates(axes: Axes, points: Mapping[Any, Estimate | None], style: An
     known = [(place, found.value, found.error) for place, found in points.items() if found]
     if known:
         places, values, errors = zip(*known, strict=True)
+        bars = None if all(map(math.isnan, errors)) else errors  # the legend shows bars, too
         if across:
-            axes.errorbar(values, places, xerr=errors, capsize=3, **style)
+            axes.errorbar(values, places, xerr=bars, capsize=3, **style)
         else:
-            axes.errorbar(places, values, yerr=errors, capsize=3, **style)
+            axes.errorbar(places, values, yerr=bars, capsize=3, **style)

@@ -4,10 +4,11 @@ A cell is mean ± sample standard deviation over seeds, their number if some are
 """
 
 import csv
+import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,8 +92,8 @@ def format_markdown(study: Study, outcomes: Mapping[str, Outcome]) -> str:
     """Returns the text of table.md: a table per metric, failures, what is left, the command."""
     parts = [f"# {study.title}", study.question]
     for metric in study.metrics:
-        caption, [head], lines, gaps = make_table(study, outcomes, metric)
-        lines = [head, ["---"] * len(head), *lines, *gaps]
+        caption, [[head], *blocks] = make_table(study, outcomes, metric)
+        lines = [head, ["---"] * len(head), *itertools.chain(*blocks)]
         parts += [caption, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     failed = [f"- {name}: {found.failure}" for name, found in outcomes.items() if found.state == "failed"]
     if failed:
@@ -108,8 +109,8 @@ def format_latex(study: Study, outcomes: Mapping[str, Outcome]) -> str:
     r"""Returns the text of table.tex, a float per metric; the document needs \usepackage{booktabs}."""
     floats = []
     for metric in study.metrics:
-        caption, *blocks = make_table(study, outcomes, metric)
-        texts = ["".join(f"{' & '.join(map(_escape, line))} \\\\\n" for line in block) for block in blocks if block]
+        caption, blocks = make_table(study, outcomes, metric)
+        texts = ["".join(f"{' & '.join(map(_escape, line))} \\\\\n" for line in block) for block in blocks]
         lines = "\\midrule\n".join(texts)
         floats.append(rf"""\begin{{table}}
 \centering
@@ -128,33 +129,32 @@ def _escape(text: str) -> str:
     return re.sub(r"(^|\()-(?=\d|$)", r"\1$-$", text.translate(LATEX))
 
 
-def make_table(study: Study, outcomes: Mapping[str, Outcome], metric: str) -> tuple[str, Lines, Lines, Lines]:
-    """Returns the caption of a table and its lines: the head, one per row, one per gap to the baseline."""
+def make_table(study: Study, outcomes: Mapping[str, Outcome], metric: str) -> tuple[str, list[Lines]]:
+    """Returns the caption of a table and its blocks of lines: head, rows, and gaps to the baseline if there is one."""
     ours, paper = collect_cells(study, outcomes, metric)
-    columns, rows, planned = study.column_names(), study.row_names(), len({run.seed for run in study.runs})
-
-    def make_line(
-        row: Name, label: str, estimate: Callable[..., Estimate | None], numbers: tuple[str, str]
-    ) -> list[str]:
-        """A cell per column; `numbers` are the formats of our value and the paper's."""
-        pairs = [(estimate(study, ours, row, column), estimate(study, paper, row, column)) for column in columns]
-        return [label, *(_format_cell(*pair, planned, *numbers) for pair in pairs)]
-
-    corner = f"{study.rows} \\ {study.columns}" if study.columns else study.rows
-    head = [corner, *(study.column_label(column) if study.columns else METRICS[metric] for column in columns)]
-    lines = [make_line(row, study.row_label(row), mean_over_seeds, ("{:.2f}", "{}")) for row in rows]
+    columns, planned = study.column_names(), len({run.seed for run in study.runs})
     caption = f"{METRICS[metric]} on the test images at the end of training, {describe_seeds(ours)}"
     caption += "; in brackets the paper's" if any(paper.values()) else ""
-    if study.baseline is None:
-        return f"{caption}.", [head], lines, []
-    over = f" over {study.row_label(study.baseline)}"
-    gaps = [
-        make_line(row, study.row_label(row) + over, gap_to_baseline, ("{:+.1f}%", "{:+.1f}%"))
-        for row in rows
-        if row != study.baseline
-    ]
-    caption += "; relative gap of the means" + (" ± its standard error" if "±" in caption else "")
-    return f"{caption}.", [head], lines, gaps
+    corner = f"{study.rows} \\ {study.columns}" if study.columns else study.rows
+    head = [corner, *(study.column_label(column) if study.columns else METRICS[metric] for column in columns)]
+
+    def make_lines(
+        estimate: Callable[..., Estimate | None], numbers: tuple[str, str], rows: Iterable[Name], over: str = ""
+    ) -> Lines:
+        """A line per row; `numbers` are the formats of our value and the paper's."""
+        lines = []
+        for row in rows:
+            pairs = [(estimate(study, ours, row, column), estimate(study, paper, row, column)) for column in columns]
+            lines.append([study.row_label(row) + over, *(_format_cell(*pair, planned, *numbers) for pair in pairs)])
+        return lines
+
+    blocks = [[head], make_lines(mean_over_seeds, ("{:.2f}", "{}"), study.row_names())]
+    if study.baseline is not None:
+        caption += "; relative gap of the means" + (" ± its standard error" if "±" in caption else "")
+        others = [row for row in study.row_names() if row != study.baseline]
+        over = f" over {study.row_label(study.baseline)}"
+        blocks.append(make_lines(gap_to_baseline, ("{:+.1f}%", "{:+.1f}%"), others, over))
+    return f"{caption}.", blocks
 
 
 def _format_cell(ours: Estimate | None, paper: Estimate | None, planned: int, number: str, of_paper: str) -> str:
