@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ from convit_jax.rundir import atomic_write
 from convit_jax.study.plan import METRICS, Name, Study
 from convit_jax.study.runner import Outcome
 
-Cells = Mapping[tuple[Name, Name], list[float]]  # the numbers of each row and column that has runs
 Lines = list[list[str]]
 LATEX = str.maketrans({"\\": r"\textbackslash{}", "±": r"$\pm$"} | {each: f"\\{each}" for each in "%&_#${}"})
 
@@ -29,48 +28,50 @@ class Estimate(NamedTuple):
     seeds: int
 
 
-def collect_cells(study: Study, outcomes: Mapping[str, Outcome], metric: str) -> tuple[Cells, Cells]:
-    """Returns a metric of each seed that is done, and the paper's: one number or none."""
-    ours: Cells = {(run.row, run.column): [] for run in study.runs}
-    paper = {(run.row, run.column): [run.paper[metric]] if metric in run.paper else [] for run in study.runs}
+Cells = Mapping[tuple[Name, Name], Estimate]  # by row and column
+
+
+def mean_over_seeds(study: Study, outcomes: Mapping[str, Outcome], metric: str) -> tuple[Cells, Cells]:
+    """Returns mean and sample standard deviation of the seeds that are done, and the paper's numbers."""
+    numbers: dict[tuple[Name, Name], list[float]] = {}
     for run in study.runs:
         if last := outcomes[run.name].last:
-            ours[run.row, run.column].append(last[metric])
+            numbers.setdefault((run.row, run.column), []).append(last[metric])
+    ours = {cell: estimate_mean(each) for cell, each in numbers.items()}
+    paper = {(run.row, run.column): estimate_mean([run.paper[metric]]) for run in study.runs if metric in run.paper}
     return ours, paper
+
+
+def estimate_mean(numbers: list[float]) -> Estimate:
+    """Returns mean and sample standard deviation of a number per seed."""
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+    return Estimate(statistics.fmean(numbers), spread, len(numbers))
+
+
+def gap_to_baseline(study: Study, means: Cells) -> Cells:
+    """Compares each mean m with the baseline's m0 in the same column, as the paper's Table 2 does.
+
+    Returns:
+      (m - m0) / m0 and its standard error, both in per cent. With the standard errors s and s0 of the means
+      the latter is sqrt(s^2 + (m / m0)^2 s0^2) / m0. No cell without both means, and none for the baseline itself.
+    """
+    gaps = {}
+    for (row, column), mean in means.items():
+        base = means.get((study.baseline, column))
+        if row != study.baseline and base and base.value:
+            of_mean, of_base = (each.error / math.sqrt(each.seeds) for each in (mean, base))
+            error = 100 * math.hypot(of_mean, mean.value / base.value * of_base) / base.value
+            gap = 100 * (mean.value - base.value) / base.value
+            gaps[row, column] = Estimate(gap, error, min(mean.seeds, base.seeds))
+    return gaps
 
 
 def describe_seeds(cells: Cells) -> str:
     """Returns over how many seeds the means are: "one seed", or "mean ± standard deviation over 2 to 5 seeds"."""
-    counts = sorted({len(numbers) for numbers in cells.values() if numbers}) or [0]
-    if counts[-1] < 2:
-        return "one seed" if counts[-1] else "no run is done"
-    return f"mean ± standard deviation over {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
-
-
-def mean_over_seeds(study: Study, cells: Cells, row: Name, column: Name) -> Estimate | None:
-    """Returns the mean and the sample standard deviation of a cell; None without numbers."""
-    numbers = cells.get((row, column))
-    if not numbers:
-        return None
-    return Estimate(
-        statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else math.nan, len(numbers)
-    )
-
-
-def gap_to_baseline(study: Study, cells: Cells, row: Name, column: Name) -> Estimate | None:
-    """Compares the mean m of a cell with the baseline's m0 in the same column, as the paper's Table 2 does.
-
-    Returns:
-      (m - m0) / m0 and its standard error, both in per cent. With the standard errors s and s0 of the means
-      the latter is sqrt(s^2 + (m / m0)^2 s0^2) / m0. None without numbers, and for the baseline itself.
-    """
-    ours, baseline = (mean_over_seeds(study, cells, each, column) for each in (row, study.baseline))
-    if row == study.baseline or not ours or not baseline or not baseline.value:
-        return None
-    gap = 100 * (ours.value - baseline.value) / baseline.value
-    of_mean, of_mean_0 = (each.error / math.sqrt(each.seeds) for each in (ours, baseline))
-    error = 100 * math.hypot(of_mean, ours.value / baseline.value * of_mean_0) / baseline.value
-    return Estimate(gap, error, min(ours.seeds, baseline.seeds))
+    counts = sorted({each.seeds for each in cells.values()})
+    if not counts or counts[-1] == 1:
+        return "one seed" if counts else "no run is done"
+    return f"mean ± standard deviation over {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} seeds"
 
 
 def write_tables(study: Study, outcomes: Mapping[str, Outcome], output: Path) -> None:
@@ -131,29 +132,25 @@ def _escape(text: str) -> str:
 
 def make_table(study: Study, outcomes: Mapping[str, Outcome], metric: str) -> tuple[str, list[Lines]]:
     """Returns the caption of a table and its blocks of lines: head, rows, and gaps to the baseline if there is one."""
-    ours, paper = collect_cells(study, outcomes, metric)
-    columns, planned = study.column_names(), len({run.seed for run in study.runs})
+    ours, paper = mean_over_seeds(study, outcomes, metric)
+    rows, columns, planned = study.row_names(), study.column_names(), len({run.seed for run in study.runs})
     caption = f"{METRICS[metric]} on the test images at the end of training, {describe_seeds(ours)}"
-    caption += "; in brackets the paper's" if any(paper.values()) else ""
+    caption += "; in brackets the paper's" if paper else ""
     corner = f"{study.rows} \\ {study.columns}" if study.columns else study.rows
     head = [corner, *(study.column_label(column) if study.columns else METRICS[metric] for column in columns)]
 
-    def make_lines(
-        estimate: Callable[..., Estimate | None], numbers: tuple[str, str], rows: Iterable[Name], over: str = ""
-    ) -> Lines:
-        """A line per row; `numbers` are the formats of our value and the paper's."""
-        lines = []
-        for row in rows:
-            pairs = [(estimate(study, ours, row, column), estimate(study, paper, row, column)) for column in columns]
-            lines.append([study.row_label(row) + over, *(_format_cell(*pair, planned, *numbers) for pair in pairs)])
-        return lines
+    def make_line(label: str, row: Name, ours: Cells, paper: Cells, numbers: tuple[str, str]) -> list[str]:
+        """A cell per column; `numbers` are the formats of our value and the paper's."""
+        pairs = [(ours.get((row, column)), paper.get((row, column))) for column in columns]
+        return [label, *(_format_cell(*pair, planned, *numbers) for pair in pairs)]
 
-    blocks = [[head], make_lines(mean_over_seeds, ("{:.2f}", "{}"), study.row_names())]
+    blocks = [[head], [make_line(study.row_label(row), row, ours, paper, ("{:.2f}", "{}")) for row in rows]]
     if study.baseline is not None:
         caption += "; relative gap of the means" + (" ± its standard error" if "±" in caption else "")
-        others = [row for row in study.row_names() if row != study.baseline]
+        gaps = gap_to_baseline(study, ours), gap_to_baseline(study, paper), ("{:+.1f}%", "{:+.1f}%")
         over = f" over {study.row_label(study.baseline)}"
-        blocks.append(make_lines(gap_to_baseline, ("{:+.1f}%", "{:+.1f}%"), others, over))
+        others = [row for row in rows if row != study.baseline]
+        blocks.append([make_line(study.row_label(row) + over, row, *gaps) for row in others])
     return f"{caption}.", blocks
 
 
