@@ -70,7 +70,7 @@ def run_study(study: Study, runs: Sequence[StudyRun], output: Path, signals: lis
     at_start = outcomes = write_results(study, output)
     counts, total = count_states(runs, at_start), len(runs)
     words = ", ".join(f"{counts[state]} {state}" for state in ("done", "begun", "failed", "to do") if counts[state])
-    print(f"{study.title}\n{study.question}\n{total} runs in {output}: {words}", flush=True)
+    print(f"{study.title}\n{study.question}\nruns in {output}: {words}", flush=True)
     progress = Progress("runs", total, every=2)  # no lines in a file but those of `say`
     progress.start(counts["done"])
     tried: set[str] = set()
