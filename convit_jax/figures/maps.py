@@ -71,6 +71,7 @@ def _shares(attention: np.ndarray) -> list[str]:
 def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query) -> Figure:
     """The image, and below it the maps."""
     heads, *grid = rows[0][1].shape
+    norm = LogNorm(1 / math.prod(grid), 1)
     down, across = _steps(grid)
     inch = min(1.3 / max(grid), (PAGE[0] - 0.7) / (heads * across), (PAGE[1] - 2.7) / (len(rows) * down))  # a patch
     height = 0.3 + len(rows) * down * inch
@@ -80,12 +81,12 @@ def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query)
     photo.set_anchor("W")
     _draw_photo(photo, image, grid, query)
     cells = {(n, head): (maps[head], texts[head]) for n, (_, maps, texts) in enumerate(rows) for head in range(heads)}
-    _draw_maps(axes, cells, _common_norm(grid), query, image)
+    _draw_maps(axes, cells, norm, query, image)
     axes.set_xticks([n * across + grid[1] / 2 for n in range(heads)], ["head 1", *range(2, heads + 1)])
     axes.set_yticks([n * down + grid[0] / 2 for n in range(len(rows))], [name for name, _, _ in rows])
     axes.tick_params(length=0, labelsize=7.5, labeltop=True, labelbottom=False)
     label = f"attention; the faded image: uniform (1/{math.prod(grid)}) or less"
-    _add_colorbar(figure, [axes], _common_norm(grid), label)
+    _add_colorbar(figure, [axes], norm, label)
     return figure
 
 
@@ -98,6 +99,7 @@ def draw_init_maps(
 ) -> list[Path]:
     """Draws what `init_maps` returns (Fig. 3), for a uint8 image [H, W, 3] or None; returns the paths."""
     heads, *grid = next(iter(positions.values())).shape
+    norm = LogNorm(1 / math.prod(grid), 1)
     panels = (image is not None) + (content is not None) + len(positions)
     figure = Figure(figsize=(max(2.8 * panels, 3.4), 0.9 + 2.9 * grid[0] / grid[1]), layout="constrained")
     add_title(figure, f"{heads} heads of a GPSA layer before training")
@@ -105,15 +107,15 @@ def draw_init_maps(
     if image is not None:
         _draw_photo(axes.pop(0), image, grid, query)
     if content is not None:
-        norm = Normalize(content.min(), content.max())
+        linear = Normalize(content.min(), content.max())
         axes[0].set_title("content, untrained", fontsize=8.5)
-        _draw_maps(axes[0], _as_filter(content), norm, query)
-        _add_colorbar(figure, [axes.pop(0)], norm, "attention")
+        _draw_maps(axes[0], _as_filter(content), linear, query)
+        _add_colorbar(figure, [axes.pop(0)], linear, "attention")
     for each, (strength, maps) in zip(axes, positions.items(), strict=True):
         init = "ordinary init" if strength is None else rf"$\alpha$ = {strength:g}"
         each.set_title(f"position, {init}", fontsize=8.5)
-        _draw_maps(each, _as_filter(maps), _common_norm(grid), query)
-    _add_colorbar(figure, axes, _common_norm(grid), f"attention; white: uniform (1/{math.prod(grid)}) or less")
+        _draw_maps(each, _as_filter(maps), norm, query)
+    _add_colorbar(figure, axes, norm, f"attention; white: uniform (1/{math.prod(grid)}) or less")
     return save_figure(figure, directory, "init")
 
 
@@ -174,11 +176,6 @@ def _steps(grid: Sequence[int]) -> tuple[int, int]:
     """Patches (down, across) from one map to the next."""
     gap, caption = (max(1, round(share * max(grid))) for share in (GAP, CAPTION))
     return grid[0] + caption + gap, grid[1] + gap
-
-
-def _common_norm(grid: Sequence[int]) -> Normalize:
-    """The logarithmic scale from 1/N to 1."""
-    return LogNorm(1 / math.prod(grid), 1)
 
 
 def _add_colorbar(figure: Figure, axes: Sequence[Axes], norm: Normalize, label: str) -> None:
