@@ -71,7 +71,8 @@ def describe_seeds(cells: Cells) -> str:
     counts = sorted({each.seeds for each in cells.values()})
     if not counts or counts[-1] == 1:
         return "one seed" if counts else "no run is done"
-    return f"mean ± standard deviation over {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} seeds"
+    numbers = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+    return f"mean ± standard deviation over {numbers} seeds"
 
 
 def write_tables(study: Study, outcomes: Mapping[str, Outcome], output: Path) -> None:
