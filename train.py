@@ -8,6 +8,7 @@ from absl import flags
 
 from convit_jax.cli import launch, source_name
 from convit_jax.config import take_option
+from convit_jax.progress import outlive_readers
 
 DEFAULT = "configs/digits.py"
 SUMMARY = """\
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> None:
     from convit_jax.training.distributed import is_first
     from convit_jax.training.loop import train
 
+    outlive_readers()
     given, _ = take_option(sys.argv, "config")
     workdir = Path(flags.FLAGS.workdir or f"runs/{source_name(given or DEFAULT)}").expanduser()
     last = train(flags.FLAGS.config, workdir)

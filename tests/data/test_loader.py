@@ -65,9 +65,7 @@ def test_shared_memory_that_is_too_small_is_named_before_and_after(monkeypatch, 
     monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
     loader.check_shared_memory(16 << 20, workers=1)
     loader.check_shared_memory(1 << 40, workers=0)
-    with pytest.raises(
-        UserError, match=r"2 workers need 112 MiB .* has 64 MiB free: .*--shm-size"
-    ):
+    with pytest.raises(UserError, match=r"2 workers need 112 MiB .* has 64 MiB free: .*--shm-size"):
         loader.check_shared_memory(16 << 20, workers=2)
     with pytest.raises(UserError, match="killed by SIGBUS, probably because memory or /dev/shm was full"):
         collect(killed, batch_size=1, start=0, stop=4, workers=1)
