@@ -16,9 +16,10 @@ Done: top-1 {val_top1:.2f}  top-5 {val_top5:.2f}  loss {val_loss:.4f}
   checkpoints  {workdir}/checkpoints (latest and best)
   curves       {curves}
   TensorBoard  tensorboard --logdir={workdir}/tensorboard (after pip install tensorboard)
-  next         your own images: {python} train.py --config=configs/convit_ti.py \
---config.init_from=convit_tiny --config.data.name=folder --config.data.dir=FOLDER with \
-FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"""
+  evaluate     {python} -m convit_jax.evaluate --checkpoint={workdir}
+  predict      {python} -m convit_jax.predict --checkpoint={workdir} PHOTO.jpg
+  visualize    {python} -m convit_jax.visualize --checkpoint={workdir} --image=0 --output={workdir}/maps
+  convert      {python} -m convit_jax.convert {workdir} {workdir}/weights.safetensors (for PyTorch and timm)"""
 
 
 def _define_flags() -> None:

@@ -8,9 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, run_python, says
 
-import train
 from convit_jax import cli, config
-from convit_jax.config import load_config
 from convit_jax.errors import UserError, out_of_memory
 
 WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
@@ -27,7 +25,7 @@ DIGITS = "--config=configs/digits.py"
         (f"evaluate {DIGITS} --batch_size=8", "there is no flag --batch_size, did you mean --config.batch_size?"),
         (f"evaluate {DIGITS} --config.epoch=8", "the config has no field 'epoch', did you mean 'epochs'"),
         (f"evaluate {WEIGHTS} photo.jpg", "expected only flags, such as --config.epochs=10, got photo.jpg"),
-        (f"evaluate {WEIGHTS} --image_size=3x4x5", "--image_size is '3x4x5': give 384"),
+        (f"evaluate {WEIGHTS} --image_size=3x4x5", "image_size is '3x4x5': give a side"),
         (f"predict {WEIGHTS}", "give at least one IMAGE"),
         (f"predict {WEIGHTS} --checkpiont=x", "Unknown command line flag 'checkpiont'. Did you mean: checkpoint"),
         (f"export {WEIGHTS} --platforms=cpu,gpu x", "there is no platform 'gpu': choose from cpu"),
@@ -125,9 +123,3 @@ def test_ctrl_c_while_jax_compiles_ends_without_a_crash():
     """
     done = run_python("-c", code, timeout=100)
     assert (done.returncode, done.stderr) == (130, "sines: interrupted.\n")
-
-
-def test_the_command_for_your_own_images_starts_from_weights_of_its_own_model():
-    fields = load_config(re.search(r"train\.py (.*) with FOLDER/train", train.SUMMARY)[1].split())
-    assert fields.init_from == fields.model.name
-    assert (fields.data.name, fields.data.dir, fields.model.image_size) == ("folder", "FOLDER", 224)
