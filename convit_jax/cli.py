@@ -11,7 +11,7 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -52,9 +52,7 @@ def launch(
     app.define_help_flags()
     message = None
     try:
-        if processes:
-            _define_processes()
-        rest = _parse(sys.argv, define, config, arguments)[1:]
+        rest = _parse(sys.argv, [_define_processes, define] if processes else [define], config, arguments)[1:]
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C would crash C++ modules during the import
         import jax  # noqa: F401
 
@@ -119,12 +117,19 @@ def _run_with_others(main: Callable[[list[str]], int | None], arguments: list[st
 # ---- Configs ---------------------------------------------------------------------------------
 
 
-def _parse(argv: list[str], define: Callable[[], None], config: str | None, arguments: str) -> list[str]:
+_defined: set[str] = set()  # the flags of the command that ran last in this process, as in a notebook
+
+
+def _parse(argv: list[str], define: Sequence[Callable[[], None]], config: str | None, arguments: str) -> list[str]:
     """Defines and reads the flags; returns argv without them. Raises UserError for wrong flags; --help exits."""
+    while _defined:
+        delattr(flags.FLAGS, _defined.pop())
+    others = {*flags.FLAGS}
     try:
         if config is not None:
             argv = _define_config(argv, config)
-        define()
+        for define_some in define:
+            define_some()
         for flag in flags.FLAGS.get_flags_for_module(__name__):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # shows it in --help
         rest = flags.FLAGS(argv)
@@ -132,6 +137,8 @@ def _parse(argv: list[str], define: Callable[[], None], config: str | None, argu
         raise UserError(_explain(error, config)) from error
     except SystemExit:  # after --help, with absl's status 1
         sys.exit(0)
+    finally:
+        _defined.update({*flags.FLAGS} - others)
     if len(rest) - 1 != len(arguments.split()) and not arguments.endswith("..."):
         expected = arguments or "only flags, such as --config.epochs=10"
         raise UserError(f"expected {expected}, got {' '.join(rest[1:]) or 'nothing'}: see --help.")

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -103,6 +104,8 @@ def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout as error:
             words = "wait until it ends, or use another --workdir."
+            if "__mp_main__" in sys.modules:  # a loader worker imports the script that started it
+                words = 'if it is your own script, put the training under `if __name__ == "__main__":`.'
             raise DirectoryLocked(f"another process is training in {directory}: {words}") from error
         if owner:  # in another file: whoever tries to get the lock empties its file
             with atomic_write(directory / f"{name}.owner") as file:

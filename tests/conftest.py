@@ -135,27 +135,19 @@ def tfds_data(tmp_path):
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """A function: runs a command such as "predict" in this process; returns a CompletedProcess."""
-    import grain  # noqa: F401, its flags stay
-
     monkeypatch.chdir(ROOT)
-    before, status = set(flags.FLAGS), []
+    status = []
 
     def launch(name, main, *, define=lambda: None, config=None, arguments="", **others):
-        status.append(main(cli._parse(sys.argv, define, config, arguments)[1:]))
-
-    def forget():
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
+        status.append(main(cli._parse(sys.argv, [define], config, arguments)[1:]))
 
     def run(command, *arguments):
-        forget()
         monkeypatch.setattr(cli, "launch", launch)
         monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
         runpy.run_path("train.py" if command == "train" else f"convit_jax/{command}.py", run_name="__main__")
         return subprocess.CompletedProcess(arguments, status[-1], *capsys.readouterr())
 
-    yield run
-    forget()
+    return run
 
 
 def saved(workdir, step=None):

@@ -55,7 +55,8 @@ def run_schedule(config: ConfigDict, plan: Plan) -> Schedule:
 
 def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
     """Returns a tree of bool: which parameters have one of the patterns in their dotted name."""
-    patterns = [pattern for pattern in patterns if pattern]  # --config.optim.frozen= gives an empty one
+    # --config.optim.frozen=head,pos_embed gives one text, and --config.optim.frozen= an empty one.
+    patterns = [part for pattern in patterns for part in pattern.split(",") if part]
     dotted = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
     names = jax.tree_util.tree_map_with_path(lambda path, _: dotted(path), params)
     mask = jax.tree.map(lambda name: any(pattern in name for pattern in patterns), names)
