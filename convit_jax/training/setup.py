@@ -51,7 +51,7 @@ class Steps:
         self._seed = jax.device_put(np.uint32(config.seed), replicated(mesh))
         self._teacher_params = put_same(teacher_params, state_shardings(mesh, teacher_params))
         shardings = state_shardings(mesh, jax.eval_shape(first, abstract_params))
-        self._first = jax.jit(first, out_shardings=shardings)
+        self.first = jax.jit(first, out_shardings=shardings)  # of parameters: the content of a checkpoint of step 0
         self._train = jax.jit(
             make_train_step(self.graphdef, optimizer, schedule, config, plan.model["num_classes"], whole, teacher),
             donate_argnums=0,
@@ -59,12 +59,8 @@ class Steps:
         )
         evaluate = make_eval_step(self.graphdef, config.data.mean, config.data.std, whole)
         self.evaluate = jax.jit(evaluate, out_shardings=replicated(mesh))
-        self.shapes = jax.eval_shape(self._first, abstract_params)  # and shardings of a checkpoint's content
+        self.shapes = jax.eval_shape(self.first, abstract_params)  # and shardings of that content
         self.no_sums: Arrays = jax.jit(no_sums, out_shardings=replicated(mesh))()  # of an empty window
-
-    def first(self, params: Any) -> dict[str, Any]:
-        """Returns the content of a checkpoint of step 0, {"state", "metrics"}; params: numpy or JAX arrays."""
-        return self._first(params)
 
     def train(self, state: State, sums: Arrays, batch: Arrays) -> tuple[State, Arrays]:
         """Returns the next state and sums; donates the state."""
@@ -173,13 +169,6 @@ class Training:
         tree = self.checkpoints.restore(latest, self.steps.shapes)
         say(f"Continuing at step {latest}")
         return tree
-
-
-@contextlib.contextmanager
-def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
-    """Builds the training of a config; UserError if anything that it needs cannot be used."""
-    with contextlib.ExitStack() as stack:
-        yield Training(config, workdir, stack)
 
 
 def use_compilation_cache(folder: str | Path) -> None:

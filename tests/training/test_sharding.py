@@ -15,13 +15,7 @@ from convit_jax.rundir import read_metrics
 from convit_jax.training.loop import train
 from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.plan import make_plan
-from convit_jax.training.sharding import (
-    gather,
-    make_mesh,
-    put_same,
-    replicated,
-    state_shardings,
-)
+from convit_jax.training.sharding import gather, make_mesh, put_same, replicated, state_shardings
 from convit_jax.training.step import make_train_step, new_state, train_metrics
 
 

@@ -11,13 +11,7 @@ from convit_jax.data.augment import normalize
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
-from convit_jax.training.step import (
-    FINE,
-    make_eval_step,
-    make_train_step,
-    new_state,
-    train_metrics,
-)
+from convit_jax.training.step import FINE, make_eval_step, make_train_step, new_state, train_metrics
 
 BUILT = {}  # compiled steps of this module, by micro-batches
 SEED = np.uint32(0)
