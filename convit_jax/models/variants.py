@@ -114,12 +114,11 @@ def model_settings(
     settings["image_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if not isinstance(settings["dtype"], str):
         settings["dtype"] = jnp.dtype(settings["dtype"]).name
-    _check_sizes(settings)
-    _check_arithmetic(settings)
+    _check_settings(settings)
     return settings
 
 
-def _check_sizes(s: Settings) -> None:
+def _check_settings(s: Settings) -> None:
     for name in ("patch_size", "in_chans", "num_classes", "embed_dim", "num_heads", "depth", "scan_unroll"):
         least = 0 if name == "num_classes" else 1
         if s[name] < least:
@@ -134,9 +133,6 @@ def _check_sizes(s: Settings) -> None:
             f"local_up_to_layer is {s['local_up_to_layer']} of {s['depth']} blocks, but the class token "
             f"needs a block: give 0 to {s['depth'] - 1}."
         )
-
-
-def _check_arithmetic(s: Settings) -> None:
     for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
         if not 0.0 <= s[name] < 1.0:
             raise UserError(f"{name} is {s[name]}: give a probability, at least 0 and below 1.")

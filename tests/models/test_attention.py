@@ -9,11 +9,7 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from convit_jax.models.attention import (
-    GatedPositionalSelfAttention,
-    SelfAttention,
-    local_positional_weights,
-)
+from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention, local_positional_weights
 from convit_jax.models.kernels import softmax_attention
 from convit_jax.models.layers import drop_path, dropout
 
@@ -140,10 +136,7 @@ def test_with_large_strength_and_gate_gpsa_is_a_convolution():
 
 def test_attention_dropout_is_unbiased_and_absent_in_evaluation():
     x, settings = jax.random.normal(jax.random.key(1), (2, 6, 16)), dict(attn_drop=0.5, rngs=nnx.Rngs(0))
-    for layer in (
-        SelfAttention(16, 4, **settings),
-        GatedPositionalSelfAttention(16, 4, (2, 3), **settings),
-    ):
+    for layer in (SelfAttention(16, 4, **settings), GatedPositionalSelfAttention(16, 4, (2, 3), **settings)):
         outputs = jax.jit(jax.vmap(lambda key, layer=layer: layer(x, key=key)))(
             jax.random.split(jax.random.key(2), 1000)
         )
