@@ -35,11 +35,6 @@ class Preprocessing:
                 f"set one of {', '.join(INTERPOLATIONS)} in their config.json."
             )
 
-    def words(self) -> str:
-        """Returns a description for people."""
-        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        return f"crop {self.crop_ratio:g}, {self.interpolation}, mean {mean}, std {std}"
-
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:

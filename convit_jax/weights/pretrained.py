@@ -117,9 +117,7 @@ def with_behaviour(loaded: Pretrained, **behaviour: Any) -> Pretrained:
     return loaded.with_settings(**behaviour)
 
 
-def load_into(
-    source: str, settings: Mapping[str, Any], seed: int, which: str | int = "best"
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def load_into(source: str, settings: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Returns (parameters, changes for people) of weights from which a training with these model_settings() starts.
 
     Another number of classes gets a new head, initialised from `seed`, and another image size a resized position
@@ -130,7 +128,6 @@ def load_into(
         num_classes=settings["num_classes"],
         image_size=settings["image_size"],
         num_heads=None if settings["local_up_to_layer"] else settings["num_heads"],
-        which=which,
         seed=seed,
     )
     differing = [name for name in loaded.settings if name not in NO_MATTER and loaded.settings[name] != settings[name]]
