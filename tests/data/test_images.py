@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.stats import ks_2samp, kstest
 from sklearn.datasets import load_sample_image
 
-from convit_jax.data.images import centre_crop, crop_resize, decode, random_resized_crop_box
+from convit_jax.data.images import centre_crop, decode, random_resized_crop_box
 from convit_jax.errors import UserError
 
 
@@ -115,11 +115,3 @@ def test_the_centre_crop_never_leaves_the_image():
     for width, height, size, crop_ratio in itertools.product(range(1, 80, 2), (1, 7, 50), sizes, ratios):
         crop = centre_crop(Image.new("RGB", (width, height), (200,) * 3), size, crop_ratio)
         assert (crop.shape, crop.min()) == ((*size, 3), 200)  # no black from outside
-
-
-def test_pixels_are_cut_and_resized_as_image_files_are():
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    image = decode(pixels, "name")
-    cut = Image.fromarray(pixels).crop((3, 2, 25, 20)).resize((16, 12), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(crop_resize(image, (12, 16), (3, 2, 25, 20)), np.asarray(cut))
-    np.testing.assert_array_equal(centre_crop(image, (24, 32), 1.0), pixels)  # already of that size
