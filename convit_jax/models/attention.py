@@ -30,10 +30,11 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from convit_jax.models.initializers import trunc_normal
-from convit_jax.models.kernels import XlaBackend, choose_backend, gated_sum, scaled_scores
+from convit_jax.models.kernels import XlaBackend, choose_backend, scaled_scores
 from convit_jax.models.layers import Key, Linear, dropout, split_key
 
 
@@ -157,7 +158,8 @@ class GatedPositionalSelfAttention(nnx.Module):
         # s goes into A_y, the small factor, instead of the [B, H, N, d] result.
         gated_position = backend.position(gates * a_y, a_x, v)
         content = backend.content(q, k, v)
-        return backend.join_heads(gated_sum(gates.reshape(backend.per_head), content, gated_position))
+        mixed = (1.0 - gates.reshape(backend.per_head)) * content.astype(jnp.float32) + gated_position
+        return backend.join_heads(checkpoint_name(mixed.astype(content.dtype), "mixed"))
 
     def _explicit(self, x: jax.Array, key: jax.Array) -> jax.Array:
         """dropout(A) v, for which A must exist."""

@@ -196,12 +196,6 @@ def _shared_maps_backward(kept: Any, d_out: jax.Array) -> tuple[jax.Array, jax.A
 _shared_maps_times_values.defvjp(lambda maps, v: (_shared_maps_times_values(maps, v), (maps, v)), _shared_maps_backward)
 
 
-def gated_sum(gates: jax.Array, content: jax.Array, gated_position: jax.Array) -> jax.Array:
-    """Returns (1 - gates) content + gated_position, summed in float32, in the dtype of `content`; shapes broadcast."""
-    mixed = (1.0 - gates) * content.astype(jnp.float32) + gated_position
-    return checkpoint_name(mixed.astype(content.dtype), "mixed")
-
-
 def choose_backend(attention: str) -> type[XlaBackend] | type[CudnnBackend]:
     """Returns the back end of a layer's setting `attention`, "xla" or "cudnn"; XLA where cuDNN is not available."""
     return CudnnBackend if attention == "cudnn" and cudnn_available() else XlaBackend

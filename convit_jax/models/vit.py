@@ -76,10 +76,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, *, queries: int | None = None, drop_path_rate: jax.Array | None = None, key: Key = None
     ) -> jax.Array:
-        """Returns [B, N, D] of tokens x [B, N, D]; with `queries` (not with GPSA) only of that many leading tokens.
-
-        drop_path_rate is the probability that a branch is skipped in training.
-        """
+        """Returns [B, N, D] of tokens x [B, N, D]; with `queries` (not with GPSA) only of that many leading tokens."""
         attn_key, path1_key, mlp_key, path2_key = split_key(key, 4)
         first: dict[str, Any] = {} if queries is None else {"queries": queries}
         x = x[:, :queries] + drop_path(self.attn(self.norm1(x), key=attn_key, **first), drop_path_rate, path1_key)
@@ -225,24 +222,16 @@ class VisionTransformer(nnx.Module):
 
     @_one_program
     def attention_maps(self, images: jax.Array) -> list[jax.Array]:
-        """Returns the attention of every block, float32 [B, H, N, N].
-
-        After the GPSA blocks token 0 is the class token and, if distilled, token 1 the distillation token.
-        """
+        """Returns the attention of every block, float32 [B, H, N, N]: GPSA of the patches, then of all tokens."""
         stacks = self.map_attention(images, lambda attn, x: attn.attention_maps(x))
         return [maps for stack in stacks for maps in stack]
 
     def map_attention(self, images: jax.Array, function: Callable[[Any, jax.Array], Any]) -> list[Any]:
-        """Returns function(attn, x) for every attention layer and its input x, normalised tokens [B, N, D].
-
-        Returns:
-          Results stacked over the GPSA blocks (if there are any) and over the plain blocks, whose tokens
-          start with the class token.
-        """
+        """Returns function(attn, x) of every attention layer and its input x [B, N, D], stacked as in `stacks`."""
         return self._map_blocks(images, lambda block, x: function(block.attn, block.norm1(x)))
 
     def _map_blocks(self, images: jax.Array, function: Callable[[Block, jax.Array], Any]) -> list[Any]:
-        """function(block, x) of every block and its input x, stacked as for `map_attention`."""
+        """function(block, x) of every block and its input x, as for `map_attention`."""
         x, tokens = self._embed(images, None)
         results = []
         for stack in self.stacks:
@@ -344,10 +333,7 @@ class VisionTransformer(nnx.Module):
         return dropout(patches, self.drop_rate, patches_key), tokens
 
     def _scan(self, stack: Block, first: int, x: jax.Array, key: Key, queries: int | None = None) -> jax.Array:
-        """x [B, N, D] through a stack whose first block has the number `first`.
-
-        With `queries` the last block computes that many leading tokens only: [B, queries, D].
-        """
+        """x [B, N, D] through a stack from block number `first` on; with `queries` the last gives [B, queries, D]."""
         graphdef, params = nnx.split(stack)
         count = jax.tree.leaves(params)[0].shape[0]
         numbers = jnp.arange(first, first + count)

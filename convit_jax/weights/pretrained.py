@@ -1,9 +1,4 @@
-"""Loads trained weights from any source, for a model, a training or a command.
-
-A source is a file (.pth, .pt, .bin, .safetensors), a directory that `convert` wrote or in the Hub's
-layout, a run directory, a Hub id, or the authors' name of a model. The head can be replaced and the
-position embedding resized.
-"""
+"""Loads trained weights from any source (see `load_pretrained`), for a model, a training or a command."""
 
 import dataclasses
 import hashlib
