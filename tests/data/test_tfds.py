@@ -138,6 +138,8 @@ def rewrite(file, change):
         ("imagenet2012", move("imagenet2012", "x"), r"features\.json, found none\. Set.*data\.prepare.*name=folder"),
         ("imagenette", None, r"imagenette/VERSION/features\.json, found imagenette/160px-v2/1\.0\.0\."),
         ("imagenet2012:4.0.0", None, r"found imagenet2012/5\.1\.0\."),
+        ("digit", None, r"'digit' \(.*\), did you mean 'digits'\? Expected "),
+        ("imagenet", None, r"'imagenet' \(.*\), did you mean 'imagenet2012'\? Expected "),
         ("imagenet2012", rewrite("dataset_info.json", lambda data: data.replace(b'"train"', b'"x"')), "no train split"),
         *(
             ("imagenet2012", rewrite(file, change), r"^cannot open the TFDS data set 'imagenet2012' \(.+\)\. Expected ")
