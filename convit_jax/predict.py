@@ -10,6 +10,7 @@ go on, and the exit status is 1. --json prints one object per line:
 import glob
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> int:
 
 def find_images(arguments: list[str]) -> list[str]:
     """Returns the paths of files, images in folders and matches of patterns, also of what does not exist."""
-    from convit_jax.data.sources import IMAGE_SUFFIXES
+    from convit_jax.data.sources import walk_images
 
     if not arguments:
         raise UserError("give at least one IMAGE: a file, a folder, or a pattern such as 'photos/*.jpg'.")
@@ -82,7 +83,7 @@ def find_images(arguments: list[str]) -> list[str]:
         path = Path(argument).expanduser()
         found: list[str] = []
         if path.is_dir():
-            found = [str(file) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+            found = [*walk_images(path, Counter())]
         elif not path.exists():
             found = [file for file in glob.glob(str(path), recursive=True) if not Path(file).is_dir()]
         paths += sorted(found) or [str(path)]

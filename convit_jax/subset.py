@@ -6,6 +6,7 @@ The last line has the number of images and the SHA-256 of the lines with their n
 """
 
 import hashlib
+import os
 
 import numpy as np
 from absl import flags
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
     lines = "".join(f"{source.name(index)}\n" for index in indices)
     if flags.FLAGS.list:
         print(lines, end="")
-    digest = hashlib.sha256(lines.encode()).hexdigest()
+    digest = hashlib.sha256(os.fsencode(lines)).hexdigest()
     classes = len(np.unique(source.labels[indices]))
     print(
         f"# {len(indices):,} of {len(source.labels):,} images in {classes} classes of {config.data.name}, "

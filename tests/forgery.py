@@ -20,14 +20,20 @@ def torch_zip(program, storages=(), method=zipfile.ZIP_STORED, **more):
     return file.getvalue()
 
 
-def save_torch(path, tensors):
-    """Writes {name: array} as torch.save writes a state dict."""
-    arrays = [np.ascontiguousarray(array) for array in tensors.values()]
-    items = b"".join(
-        value(name) + rebuilt(0, array.shape, strides_of(array), of=storage(array.size, key, array.dtype))
-        for key, (name, array) in enumerate(zip(tensors, arrays, strict=True))
-    )
-    path.write_bytes(torch_zip(program(b"}(", items, b"u"), [array.tobytes() for array in arrays]))
+def save_torch(path, tree):
+    """Writes nested dictionaries of arrays and plain values as torch.save does."""
+    arrays = []
+
+    def item(entry):
+        if isinstance(entry, dict):
+            return b"}(" + b"".join(value(name) + item(inside) for name, inside in entry.items()) + b"u"
+        if not isinstance(entry, np.ndarray):
+            return value(entry)
+        array = np.ascontiguousarray(entry)
+        arrays.append(array.tobytes())
+        return rebuilt(0, array.shape, strides_of(array), of=storage(array.size, len(arrays) - 1, array.dtype))
+
+    path.write_bytes(torch_zip(program(item(tree)), arrays))
 
 
 def strides_of(array):

@@ -4,11 +4,14 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from convit_jax.errors import UserError
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # some programs store megabytes of text
+LONG = 16  # aspect beyond which an image is not resized as a whole
 
 AREA = (0.08, 1.0)  # of a random crop, share of the image
 NARROWEST, WIDEST = 3 / 4, 4 / 3  # of a random crop, width / height
@@ -17,8 +20,8 @@ NARROWEST, WIDEST = 3 / 4, 4 / 3  # of a random crop, width / height
 def decode(record: bytes | np.ndarray, name: str) -> Image.Image:
     """Returns the content of an image file, or pixels, as an RGB image; raises UserError if it is damaged.
 
-    As in timm and torchvision, alpha is dropped and the EXIF orientation is ignored. 16-bit images keep their
-    upper eight bits.
+    As in timm and torchvision, alpha is dropped, the EXIF orientation is ignored, and values of 32-bit images
+    are clipped to 0..255. 16-bit images keep their upper eight bits.
     """
     if isinstance(record, np.ndarray):
         return Image.fromarray(record)
@@ -27,14 +30,15 @@ def decode(record: bytes | np.ndarray, name: str) -> Image.Image:
             image.load()
             if image.mode == "RGB":
                 return image
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+            if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # not to be clipped
                 upper = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
                 return Image.fromarray(upper).convert("RGB")
             if image.mode == "P" and "transparency" in image.info:  # converted directly, Pillow warns
                 return image.convert("RGBA").convert("RGB")
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "unknown image format" if isinstance(error, UnidentifiedImageError) else str(error)
+    except Exception as error:  # decoders raise all kinds for damaged files
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown image format" if unknown else str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"cannot decode the image {name} ({reason}): replace or remove the file.") from error
 
 
@@ -63,7 +67,8 @@ def centre_crop(
     """Resizes the short side to size / crop_ratio and cuts the centre, as timm's `transforms_imagenet_eval`.
 
     Sizes are rounded as torchvision's `Resize` and `CenterCrop` round them. Resampling only the box that
-    remains would be a third faster but gives other pixels, because Pillow orders its two passes by cost.
+    remains would be a third faster but gives other pixels, because Pillow orders its two passes by cost; only images
+    longer than LONG to 1 are resized so, which bounds the memory.
     size is (height, width) of the result, uint8 [height, width, 3].
     """
     (h, w), (width, height) = size, image.size
@@ -72,8 +77,12 @@ def centre_crop(
         resized_h, resized_w = max(short_h, short_w * height // width), short_w
     else:
         resized_h, resized_w = short_h, max(short_w, short_h * width // height)
-    resized = crop_resize(image, (resized_h, resized_w), (0, 0, width, height), interpolation)
     top, left = round((resized_h - h) / 2), round((resized_w - w) / 2)
+    if max(width, height) > LONG * min(width, height):
+        scale_x, scale_y = width / resized_w, height / resized_h
+        box = left * scale_x, top * scale_y, (left + w) * scale_x, (top + h) * scale_y
+        return np.asarray(image.resize((w, h), Image.Resampling[interpolation.upper()], box))
+    resized = crop_resize(image, (resized_h, resized_w), (0, 0, width, height), interpolation)
     return resized[top : top + h, left : left + w]
 
 

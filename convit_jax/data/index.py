@@ -40,6 +40,7 @@ class Source:
 
     class_names: tuple[str, ...]
     index: Index
+    note = ""  # for people: what was found and not used
 
     @property
     def labels(self) -> np.ndarray:

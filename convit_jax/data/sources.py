@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,11 @@ from convit_jax.data.index import Index, Source, cached_index, make_index
 from convit_jax.data.tfds import TfdsImages
 from convit_jax.errors import UserError, explained
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+IMAGE_SUFFIXES = (  # torchvision's, and others that Pillow reads
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".avif", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".tga"),
+)
+LEFTOVERS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found")  # and hidden files
 LARGE_FOLDER = 10_000  # images; a smaller folder is quickly listed again
 
 
@@ -48,7 +54,8 @@ class ImageFolder(Source):
 
     The classes are the sorted folders of the training split, or of the test split if it is the only one. The
     files of a class may be in subfolders. The list of a large folder is kept (see index.py) until a class
-    folder changes. Raises UserError if a folder is missing or empty, or if the test split has other classes.
+    folder changes. Raises UserError if a folder is missing or empty, if there is one class only, or if the test split
+    has other classes.
     """
 
     def __init__(self, directory: str | Path, split: str) -> None:
@@ -63,6 +70,11 @@ class ImageFolder(Source):
             )
         self.root = root
         self.class_names = _folders(train if train.is_dir() else root)
+        if len(self.class_names) == 1:
+            only = self.class_names[0]
+            inside = _folders(root / only) if (root / only).is_dir() else ()
+            remedy = f"move the folders in it ({', '.join(inside[:3])}, ...) up" if inside else "add other classes"
+            raise UserError(f"{root} has a single class folder, {only!r}: {remedy}.")
         if unknown := sorted({*_folders(root)} - {*self.class_names}):
             raise UserError(
                 f"{root} has {len(unknown)} classes that {train} lacks, such as {unknown[0]!r}: "
@@ -93,12 +105,41 @@ class ImageFolder(Source):
     def _list(self) -> Index:
         names: list[str] = []
         labels: list[int] = []
+        unused: Counter[str] = Counter()
         for label, class_name in enumerate(tqdm(self.class_names, "Listing", unit=" classes", disable=None, delay=2)):
-            for folder, _, files in os.walk(self.root / class_name, followlinks=True):
-                inside = os.path.relpath(folder, self.root)
-                names += [f"{inside}/{file}" for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+            found = walk_images(self.root / class_name, unused)
+            names += [path[len(f"{self.root}/") :] for path in found]
             labels += [label] * (len(names) - len(labels))
+        if unused:
+            self.note = f"{self.root}: not used: " + ", ".join(f"{unused[kind]:,} {kind}" for kind in sorted(unused))
         return make_index(labels, names)
+
+
+def walk_images(folder: str | Path, unused: Counter[str]) -> Iterator[str]:
+    """Yields the paths of the images in a folder at any depth; `unused` counts the other files by kind.
+
+    Links are followed, but each real folder is visited once. Hidden files and what other programs leave are skipped.
+    """
+    visited: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = filter(_is_data, folders)
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()
+            if not _is_data(name):
+                unused["hidden"] += 1
+            elif suffix in IMAGE_SUFFIXES:
+                yield os.path.join(parent, name)
+            else:
+                unused[suffix or "without suffix"] += 1
+
+
+def _is_data(name: str) -> bool:
+    return not name.startswith(".") and name not in LEFTOVERS
 
 
 def open_source(data: Any, split: str) -> Source:
@@ -119,4 +160,4 @@ def digest(source: Source) -> str:
 
 
 def _folders(directory: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in os.scandir(directory) if entry.is_dir()))
+    return tuple(sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and _is_data(entry.name)))

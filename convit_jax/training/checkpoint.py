@@ -33,13 +33,26 @@ class Checkpoints:
 
     def __init__(self, directory: Path, top1: Mapping[int, float]) -> None:
         """top1: {step: val_top1}, which the owner keeps up to date."""
+        self.directory, self._top1 = directory.absolute(), top1
+        self._orbax = self._open()
+        self._saved = 0  # step that needs no saving: at first 0, which is made from the seed
+
+    def _open(self) -> ocp.training.Checkpointer:
         context = ocp.Context()
         context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_PART
-        self.directory = directory.absolute()
-        self._orbax = ocp.training.Checkpointer(
-            self.directory, preservation_policy=LatestAndBest(top1), cleanup_tmp_directories=True, context=context
+        policy = LatestAndBest(self._top1)
+        return ocp.training.Checkpointer(
+            self.directory, preservation_policy=policy, cleanup_tmp_directories=True, context=context
         )
-        self._saved = 0  # step that needs no saving: at first 0, which is made from the seed
+
+    def set_aside(self, steps: Sequence[int]) -> None:
+        """Moves damaged checkpoints to damaged/STEP in the run directory; one process only."""
+        for step in steps:
+            target = self.directory.parent / "damaged" / str(step)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(self.directory / str(step), target)
+        if steps:
+            self._orbax = self._open()  # it keeps a list of what is there
 
     @property
     def latest(self) -> int | None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from convit_jax.data.examples import Batch, Unreadable
+from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.progress import Progress
 from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, wait_for_owner
@@ -74,6 +75,9 @@ class Training:
         # ---- The images and the teacher ----------------------------------------------------
         phase("reading the lists of images")
         self.plan = distributed.first_then_others(lambda: make_plan(config, devices=self.mesh.size))
+        for example in (self.plan.train, self.plan.test):
+            if example.source.note:
+                say(example.source.note)
         if config.distill.teacher:
             phase("reading the teacher")
         with together():
@@ -151,19 +155,29 @@ class Training:
         return start_from
 
     def _restore(self) -> dict[str, Any] | None:
-        """The tree of the latest checkpoint, or None."""
-        latest = from_first(self.checkpoints.latest)
-        phase("making the first weights" if latest is None else f"reading the checkpoint of step {latest}")
-        if latest is None:
-            return None
-        if latest > self.plan.total_steps:
+        """The tree of the latest checkpoint that can be read, or None if there is none."""
+        saved = sorted(from_first(checkpoint_steps(self.workdir)), reverse=True)
+        phase(f"reading the checkpoint of step {saved[0]}" if saved else "making the first weights")
+        if saved and saved[0] > self.plan.total_steps:
             raise distributed.Everywhere(
-                f"the run in {self.workdir} is at step {latest:,}, beyond its end at {self.plan.total_steps:,}: "
+                f"the run in {self.workdir} is at step {saved[0]:,}, beyond its end at {self.plan.total_steps:,}: "
                 "raise steps or leave it out, or give another --workdir."
             )
-        tree = self.checkpoints.restore(latest, self.steps.shapes)
-        say(f"Continuing at step {latest}")
-        return tree
+        for step in saved:
+            try:
+                tree = self.checkpoints.restore(step, self.steps.shapes)
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                say(f"Caution  the checkpoint of step {step} is damaged")
+                if several() or step == saved[-1]:
+                    raise UserError(
+                        f"cannot read {self.checkpoints.directory / str(step)}: restore a copy, or move it away "
+                        "to continue without it."
+                    ) from error
+            else:
+                self.checkpoints.set_aside([later for later in saved if later > step])
+                say(f"Continuing at step {step}")
+                return tree
+        return None
 
 
 def use_compilation_cache(folder: str | Path) -> None:

@@ -1,6 +1,7 @@
-"""SIGTERM and Ctrl-C ask the training to save and stop."""
+"""SIGTERM, Ctrl-C and the warnings of terminals and schedulers ask the training to save and stop."""
 
 import contextlib
+import os
 import signal
 import threading
 from types import FrameType
@@ -11,13 +12,16 @@ from jax.experimental import multihost_utils
 
 from convit_jax.training.distributed import several
 
+WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # the terminal was closed; Slurm's --signal, as a rule
+
 
 class Stop(contextlib.AbstractContextManager["Stop"]):
     """Whether the training is to save and stop.
 
-    One process: SIGTERM or Ctrl-C sets `requested`; a second Ctrl-C raises KeyboardInterrupt. Several processes:
-    JAX's preemption service takes SIGTERM on any of them, and `poll` sets `requested` on all at the same step (a
-    handler in Python would replace the service's); Ctrl-C ends the process that gets it, see `distributed.join`.
+    One process: SIGTERM, Ctrl-C or one of WARNINGS sets `requested`; a second Ctrl-C raises KeyboardInterrupt.
+    Several processes: JAX's preemption service takes SIGTERM on any of them, and `poll` sets `requested` on all at the
+    same step (a handler in Python would replace the service's); WARNINGS are passed on as SIGTERM, and Ctrl-C ends the
+    process that gets it, see `distributed.join`. What nohup ignores stays ignored.
     """
 
     def __init__(self) -> None:
@@ -38,8 +42,10 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
     def __enter__(self) -> "Stop":
         if several():
             self.poll(1)  # agreed on for a signal that came before the first call
-        elif threading.current_thread() is threading.main_thread():  # Python handles signals in no other
-            self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        if threading.current_thread() is threading.main_thread():  # Python handles signals in no other
+            numbers = WARNINGS if several() else (signal.SIGTERM, signal.SIGINT, *WARNINGS)
+            handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -47,5 +53,9 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if several():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         self.requested = signal.Signals(number).name
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if number not in WARNINGS:  # a second one ends the process
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

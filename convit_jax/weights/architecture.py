@@ -37,8 +37,8 @@ def infer(
     shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor.size}
     if lacking := [name for name, axes in required.items() if len(shapes.get(name, ())) != axes]:
         raise UserError(
-            f"{source} holds no ConViT or DeiT (it has no usable {', '.join(lacking)}): "
-            "give a checkpoint of such a model."
+            f"{source} holds no ConViT or DeiT under the names of timm and the authors (it has no usable "
+            f"{', '.join(lacking)}; it has {', '.join(list(tensors)[:2])}): give a checkpoint with their names."
         )
     embed_dim, in_chans, patch_size, _ = shapes["patch_embed.proj.weight"]
     hidden = shapes["blocks.0.mlp.fc1.weight"][0]

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import os
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -19,7 +20,8 @@ from convit_jax.weights.torch_pickle import ELEMENTS, Storage, Tensor, damaged, 
 
 PLACES = ("model", "state_dict", "model_state_dict")  # where checkpoints keep the model's state dict
 EMA_PLACES = ("model_ema", "state_dict_ema")  # of the authors' and of timm's training
-PREFIXES = ("module.", "_orig_mod.")  # of torch's DataParallel and of torch.compile
+NETWORK = "patch_embed.proj.weight"  # every network here has it; what comes before is a wrapper's prefix
+COUNTERS = ("n_averaged", "total_ops", "total_params")  # of torch's AveragedModel and of profilers
 
 SAFETENSORS = {code: np.dtype(name) for name, _, code in ELEMENTS if code}
 MAGIC = 0x1950A86A20F9469CFC6C  # begins a file in PyTorch's stream format
@@ -29,8 +31,9 @@ StorageReader = Callable[[Storage], bytes | memoryview]
 def read_state_dict(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, np.ndarray]:
     """Returns {name: array, perhaps read-only} of the model in a .pth, .pt, .bin or .safetensors file.
 
-    The state dict is the whole file or lies under one of `PLACES` (with `ema`, the moving average, under one of
-    `EMA_PLACES`). Names lose `PREFIXES` that all of them have. Dtypes are the file's, also bfloat16 and float8.
+    The state dict lies under one of `PLACES` (with `ema`, the moving average, under one of `EMA_PLACES`), is the
+    whole file, or is the only network under another name. Names lose the prefix of a wrapper, as `module.`; a line on
+    stderr says what else was left out. Dtypes are the file's, also bfloat16 and float8.
     """
     # Without a buffer, read() makes no second copy.
     with explained(path), open(path, "rb", buffering=0) as file, damage_explained():
@@ -43,8 +46,6 @@ def read_state_dict(path: str | os.PathLike[str], *, ema: bool = False) -> dict[
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor):
                 tensors[name] = tensor.array(read_once(tensor.storage))
-    while any(all(name.startswith(prefix) for name in tensors) for prefix in PREFIXES):
-        tensors = {name.partition(".")[2]: array for name, array in tensors.items()}
     return tensors
 
 
@@ -80,24 +81,53 @@ def _open(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
 
 def _find_state_dict(tree: Any, ema: bool) -> dict[str, Any]:
     """{name: Tensor or array} of the model in a file's object."""
+    entries = tree if isinstance(tree, dict) else {}
     places = EMA_PLACES if ema else PLACES
-    inside = [tree.get(place) for place in places] if isinstance(tree, dict) else []
-    for found in inside if ema else [*inside, tree]:
-        items = found.items() if isinstance(found, dict) else ()
-        tensors = {name: value for name, value in items if isinstance(value, (Tensor, np.ndarray))}
-        if tensors:
-            others = {name: value for name, value in items if name not in tensors or type(name) is not str}
-            if others:
-                raise UserError(
-                    f"its state dict has entries that are no tensors ({_described(others)}): "
-                    "load it with PyTorch and save the tensors alone."
-                )
-            return tensors
+    found = [place for place in places if _tensors(entries.get(place))][:1]
+    if not found and not ema:
+        if not any(map(_is_network, _tensors(tree))):
+            found = [place for place, value in entries.items() if any(map(_is_network, _tensors(value)))]
+        if not found and _tensors(tree):
+            return _only_weights(entries)
+    if len(found) > 1:
+        raise UserError(f"it holds several networks ({', '.join(map(str, found))}): save the one you want alone.")
+    if found:
+        return _only_weights(entries[found[0]])
     where = " or ".join(map(repr, places))
     raise UserError(
         f"it has no state dict {'' if ema else 'as a whole or '}under {where}; it holds {_described(tree)}: "
         "save the model's state_dict()."
     )
+
+
+def _tensors(value: Any) -> dict[str, Any]:
+    """The entries of a dictionary that are tensors."""
+    items = value.items() if isinstance(value, dict) else ()
+    return {name: entry for name, entry in items if isinstance(entry, (Tensor, np.ndarray)) and type(name) is str}
+
+
+def _is_network(name: str) -> bool:
+    return name == NETWORK or name.endswith(f".{NETWORK}")
+
+
+def _only_weights(entries: dict[Any, Any]) -> dict[str, Any]:
+    """A state dict without numbers beside the tensors, counters, and the prefix of a wrapper."""
+    tensors = _tensors(entries)
+    others = {name: value for name, value in entries.items() if name not in tensors}
+    if unknown := {name: value for name, value in others.items() if not isinstance(value, int | float | str | None)}:
+        raise UserError(
+            f"its state dict has entries that are no tensors ({_described(unknown)}): "
+            "load it with PyTorch and save the tensors alone."
+        )
+    counters = [name for name in tensors if name.rpartition(".")[2] in COUNTERS]
+    if left_out := [*map(str, others), *counters]:
+        print(f"Left out of the state dict: {shown(', '.join(left_out))}", file=sys.stderr)
+    prefixes = {name.removesuffix(NETWORK) for name in filter(_is_network, tensors)}
+    if len(prefixes) > 1:
+        names = ", ".join(sorted(prefixes))
+        raise UserError(f"it holds several networks (names begin with {names}): save the one you want alone.")
+    prefix = prefixes.pop() if prefixes else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name not in counters}
 
 
 def _described(tree: Any) -> str:
@@ -131,8 +161,13 @@ def _open_zip(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
     members = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in members if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise UserError("it is a zip archive that torch.save did not write: give the checkpoint inside.")
+        raise UserError(
+            "it is a zip archive that torch.save did not write: give the checkpoint inside, or save .npz arrays as "
+            ".safetensors."
+        )
     root = pickles[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in members:
+        raise UserError("it is a TorchScript archive: save the state_dict() of torch.jit.load(...) instead.")
     if sum(info.file_size for info in members.values()) > size:
         raise damaged("its members are larger than the file, perhaps compressed as PyTorch never does")
     for info in members.values():

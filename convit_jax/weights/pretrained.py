@@ -23,6 +23,7 @@ from convit_jax.weights.positions import resize_pos_embed
 
 BEHAVIOUR = ("dtype", "attention", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
 NO_MATTER = (*BEHAVIOUR, "conv_init", "locality_strength", "gate_init")  # to trained weights
+SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 Size = int | tuple[int, int] | None  # in pixels, of height and width
 
 
@@ -84,19 +85,32 @@ def load(
         loaded = from_run(path, which, ema)
     elif path.is_file():
         loaded = from_state_dict(read_state_dict(path, ema=ema), {}, source, size, num_heads)
-    elif files := [path / name for name in ("weights.safetensors", *WEIGHTS) if (path / name).exists()]:
-        tensors = read_state_dict(files[0], ema=ema)
-        with checked_json(path / "config.json") as config:
-            loaded = from_state_dict(tensors, config, source, size, num_heads)
+    elif files := [path / name for name in ("weights.safetensors", *WEIGHTS, *SHARDED) if (path / name).exists()]:
+        tensors = _read_shards(files[0], ema)
+        if (path / "config.json").exists():
+            with checked_json(path / "config.json") as config:
+                loaded = from_state_dict(tensors, config, source, size, num_heads)
+        else:
+            loaded = from_state_dict(tensors, {}, source, size, num_heads)
     else:
         raise UserError(
             f"{path} is neither a run directory (it has no checkpoints) nor a converted one (it has no "
-            "weights.safetensors): give one of these, or a checkpoint file."
+            "weights.safetensors): give one of these, or a checkpoint file (from a distributed checkpoint of PyTorch "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes one)."
         )
     check_state_dict(loaded.tensors, loaded.network[1], source)
     if num_classes not in (None, loaded.settings["num_classes"]):
         loaded = _with_new_head(loaded, num_classes, seed)
     return loaded if size in (None, loaded.settings["image_size"]) else _resized(loaded, size)
+
+
+def _read_shards(path: Path, ema: bool) -> dict[str, np.ndarray]:
+    """The state dict in a file, or in the files that an index names."""
+    if path.suffix != ".json":
+        return read_state_dict(path, ema=ema)
+    with checked_json(path) as index:
+        files = sorted({Path(name).name for name in index["weight_map"].values()})
+    return {name: array for file in files for name, array in read_state_dict(path.parent / file, ema=ema).items()}
 
 
 def with_behaviour(loaded: Pretrained, **behaviour: Any) -> Pretrained:

@@ -2,10 +2,12 @@
 
 import io
 import itertools
+import resource
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.stats import ks_2samp, kstest
 from sklearn.datasets import load_sample_image
 
@@ -18,6 +20,14 @@ def encoded(image, kind, **settings):
     file = io.BytesIO()
     image.save(file, kind, **settings)
     return file.getvalue()
+
+
+def damaged_avif():
+    """An AVIF file whose picture begins with zeros, for which Pillow raises RuntimeError."""
+    avif = bytearray(encoded(NOISE, "AVIF"))
+    start = avif.index(b"mdat") + 4
+    avif[start : start + 200] = bytes(200)
+    return bytes(avif)
 
 
 IN_COLOUR, IN_GREY = (200, 100, 50), (124, 124, 124)
@@ -35,6 +45,9 @@ KINDS = {
     "grey with alpha": (COLOUR.convert("LA"), "PNG", {}, IN_GREY),
     "grey of 16 bits": (DEEP, "PNG", {}, (35, 35, 35)),  # 9000 / 256
     "tiff of 16 bits": (DEEP, "TIFF", {}, (35, 35, 35)),
+    "pgm of 16 bits": (DEEP, "PPM", {}, (35, 35, 35)),
+    "tiff of 32 bits": (Image.fromarray(np.full((4, 6), 124, np.int32)), "TIFF", {}, IN_GREY),
+    "tiff of floats": (Image.fromarray(np.full((4, 6), 124, np.float32)), "TIFF", {}, IN_GREY),
     "palette with alpha": (COLOUR.quantize(4), "PNG", dict(transparency=bytes([128])), IN_COLOUR),
     "black and white": (Image.new("1", (6, 4), 1), "PNG", {}, (255, 255, 255)),
     "rgba": (Image.new("RGBA", (6, 4), (*IN_COLOUR, 0)), "PNG", {}, IN_COLOUR),
@@ -46,6 +59,7 @@ BROKEN = {
     "truncated png": (encoded(COLOUR, "PNG")[:-30], ""),
     "text": (b"404: not found", "unknown image format"),
     "empty": (b"", "unknown image format"),
+    "avif with a hole": (damaged_avif(), ""),
     "bomb": (encoded(NOISE, "PNG"), "decompression bomb"),
 }
 
@@ -115,3 +129,16 @@ def test_the_centre_crop_never_leaves_the_image():
     for width, height, size, crop_ratio in itertools.product(range(1, 80, 2), (1, 7, 50), sizes, ratios):
         crop = centre_crop(Image.new("RGB", (width, height), (200,) * 3), size, crop_ratio)
         assert (crop.shape, crop.min()) == ((*size, 3), 200)  # no black from outside
+
+
+@pytest.mark.parametrize("size", [(30_000, 1), (1, 30_000)])
+def test_a_strip_is_cut_before_it_is_resized(size):
+    crop = centre_crop(Image.new("RGB", size, (200,) * 3), (224, 224), 0.875)
+    assert (crop.shape, crop.min(), crop.max()) == ((224, 224, 3), 200, 200)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3e6  # KiB; the whole would take 5.9 GB
+
+
+def test_a_png_with_megabytes_of_text_decodes():
+    info = PngInfo()
+    info.add_text("parameters", "x" * 3_000_000, zip=True)
+    assert decode(encoded(COLOUR, "PNG", pnginfo=info), "a.png").size == (6, 4)

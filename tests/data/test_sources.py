@@ -66,6 +66,26 @@ def test_a_folder_is_read_in_the_order_of_classes_and_names(folder):
         source[1]
 
 
+def test_what_other_programs_leave_is_skipped_and_counted(folder):
+    for name in ("a/.ipynb_checkpoints/x.jpg", "a/@eaDir/x.jpg", "a/._x.jpg", ".thumbnails/x.png", "a/deep/z.gif"):
+        write_image(folder / "train" / name)
+    (folder / "train/a/photo.heic").write_bytes(b"")
+    (folder / "train/a/deep/again").symlink_to(folder / "train/a")
+    source = ImageFolder(folder, "train")
+    assert source.class_names == ("B", "a", "c")
+    assert names(source) == [*FILES["train"][:5], "a/deep/z.gif", *FILES["train"][5:]]
+    assert source.note == f"{folder}/train: not used: 1 .heic, 1 .txt, 1 hidden"
+
+
+def test_names_that_are_not_utf_8_stay_what_they_are(folder):
+    odd = os.fsdecode(b"\xe9t\xe9.jpg")
+    write_image(folder / "train/a" / odd)
+    source = ImageFolder(folder, "train")
+    assert source.name(6) == f"a/{odd}"
+    assert source[6]
+    digest(source)
+
+
 def test_the_test_images_are_in_val_or_test_and_may_be_the_only_ones(folder):
     (folder / "val").rename(folder / "test")
     assert names(ImageFolder(folder, "test")) == FILES["val"]
@@ -99,6 +119,12 @@ def no_class(root):
     write_image(root / "train/1.jpg")
 
 
+def one_too_deep(root):
+    (root / "train").rename(root / "images")
+    (root / "train").mkdir()
+    (root / "images").rename(root / "train/images")
+
+
 def empty_val(root):
     shutil.rmtree(root / "val")
     (root / "val/a").mkdir(parents=True)
@@ -112,9 +138,10 @@ def empty_val(root):
         (no_class, "train", "{root}/train/CLASS holds no image"),
         (lambda root: (root / "train/dog").mkdir(), "train", "{root}/train/dog holds no image .* remove the folder"),
         (lambda root: write_image(root / "val/dog/1.jpg"), "test", "'dog': both must have the same class folders"),
+        (one_too_deep, "train", r"single class folder, 'images': move the folders in it \(B, a, c, ...\) up"),
         (empty_val, "test", "{root}/val/B holds no image"),
     ],
-    ids=["nothing", "val", "classes", "empty class", "unknown class", "empty val"],
+    ids=["nothing", "val", "classes", "empty class", "unknown class", "one too deep", "empty val"],
 )
 def test_an_unusable_folder_is_named_with_the_remedy(damage, split, message, folder):
     damage(folder)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,10 +67,10 @@ def test_signals_save_and_the_same_command_continues(undisturbed, tmp_path, sign
     assert train(config, run) is None
     assert len(seen) == 5 < 360 / 40
     assert not any("val_top1" in line for line in curves(run))
-    signal_at(3, signal.SIGINT)
+    signal_at(3, signal.SIGHUP)
     config.data.workers = 1
     assert train(config, run) is None
-    assert "Stopped by SIGINT at step 7, saved in" in capsys.readouterr().out
+    assert "Stopped by SIGHUP at step 7, saved in" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
     config.data.workers = 0
     assert train(config, run)["step"] == 12
@@ -150,3 +151,18 @@ def test_killed_in_its_own_process_and_continued(tmp_path):
         assert run_train(workdir, *arguments, xla_flags="").returncode == 0
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "killed"))
     assert curves(tmp_path / "whole") == curves(tmp_path / "killed")
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_an_earlier_one(trained, digits_config, capsys):
+    checkpoints, latest = trained / "checkpoints", max(checkpoint_steps(trained))
+    shutil.copytree(checkpoints / str(latest), checkpoints / str(latest - 1))
+    (checkpoints / str(latest) / "state/_METADATA").unlink()
+    digits_config.steps = latest + 1
+    train(digits_config, trained)
+    said = capsys.readouterr().out
+    assert f"the checkpoint of step {latest} is damaged\nContinuing at step {latest - 1}\n" in said
+    assert (max(checkpoint_steps(trained)), (trained / f"damaged/{latest}").is_dir()) == (latest + 1, True)
+    for step in checkpoint_steps(trained):
+        (checkpoints / str(step) / "state/_METADATA").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*: restore a copy, or move it away"):
+        train(digits_config, trained)

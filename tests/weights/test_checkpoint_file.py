@@ -79,7 +79,7 @@ def checkpoint(body):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_element_type_in_every_format(name):
-    tensors = read_state_dict(GOLDEN / name)  # DataParallel's `module.` before every name is removed
+    tensors = {key.removeprefix("module."): array for key, array in read_state_dict(GOLDEN / name).items()}
     names = [name for name, *_ in ELEMENTS if name != "float8_e8m0fnu"]  # it has no zero to count from
     assert {*tensors} == {*names}
     for name in names:
@@ -125,11 +125,34 @@ def test_places_of_the_state_dict(read, place):
         read(data, ema=not ema)
 
 
-def test_prefixes_of_several_wrappers(tmp_path):
-    save_torch(tmp_path / "a.pth", {"_orig_mod.module.a": FOUR, "_orig_mod.module.b": FOUR})
-    assert list(read_state_dict(tmp_path / "a.pth")) == ["a", "b"]
-    save_torch(tmp_path / "a.pth", {"module.a": FOUR, "b": FOUR})
-    assert list(read_state_dict(tmp_path / "a.pth")) == ["module.a", "b"]
+NAME = checkpoint_file.NETWORK
+
+
+@pytest.mark.parametrize(
+    ("tree", "left_out"),
+    [
+        ({f"_orig_mod.module.{NAME}": FOUR, "_orig_mod.module.b": FOUR}, ""),
+        ({"n_averaged": FOUR, f"module.{NAME}": FOUR, "module.b": FOUR}, "n_averaged"),
+        ({"state_dict": {f"model.{NAME}": FOUR, "model.b": FOUR}, "epoch": 3, "loops": {}}, ""),
+        ({"module": {NAME: FOUR, "b": FOUR}, "buffer_names": [], "loss": FOUR}, ""),
+        ({"net": {NAME: FOUR, "b": FOUR, "epoch": 5, "total_ops": FOUR}, "acc": 91.2}, "epoch, total_ops"),
+    ],
+    ids=["compiled", "averaged", "lightning", "deepspeed", "net"],
+)
+def test_the_network_is_found_in_what_trainers_wrap_around_it(tree, left_out, tmp_path, capsys):
+    save_torch(tmp_path / "a.pth", tree)
+    assert list(read_state_dict(tmp_path / "a.pth")) == [NAME, "b"]
+    assert capsys.readouterr().err == (f"Left out of the state dict: {left_out}\n" if left_out else "")
+
+
+def test_which_of_two_networks_is_asked(tmp_path):
+    for tree in (
+        {"student": {NAME: FOUR}, "teacher": {NAME: FOUR}},
+        {"model": {f"student.{NAME}": FOUR, f"teacher.{NAME}": FOUR}},
+    ):
+        save_torch(tmp_path / "a.pth", tree)
+        with pytest.raises(UserError, match=r"several networks .*student.*teacher.*save the one you want alone"):
+            read_state_dict(tmp_path / "a.pth")
 
 
 def test_only_what_is_needed_is_read(refused, read):
@@ -180,11 +203,10 @@ def test_entries_that_are_no_tensors_are_named(refused):
         *((tensor, r"torch.Tensor with a lazy conj\(\) or neg\(\)") for tensor in lazy),
         (call("torch._utils._rebuild_sparse_tensor", 1), "torch._utils._rebuild_sparse_tensor"),
         (subclass, "torchao.Quantized"),
-        (value(7), "int"),
     ):
         body = b"}" + value("model") + b"}(" + value("a") + GOOD + value("b") + thing + b"us"
         refused(checkpoint(body), rf"entries that are no tensors \('b' \({kind}\)\)")
-    refused(checkpoint(b"}" + b"K\1" + GOOD + b"s"), r"no tensors \('1' \(Tensor\)\)")
+    refused(checkpoint(b"}" + b"K\1" + GOOD + b"s"), r"no state dict .* it holds '1' \(Tensor\)")
 
 
 # ---- Pickles that attack ---------------------------------------------------------------------
@@ -290,7 +312,7 @@ def test_the_file_that_the_others_are_made_of(read):
 FILES = {
     "compressed": (torch_zip(program(state_dict(GOOD)), [bytes(10**7)], method=8), "perhaps compressed"),
     "no pickle": (torch_zip(b"").replace(b"data.pkl", b"data.txt"), "a zip archive that torch.save did not"),
-    "a program": (torch_zip(program(call("__torch__.Net")), **{"constants.pkl": b""}), "it holds one __torch__.Net"),
+    "a program": (torch_zip(program(call("__torch__.Net")), **{"constants.pkl": b""}), "it is a TorchScript archive"),
     "byte order": (torch_zip(b"", byteorder=b"big"), "big-endian"),
     "no storage": (torch_zip(program(state_dict(GOOD))), "storage 0 has not 16 bytes"),
     "damaged numbers": (WHOLE.replace(FOUR.tobytes(), bytes(16)), "Bad CRC-32 for file 'archive/data/0'"),

@@ -99,6 +99,16 @@ def test_weights_without_a_head_take_a_new_one(golden, tmp_path):
     assert convit_jax.load_pretrained(tmp_path / "backbone.safetensors", num_classes=3)(images).shape == (1, 3)
 
 
+def test_shards_are_read_by_their_index(golden, tmp_path):
+    names = sorted(golden.tensors)
+    weight_map = {}
+    for number, part in enumerate((names[:30], names[30:])):
+        write_safetensors(tmp_path / f"{number}.safetensors", {name: golden.tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, f"{number}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same({**pretrained.load(tmp_path).tensors}, {**golden.tensors})
+
+
 def test_float32_does_without_the_kernel_that_does_not_take_it():
     loaded = pretrained.load(GOLDEN)
     faster = pretrained.with_behaviour(loaded, dtype="bfloat16", attention="cudnn")
