@@ -23,7 +23,7 @@ from convit_jax.weights.positions import resize_pos_embed
 
 BEHAVIOUR = ("dtype", "attention", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
 NO_MATTER = (*BEHAVIOUR, "conv_init", "locality_strength", "gate_init")  # to trained weights
-SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+FILES = ("weights.safetensors", *WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin.index.json")
 Size = int | tuple[int, int] | None  # in pixels, of height and width
 
 
@@ -83,12 +83,10 @@ def load(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if is_run(path):
         loaded = from_run(path, which, ema)
-    elif path.is_file():
-        loaded = from_state_dict(read_state_dict(path, ema=ema), {}, source, size, num_heads)
-    elif files := [path / name for name in ("weights.safetensors", *WEIGHTS, *SHARDED) if (path / name).exists()]:
-        tensors = _read_shards(files[0], ema)
-        if (path / "config.json").exists():
-            with checked_json(path / "config.json") as config:
+    elif files := [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]:
+        tensors, beside = _read_shards(files[0], ema), path / "config.json"
+        if beside.exists():
+            with checked_json(beside) as config:
                 loaded = from_state_dict(tensors, config, source, size, num_heads)
         else:
             loaded = from_state_dict(tensors, {}, source, size, num_heads)
