@@ -7,6 +7,7 @@ from pathlib import Path
 from absl import flags
 
 from convit_jax.cli import config_name, launch
+from convit_jax.progress import outlive_readers
 
 SUMMARY = """\
 Done: top-1 {val_top1:.2f}  top-5 {val_top5:.2f}  loss {val_loss:.4f}
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> None:
     from convit_jax.training.distributed import is_first
     from convit_jax.training.loop import train
 
+    outlive_readers()
     workdir = Path(flags.FLAGS.workdir or f"runs/{config_name('configs/digits.py')}").expanduser()
     last = train(flags.FLAGS.config, workdir)
     if is_first():

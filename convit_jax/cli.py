@@ -6,6 +6,7 @@ prints a UserError alone and exits with status 1.
 
 import contextlib
 import faulthandler
+import io
 import os
 import signal
 import sys
@@ -42,6 +43,9 @@ def launch(
     `processes`: several processes can run the command together. `interrupted` is said after Ctrl-C.
     """
     faulthandler.enable()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be of another encoding
     logging.use_absl_handler()
     app.define_help_flags()
     message = None

@@ -90,6 +90,7 @@ def test_device_out_of_memory():
         from convit_jax.cli import launch
 
         def main(arguments):
+            print("cat-\\udce9.jpg")  # a name in Latin-1, as os.fsdecode gives it
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 GiB.\\nA long list")
 
         launch("fake", main)

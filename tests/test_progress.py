@@ -1,6 +1,9 @@
 """The progress display: lines in a file, one bar in a terminal."""
 
+import subprocess
 import sys
+
+from conftest import ROOT
 
 from convit_jax.progress import Progress
 
@@ -31,3 +34,23 @@ def test_terminal_of_the_first_process_gets_a_bar_that_is_removed(capsys, monkey
     assert "loss 1.0" in shown
     assert "a line that stays\n" in shown
     assert shown.rstrip(" ").endswith("\r")
+
+
+def test_a_training_outlives_the_readers_of_its_output(tmp_path):
+    code = """if True:
+        import sys, time
+        from convit_jax.progress import outlive_readers
+        outlive_readers()
+        print("first", flush=True)
+        time.sleep(1)
+        for number in range(3):
+            print("more", flush=True)
+            print("to a closed stream", file=sys.stderr)
+        open(sys.argv[1], "w").write("went on")
+    """
+    command = 'exec 2>&-; "$0" -c "$1" "$2" | head -1; exit ${PIPESTATUS[0]}'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, code, tmp_path / "end"], capture_output=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (0, b"first\n")
+    assert (tmp_path / "end").read_text() == "went on"

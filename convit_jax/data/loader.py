@@ -4,17 +4,23 @@ import gc
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
+import re
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grain
 from absl import flags
 
 from convit_jax.data.examples import Batch
+from convit_jax.errors import UserError
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+# What the main process saves for and workers leave to it; the last three: a closed terminal, and Slurm's --signal.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SHARED_MEMORY = Path("/dev/shm")  # on Linux, where the workers put their batches
 
 
 def batches(
@@ -50,10 +56,28 @@ def batches(
             yield first
             del first
         yield from iterator
+    except RuntimeError as error:
+        if not (killed := re.search(r"terminated unexpectedly with exit code -(\d+)", str(error))):
+            raise
+        raise UserError(
+            f"a worker of the loader was killed by {signal.Signals(int(killed[1])).name}, probably because memory or "
+            "/dev/shm was full: lower data.workers, or give the container more (docker run --shm-size=8g)."
+        ) from error
     finally:
         iterator.close()
         del iterator, dataset
         gc.collect()  # Grain keeps the last batches, and their shared memory, in reference cycles
+
+
+def check_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Raises UserError if the workers' batches of this size do not fit into the shared memory that is free."""
+    needed = (3 * workers + 1) * batch_bytes  # two wait and one is made in each worker, one is on its way to the device
+    free = shutil.disk_usage(SHARED_MEMORY).free if workers and SHARED_MEMORY.exists() else needed
+    if needed > free:
+        raise UserError(
+            f"{workers} workers need {needed >> 20:,} MiB of shared memory, but {SHARED_MEMORY} has {free >> 20:,} MiB "
+            "free: start the container with a larger --shm-size, or lower data.workers (0 needs none)."
+        )
 
 
 def _start_workers(iterator: Iterator[Batch]) -> Batch | None:

@@ -37,7 +37,7 @@ def uniform(bound: float) -> Callable[..., jax.Array]:
 
 def _in_pieces(draw_piece: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     count = math.prod(shape)
-    pieces = [np.asarray(draw_piece(key, np.uint32(start))) for start in range(0, count, PIECE)]
+    pieces = [draw_piece(key, np.uint32(start)) for start in range(0, count, PIECE)]  # in parallel
     return jnp.asarray(np.concatenate(pieces)[:count].reshape(shape))
 
 

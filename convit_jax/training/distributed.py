@@ -78,15 +78,17 @@ def join(
 
     Then SIGTERM belongs to JAX's preemption service, see `stop.Stop`, and Ctrl-C ends this process at once.
     """
+    if num_processes == 1:
+        return
     flags = (coordinator, num_processes, process_id)
     with_flags = flags != (None, None, None)
     if with_flags:
         _check_flags(*flags)
     number = str(process_id) if with_flags else cluster(os.environ)
-    if number is None or num_processes == 1:
+    if number is None:
         return
     if number == "0":
-        print(f"... joining the other processes (at most {start_timeout} s)", flush=True)
+        print(f"... joining the other processes (at most {start_timeout} s; --num_processes=1 runs alone)", flush=True)
     jax.config.update("jax_enable_preemption_service", True)
     faulthandler.disable()  # its dump would hide the line with which JAX aborts when a process is lost
     try:
@@ -103,7 +105,7 @@ def join(
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"cannot join the other processes ({reason}): start all processes within {start_timeout} s, with the same "
-            "coordinator and a free port, as docs/clusters.md shows."
+            "coordinator and a free port, as docs/clusters.md shows, or this one alone with --num_processes=1."
         ) from error
     if several() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a background job
         # JAX's callbacks could swallow a KeyboardInterrupt.

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from convit_jax.data.examples import Batch, EvalExample, TrainExample, Unreadable
-from convit_jax.data.loader import batches
+from convit_jax.data.loader import batches, check_shared_memory
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select
 from convit_jax.progress import Progress
@@ -60,12 +60,14 @@ def our_batches(
     example: TrainExample | EvalExample, unreadable: Unreadable, workers: int, batch_size: int, steps: range
 ) -> Generator[Batch, None, None]:
     """Yields this process's rows of the batches of some steps; close it to end the loader."""
+    workers = min(workers, len(steps) // 4)  # starting them takes seconds
+    check_shared_memory(batch_size // jax.process_count() * math.prod(example.size) * 3, workers)
     rows = batches(
         example,
         batch_size=batch_size,
         start=steps.start,
         stop=steps.stop,
-        workers=min(workers, len(steps) // 4),  # starting them takes seconds
+        workers=workers,
         process=jax.process_index(),
         processes=jax.process_count(),
     )

@@ -10,9 +10,10 @@ from typing import Any
 from absl import logging
 from jax.experimental import multihost_utils
 
+from convit_jax.data.loader import STOPPING
 from convit_jax.training.distributed import several
 
-WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # the terminal was closed; Slurm's --signal, as a rule
+WARNINGS = STOPPING[2:]  # of terminals and schedulers
 
 
 class Stop(contextlib.AbstractContextManager["Stop"]):
@@ -43,7 +44,7 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
         if several():
             self.poll(1)  # agreed on for a signal that came before the first call
         if threading.current_thread() is threading.main_thread():  # Python handles signals in no other
-            numbers = WARNINGS if several() else (signal.SIGTERM, signal.SIGINT, *WARNINGS)
+            numbers = WARNINGS if several() else STOPPING
             handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
             self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self

@@ -5,13 +5,16 @@ import multiprocessing
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import assert_same, collect, run_python
 
+from convit_jax.data import loader
 from convit_jax.data.examples import Slots, TrainExample
 from convit_jax.data.sources import ImageFolder
+from convit_jax.errors import UserError
 
 
 @pytest.fixture
@@ -36,6 +39,7 @@ def test_workers_load_the_same_stream_although_signals_reach_them(example):
             for worker in {*multiprocessing.active_children()} - before:
                 with contextlib.suppress(ProcessLookupError):  # it has just ended
                     os.kill(worker.pid, signal.SIGINT)
+                    os.kill(worker.pid, signal.SIGHUP)
                     os.kill(worker.pid, signal.SIGTERM)
                 signalled.add(worker.pid)
 
@@ -50,6 +54,21 @@ def test_workers_load_the_same_stream_although_signals_reach_them(example):
     assert len(signalled) == 2
     assert_same(loaded, collect(example, **settings))
     assert any((batch["unreadable"] == 8).any() for batch in loaded)
+
+
+def killed(slots):
+    os.kill(os.getpid(), signal.SIGBUS)
+
+
+def test_shared_memory_that_is_too_small_is_named_before_and_after(monkeypatch, tmp_path):
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
+    monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
+    loader.check_shared_memory(16 << 20, workers=1)
+    loader.check_shared_memory(1 << 40, workers=0)
+    with pytest.raises(UserError, match=r"2 workers need 112 MiB .* has 64 MiB free: .*--shm-size"):
+        loader.check_shared_memory(16 << 20, workers=2)
+    with pytest.raises(UserError, match="killed by SIGBUS, probably because memory or /dev/shm was full"):
+        collect(killed, batch_size=1, start=0, stop=4, workers=1)
 
 
 def test_workers_end_with_a_main_process_that_is_killed():
