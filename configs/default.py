@@ -26,7 +26,7 @@ FIELDS = {
     "init_from": Field(None, "start from these weights: a source of convit_jax.load_pretrained", kind=str),
     # The arguments of convit_jax.create_model; None: the model's own value.
     "model.name": Field("convit_small", "one of convit_jax.list_models()"),
-    "model.image_size": Field(224, "pixels, or (height, width)", kind=object),
+    "model.image_size": Field(224, "pixels: a side, (height, width) or HEIGHTxWIDTH", kind=object),
     "model.num_classes": Field(None, "size of the head; None: the number of classes of the data", "[1, inf)", kind=int),
     "model.patch_size": Field(None, "pixels; 16", "[1, inf)", kind=int),
     "model.embed_dim": Field(None, "width; depends on the name", "[1, inf)", kind=int),

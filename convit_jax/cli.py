@@ -189,14 +189,8 @@ def load_weights(source: str | None = None, *, needs_head: bool = False, **optio
     source = source or values.checkpoint
     if source is None:
         raise UserError("there are no weights: add --checkpoint=PATH; --help lists what PATH can be.")
-    size = values.image_size
-    if size is not None:
-        sides = size.split("x")
-        if len(sides) > 2 or not all(side.isdigit() for side in sides):
-            raise UserError(f"--image_size is {size!r}: give 384, or HEIGHTxWIDTH such as 224x448.")
-        size = int(sides[0]), int(sides[-1])
     options = {"which": values.which, **options}
-    loaded = load(source, image_size=size, num_heads=values.heads, ema=values.ema, **options)
+    loaded = load(source, image_size=values.image_size, num_heads=values.heads, ema=values.ema, **options)
     if needs_head and not loaded.settings["num_classes"]:
         raise UserError(f"{source} has no head: train one with config.init_from, or give weights with a head.")
     return with_behaviour(loaded, dtype=values.dtype) if values.dtype else loaded

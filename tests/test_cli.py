@@ -27,7 +27,7 @@ DIGITS = "--config=configs/digits.py"
         (f"evaluate {DIGITS} --batch_size=8", "there is no flag --batch_size, did you mean --config.batch_size?"),
         (f"evaluate {DIGITS} --config.epoch=8", "the config has no field 'epoch', did you mean 'epochs'"),
         (f"evaluate {WEIGHTS} photo.jpg", "expected only flags, such as --config.epochs=10, got photo.jpg"),
-        (f"evaluate {WEIGHTS} --image_size=3x4x5", "--image_size is '3x4x5': give 384"),
+        (f"evaluate {WEIGHTS} --image_size=3x4x5", "image_size is '3x4x5': give a side"),
         (f"predict {WEIGHTS}", "give at least one IMAGE"),
         (f"predict {WEIGHTS} --checkpiont=x", "Unknown command line flag 'checkpiont'. Did you mean: checkpoint"),
         (f"export {WEIGHTS} --platforms=cpu,gpu x", "there is no platform 'gpu': choose from cpu"),

@@ -154,7 +154,10 @@ def _find_split(builder: Any, split: str) -> Any:
     for name in wanted:
         if name in existing and existing[name].num_examples:
             return existing[name]
-    raise UserError(f"{builder.data_dir} has no {' or '.join(wanted)} split, only {[*existing]}: prepare it again.")
+    raise UserError(
+        f"{builder.data_dir} has no {' or '.join(wanted)} split, only {[*existing]}: prepare it again, or use a "
+        "data set that has both."
+    )
 
 
 def _find_features(builder: Any) -> tuple[str, str, str | None]:
@@ -162,11 +165,13 @@ def _find_features(builder: Any) -> tuple[str, str, str | None]:
     from tensorflow_datasets import features as kinds
 
     features = builder.info.features
-    images = [name for name, feature in features.items() if isinstance(feature, kinds.Image)]
-    labels = [name for name, feature in features.items() if isinstance(feature, kinds.ClassLabel)]
-    supervised = builder.info.supervised_keys
-    if len(labels) > 1 and supervised and supervised[1] in labels:  # CIFAR-100 has coarse labels too
-        labels = [supervised[1]]
+    supervised = builder.info.supervised_keys or ()  # CIFAR-100 has coarse labels too, Oxford's pets have masks
+
+    def of_kind(kind: type) -> list[str]:
+        found = [name for name, feature in features.items() if isinstance(feature, kind)]
+        return [name for name in found if name in supervised] or found
+
+    images, labels = of_kind(kinds.Image), of_kind(kinds.ClassLabel)
     if len(images) != 1 or len(labels) != 1:
         raise UserError(
             f"{builder.data_dir} has {len(images)} images and {len(labels)} class labels per example: "

@@ -6,6 +6,7 @@ of 16 x 16 pixels, MLP ratio 4. The first ten blocks of ConViT are GPSA.
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,7 +70,7 @@ def create_model(
     name: str,
     *,
     num_classes: int = 1000,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | str | Sequence[int] | None = None,
     seed: int = 0,
     **overrides: Any,
 ) -> VisionTransformer:
@@ -78,7 +79,7 @@ def create_model(
     Args:
       name: one of list_models(), or timm's name of such a model, as "deit_base_distilled_patch16_384".
       num_classes: number of classes; 0 for a model without a head, which returns features.
-      image_size: pixels, a side or (height, width); by default 224, or what timm's name says.
+      image_size: pixels, a side, (height, width) or "224x448"; by default 224, or what timm's name says.
       seed: of the weights, 0 to 2^32 - 1; the same seed gives the same weights.
       **overrides: other settings of VisionTransformer, such as embed_dim=64 or dtype=jnp.bfloat16.
 
@@ -93,7 +94,7 @@ def create_model(
 
 
 def model_settings(
-    name: str, *, num_classes: int = 1000, image_size: int | tuple[int, int] | None = None, **overrides: Any
+    name: str, *, num_classes: int = 1000, image_size: int | str | Sequence[int] | None = None, **overrides: Any
 ) -> Settings:
     """Returns all settings of a model, checked. Arguments and errors as for `create_model`."""
     if timm := re.fullmatch(r"(convit_[a-z]+|deit_[a-z]+?)(_distilled)?(_patch16_(\d+))?(\.\w+)?", name):
@@ -110,12 +111,19 @@ def model_settings(
     embed_dim, num_heads = SIZES[name]
     settings = dict(COMMON, embed_dim=embed_dim, num_heads=num_heads, **FAMILIES[name.split("_")[0]])
     settings.update(overrides, num_classes=num_classes)
-    image_size = 224 if image_size is None else image_size
-    settings["image_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    settings["image_size"] = parse_image_size(224 if image_size is None else image_size)
     if not isinstance(settings["dtype"], str):
         settings["dtype"] = jnp.dtype(settings["dtype"]).name
     _check_settings(settings)
     return settings
+
+
+def parse_image_size(size: int | str | Sequence[int]) -> tuple[int, int]:
+    """Returns (height, width) of 384, "384", "224x448" or (224, 448). Raises UserError for anything else."""
+    sides = size.split("x") if isinstance(size, str) else [size] if isinstance(size, int) else [*size]
+    if len(sides) in (1, 2) and all(str(side).isdigit() for side in sides):
+        return int(sides[0]), int(sides[-1])
+    raise UserError(f"image_size is {size!r}: give a side, as 384, or HEIGHTxWIDTH, as 224x448.")
 
 
 def _check_settings(s: Settings) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.initializers import trunc_normal
+from convit_jax.models.variants import parse_image_size
 from convit_jax.models.vit import VisionTransformer, patch_grid
 from convit_jax.rundir import is_run
 from convit_jax.weights.checkpoint_file import read_state_dict
@@ -24,7 +25,7 @@ from convit_jax.weights.positions import resize_pos_embed
 BEHAVIOUR = ("dtype", "attention", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
 NO_MATTER = (*BEHAVIOUR, "conv_init", "locality_strength", "gate_init")  # to trained weights
 FILES = ("weights.safetensors", *WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin.index.json")
-Size = int | tuple[int, int] | None  # in pixels, of height and width
+Size = int | str | Sequence[int] | None  # see models.variants.parse_image_size
 
 
 def load_pretrained(
@@ -47,7 +48,7 @@ def load_pretrained(
       path: of a .pth, .pt, .bin or .safetensors file, a converted directory or a run directory; or a Hub
         id as "timm/convit_tiny.fb_in1k", or the authors' name as "convit_tiny".
       num_classes: replace the head by a new one of this size, initialised from `seed`; 0 removes it.
-      image_size: pixels, an int or (height, width): resize the position embedding for such images.
+      image_size: pixels, a side, (height, width) or "224x448": resize the position embedding for such images.
       num_heads: of a DeiT whose width is not in the table of sizes.
       which: checkpoint of a run directory: "best" (by top-1 on the test split), "latest", or a step.
       ema: take the moving average of the weights in a run or a training checkpoint.
@@ -80,7 +81,7 @@ def load(
     """Returns the Pretrained of a source, with every name and shape checked; see load_pretrained."""
     source = str(source)
     path = fetch(source)
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = None if image_size is None else parse_image_size(image_size)
     if is_run(path):
         loaded = from_run(path, which, ema)
     elif files := [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]:

@@ -170,11 +170,11 @@ def test_the_supervised_label_is_chosen_and_other_kinds_of_data_sets_are_refused
     folder = root / "cifar10/3.0.2"
     whole = json.loads((folder / "features.json").read_text())
     features = whole["featuresDict"]["features"]
-    features["coarse"] = features["label"]
+    features["coarse"], features["mask"] = features["label"], features["image"]
     (folder / "features.json").write_text(json.dumps(whole))
     assert len(TfdsImages("cifar10", root, "train").labels) == 20
     info = json.loads((folder / "dataset_info.json").read_text())
     del info["supervisedKeys"]
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="has 1 images and 2 class labels"):
+    with pytest.raises(UserError, match="has 2 images and 2 class labels"):
         TfdsImages("cifar10", root, "train")

@@ -77,6 +77,7 @@ def test_initial_values_are_those_of_jax_random_for_any_shape():
 def test_names_and_dtypes_of_timm_users():
     assert convit_jax.list_models() == list(TABLE_1)
     assert model_settings("convit_tiny.fb_in1k") == model_settings("convit_tiny", dtype=jnp.float32)
+    assert model_settings("convit_tiny", image_size="224x448")["image_size"] == (224, 448)
     assert model_settings("deit_base_patch16_384")["image_size"] == (384, 384)
     assert model_settings("deit_small_distilled_patch16_224.fb_in1k", dtype=jnp.bfloat16) == model_settings(
         "deit_small", distilled=True, dtype="bfloat16"
@@ -93,6 +94,8 @@ BFLOAT16 = {"attention": "cudnn", "dtype": "bfloat16"}
         ("convit_tiny", {"embed_dims": 8}, "no setting 'embed_dims', did you mean 'embed_dim'"),
         ("convit_tiny", {"img_size": 224}, "no setting 'img_size': use image_size"),
         ("convit_tiny", {"pretrained": True}, r"'pretrained': use convit_jax.load_pretrained\(name\)"),
+        ("convit_tiny", {"image_size": "384px"}, "image_size is '384px': give a side, as 384, or HEIGHTxWIDTH"),
+        ("convit_tiny", {"image_size": (224, 224, 3)}, r"image_size is \(224, 224, 3\)"),
         ("convit_tiny", {"image_size": 225}, "image_size 225 x 225 is not a multiple of patch_size 16"),
         ("convit_tiny", {"embed_dim": 190}, "embed_dim 190 is not a multiple of num_heads 4"),
         ("convit_tiny", {"local_up_to_layer": 12}, "the class token needs a block: give 0 to 11"),
