@@ -6,17 +6,20 @@ from pathlib import Path
 
 from absl import flags
 
-from convit_jax.cli import config_name, launch
+from convit_jax.cli import launch, source_name
+from convit_jax.config import take_option
 from convit_jax.progress import outlive_readers
 
+DEFAULT = "configs/digits.py"
 SUMMARY = """\
 Done: top-1 {val_top1:.2f}  top-5 {val_top5:.2f}  loss {val_loss:.4f}
   checkpoints  {workdir}/checkpoints (latest and best)
   curves       {curves}
   TensorBoard  tensorboard --logdir={workdir}/tensorboard (after pip install tensorboard)
-  next         your own images: {python} train.py --config=configs/convit_ti.py \
---config.init_from=convit_tiny --config.data.name=folder --config.data.dir=FOLDER with \
-FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"""
+  evaluate     {python} -m convit_jax.evaluate --checkpoint={workdir}
+  predict      {python} -m convit_jax.predict --checkpoint={workdir} PHOTO.jpg
+  visualize    {python} -m convit_jax.visualize --checkpoint={workdir} --image=0 --output={workdir}/maps
+  convert      {python} -m convit_jax.convert {workdir} {workdir}/weights.safetensors (for PyTorch and timm)"""
 
 
 def _define_flags() -> None:
@@ -30,7 +33,8 @@ def main(arguments: list[str]) -> None:
     from convit_jax.training.loop import train
 
     outlive_readers()
-    workdir = Path(flags.FLAGS.workdir or f"runs/{config_name('configs/digits.py')}").expanduser()
+    given, _ = take_option(sys.argv, "config")
+    workdir = Path(flags.FLAGS.workdir or f"runs/{source_name(given or DEFAULT)}").expanduser()
     last = train(flags.FLAGS.config, workdir)
     if is_first():
         curves = draw_curves(workdir, workdir)[0]
@@ -44,7 +48,7 @@ if __name__ == "__main__":
         "train.py",
         main,
         define=_define_flags,
-        config="configs/digits.py",
+        config=DEFAULT,
         processes=True,
         # Outside the loop, or after a second Ctrl-C.
         interrupted="interrupted. Saved checkpoints are kept; run the same command to continue.",

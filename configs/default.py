@@ -21,7 +21,12 @@ FIELDS = {
         kind=int,
         may_change=True,
     ),
-    "batch_size": Field(1024, "images per step, over all devices and processes", "[1, inf)"),
+    "batch_size": Field(
+        1024,
+        "images per step, over all devices and processes; None: 64, or the largest multiple of 8 in a smaller set",
+        "[1, inf)",
+        kind=int,
+    ),
     "accumulate": Field(1, "micro-batches per step; more need less memory", "[1, inf)"),
     "init_from": Field(None, "start from these weights: a source of convit_jax.load_pretrained", kind=str),
     # The arguments of convit_jax.create_model; None: the model's own value.
@@ -60,7 +65,7 @@ FIELDS = {
     "optim.lr": Field(5e-4, "peak learning rate for 512 images; multiplied by batch_size / 512", "[0, inf)"),
     "optim.min_lr": Field(1e-5, "learning rate at the end; not multiplied", "[0, inf)"),
     "optim.warmup_lr": Field(1e-6, "learning rate at the start; not multiplied", "[0, inf)"),
-    "optim.warmup_epochs": Field(5.0, "length of the linear warm-up", "[0, inf)"),
+    "optim.warmup_epochs": Field(5.0, "length of the linear warm-up; None: 1/20 of `epochs`", "[0, inf)", kind=float),
     "optim.schedule_per": Field(
         "epoch", "change the rate once per epoch, as the original, or per step", ("epoch", "step")
     ),
@@ -71,6 +76,14 @@ FIELDS = {
     "optim.clip_norm": Field(0.0, "maximum global norm of the gradient; 0: no clipping", "[0, inf)"),
     "optim.ema_decay": Field(0.0, "decay of a moving average of the weights; 0: none", "[0, 1)"),
     "optim.frozen": Field((), 'parameters that are not trained: parts of their names, such as ("gating_param",)'),
+    "optim.freeze": Field(
+        "none",
+        "more that is not trained: backbone (all but the head), or a number: embeddings and as many leading blocks",
+        kind=object,
+    ),
+    "optim.layer_decay": Field(
+        1.0, "learning rate of a layer / that of the next; last norm and head have the full rate", "(0, 1]"
+    ),
     # Augmentation of training images.
     "augment.crop": Field("resized", "random resized crop; pad: shift by up to `padding` pixels", ("resized", "pad")),
     "augment.padding": Field(4, "pixels, with crop = pad", "[0, inf)"),
@@ -133,7 +146,10 @@ FIELDS = {
     "mesh.data": Field(-1, "devices that share a batch; -1: all", "[-1, inf)", may_change=True),
     "mesh.fsdp": Field(1, "devices that also share parameters and optimizer state", "[1, inf)", may_change=True),
     "eval_batch_size": Field(
-        1024, "images per evaluation step, over all devices; does not affect results", "[1, inf)", may_change=True
+        1024,
+        "images per evaluation step, at most; over all devices; does not affect results",
+        "[1, inf)",
+        may_change=True,
     ),
     "eval_every": Field(
         1.0,

@@ -152,11 +152,10 @@ def _explain(error: flags.Error, config: str | None) -> str:
     return str(error).strip()
 
 
-def config_name(default: str) -> str:
-    """Returns a name for the config on the command line: "convit_s", or "ablations_b" for ablations.py:b."""
-    given, _ = take_option(sys.argv, "config")
-    path, _, row = (given or default).partition(":")
-    return "_".join(filter(None, (Path(path).stem, row)))
+def source_name(source: str) -> str:
+    """Returns the name of FILE.py or FILE.py:NAME for a directory: "convit_s", or "ablations_b" for ablations.py:b."""
+    path, _, name = source.partition(":")
+    return "_".join(filter(None, (Path(path).stem, name)))
 
 
 def required_config() -> ConfigDict:

@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -145,14 +145,19 @@ def claim_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> No
         write_json(workdir / "run.json", facts)
 
 
-def _check_same_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> None:
-    """Raises UserError if a directory holds a run with another config, other data or another teacher."""
-    saved_config = flatten(read_json(workdir / "config.json"))
-    if saved_config and (changed := compare_configs(flatten(config), saved_config, may_change())):
+def check_same_config(workdir: Path, config: ConfigDict, ignored: Collection[str], option: str) -> None:
+    """Raises UserError if a directory, which the flag `option` names, holds a run with another config."""
+    saved = flatten(read_json(workdir / "config.json"))
+    if saved and (changed := compare_configs(flatten(config), saved, ignored)):
         raise UserError(
-            f"{workdir} holds a run with another config ({'; '.join(changed)}): use another --workdir, "
+            f"{workdir} holds a run with another config ({'; '.join(changed)}): use another {option}, "
             "or the old values to continue that run."
         )
+
+
+def _check_same_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> None:
+    """Raises UserError if a directory holds a run with another config, other data or another teacher."""
+    check_same_config(workdir, config, may_change(), "--workdir")
     saved = read_json(workdir / "run.json")
     remedy = "restore the data to continue that run, or use another --workdir."
     for name in ("train_images", "test_images", "classes"):

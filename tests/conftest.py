@@ -135,6 +135,8 @@ def tfds_data(tmp_path):
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """A function: runs a command such as "predict" in this process; returns a CompletedProcess."""
+    import grain  # noqa: F401, its flags stay
+
     monkeypatch.chdir(ROOT)
     before, status = set(flags.FLAGS), []
 

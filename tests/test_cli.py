@@ -8,9 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, run_python, says
 
-import train
 from convit_jax import cli, config
-from convit_jax.config import load_config
 from convit_jax.errors import UserError, out_of_memory
 
 WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
@@ -125,9 +123,3 @@ def test_ctrl_c_while_jax_compiles_ends_without_a_crash():
     """
     done = run_python("-c", code, timeout=100)
     assert (done.returncode, done.stderr) == (130, "sines: interrupted.\n")
-
-
-def test_the_command_for_your_own_images_starts_from_weights_of_its_own_model():
-    fields = load_config(re.search(r"train\.py (.*) with FOLDER/train", train.SUMMARY)[1].split())
-    assert fields.init_from == fields.model.name
-    assert (fields.data.name, fields.data.dir, fields.model.image_size) == ("folder", "FOLDER", 224)

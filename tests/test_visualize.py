@@ -2,14 +2,13 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from absl import flags
 from conftest import ROOT
 from PIL import Image
 
-from convit_jax import cli
 from convit_jax import visualize as command
 from convit_jax.analysis import maps
 from convit_jax.errors import UserError
@@ -24,36 +23,11 @@ SMALL = [DIGITS, *(f"--config.model.{name}={value}" for name, value in MODEL.ite
 
 
 @pytest.fixture
-def parse(monkeypatch):
-    """Reads a command line of visualize in this process."""
-    monkeypatch.chdir(ROOT)
-    before = set(flags.FLAGS)
-
-    def forget():
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
-
-    def parse(*arguments):
-        forget()
-        argv = ["visualize", *map(str, arguments)]
-        cli._parse(argv, command._define_flags, "configs/digits.py", "")
-
-    yield parse
-    forget()
-
-
-@pytest.fixture
-def visualize(parse, capsys, monkeypatch):
+def visualize(run_here, monkeypatch):
     """Runs the command in this process, with few augmented images; returns the paths that it prints."""
     for name in ("IMAGES", "VERSIONS", "STEPS"):
         monkeypatch.setattr(preview, name, 2)
-
-    def run(*arguments):
-        parse(*arguments)
-        command.main([])
-        return capsys.readouterr().out.split()
-
-    return run
+    return lambda *arguments: run_here("visualize", *arguments).stdout.split()
 
 
 def both(directory, *names):
@@ -92,11 +66,12 @@ def test_augmentations_into_a_file_or_a_folder(visualize, tmp_path):
             assert min(picture.size) > 400
 
 
-def test_the_image_is_what_the_network_sees(parse, tmp_path):
+def test_the_image_is_what_the_network_sees(tmp_path, monkeypatch):
     pixels = np.zeros((30, 60, 3), np.uint8)
     pixels[:, 20:40] = 255
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    parse("--init", f"--image={tmp_path}/wide.png")
+    given = SimpleNamespace(image=f"{tmp_path}/wide.png", checkpoint=None)
+    monkeypatch.setattr(command.flags, "FLAGS", given)
     settings = model_settings("convit_tiny", image_size=(32, 16))
     how = Preprocessing(crop_ratio=1.0, mean=(0.5,) * 3, std=(0.25,) * 3)
     image, normalised = command.read_image(settings, how)

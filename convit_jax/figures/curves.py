@@ -27,6 +27,7 @@ def plot_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
         ):
             points = [(line["epoch"], line[name]) for line in lines if name in line]
             if points:
+                marker = "o" if len(points) == 1 else marker  # a line of one point is invisible
                 axes.plot(*zip(*points, strict=True), marker=marker, ms=3, lw=1.4, color=color, label=label)
         axes.set(xlabel="epoch", title=title)
         tidy_axes(axes)

@@ -55,12 +55,13 @@ def plot_gates(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, 
     columns = min(PANELS_PER_ROW, layers)
     rows = math.ceil(layers / columns)
     figure = Figure(figsize=(1.8 + 1.6 * columns, 0.9 + 1.9 * rows), layout="constrained")
+    limits = max(-0.02, values.min() - 0.05), min(1.02, values.max() + 0.05)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for layer, axes in enumerate(panels[:layers]):
         for head in range(heads):
             axes.plot(epochs, values[:, layer, head], label=f"{head + 1}", **_look(head, heads, epochs))
         axes.plot(epochs, values[:, layer].mean(axis=1), color="black", lw=1.6, ls=(0, (1, 2)), label="mean")
-        axes.set(xlim=(0, None), ylim=(-0.02, 1.02), title=f"layer {layer + 1}")
+        axes.set(xlim=(0, None), ylim=limits, title=f"layer {layer + 1}")
         tidy_axes(axes)
     for number in range(layers, len(panels)):
         panels[number].remove()

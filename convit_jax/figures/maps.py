@@ -1,7 +1,7 @@
 """Attention maps as figures: one page per kind of map, a row per layer, a column per head.
 
 All maps share a logarithmic scale, from uniform attention (1/N for N patches) to all attention on one patch,
-so that layers and heads can be compared. Where attention is below uniform, the faded image is visible.
+so that layers and heads can be compared. Where attention is uniform or less, the faded image is visible.
 Content attention before training is nearly uniform and has a linear scale instead. A frame marks the query.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -21,7 +21,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from convit_jax.analysis.maps import LayerMaps
-from convit_jax.figures.style import COLORS, save_figure
+from convit_jax.figures.style import COLORS, add_title, save_figure
 
 TITLES = {
     "query": "Attention of a patch",
@@ -30,6 +30,7 @@ TITLES = {
     "class_token": "Attention of the class token",
     "distillation_token": "Attention of the distillation token",
 }
+PAGE = 7.5, 10.5  # inches, at most
 GAP, CAPTION = 0.08, 0.2  # between maps and above a map, of the longer side of a map
 
 Query = tuple[int, int] | None
@@ -70,23 +71,22 @@ def _shares(attention: np.ndarray) -> list[str]:
 def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query) -> Figure:
     """The image, and below it the maps."""
     heads, *grid = rows[0][1].shape
+    norm = LogNorm(1 / math.prod(grid), 1)
     down, across = _steps(grid)
-    inch = min(1.3, max(0.78, min(9 / heads, 13 / len(rows)))) / max(grid)
+    inch = min(1.3 / max(grid), (PAGE[0] - 0.7) / (heads * across), (PAGE[1] - 2.7) / (len(rows) * down))  # a patch
     height = 0.3 + len(rows) * down * inch
     figure = Figure(figsize=(max(0.7 + heads * across * inch, 4.0), 2.4 + height), layout="constrained")
-    figure.suptitle(
-        title + (f" (row {query[0]}, column {query[1]})" if query else ""), x=0.01, ha="left", weight="bold"
-    )
+    add_title(figure, title + (f" (row {query[0]}, column {query[1]})" if query else ""))
     photo, axes = figure.subplots(2, 1, height_ratios=(1.4, height))
     photo.set_anchor("W")
     _draw_photo(photo, image, grid, query)
     cells = {(n, head): (maps[head], texts[head]) for n, (_, maps, texts) in enumerate(rows) for head in range(heads)}
-    _draw_maps(axes, cells, _common_norm(grid), query, image)
-    axes.set_xticks([n * across + grid[1] / 2 for n in range(heads)], [f"head {n + 1}" for n in range(heads)])
+    _draw_maps(axes, cells, norm, query, image)
+    axes.set_xticks([n * across + grid[1] / 2 for n in range(heads)], ["head 1", *range(2, heads + 1)])
     axes.set_yticks([n * down + grid[0] / 2 for n in range(len(rows))], [name for name, _, _ in rows])
     axes.tick_params(length=0, labelsize=7.5, labeltop=True, labelbottom=False)
     label = f"attention; the faded image: uniform (1/{math.prod(grid)}) or less"
-    _add_colorbar(figure, [axes], _common_norm(grid), label)
+    _add_colorbar(figure, [axes], norm, label)
     return figure
 
 
@@ -99,22 +99,23 @@ def draw_init_maps(
 ) -> list[Path]:
     """Draws what `init_maps` returns (Fig. 3), for a uint8 image [H, W, 3] or None; returns the paths."""
     heads, *grid = next(iter(positions.values())).shape
+    norm = LogNorm(1 / math.prod(grid), 1)
     panels = (image is not None) + (content is not None) + len(positions)
     figure = Figure(figsize=(max(2.8 * panels, 3.4), 0.9 + 2.9 * grid[0] / grid[1]), layout="constrained")
-    figure.suptitle(f"{heads} heads of a GPSA layer before training", x=0.01, ha="left", weight="bold")
+    add_title(figure, f"{heads} heads of a GPSA layer before training")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     if image is not None:
         _draw_photo(axes.pop(0), image, grid, query)
     if content is not None:
-        norm = Normalize(content.min(), content.max())
+        linear = Normalize(content.min(), content.max())
         axes[0].set_title("content, untrained", fontsize=8.5)
-        _draw_maps(axes[0], _as_filter(content), norm, query)
-        _add_colorbar(figure, [axes.pop(0)], norm, "attention")
+        _draw_maps(axes[0], _as_filter(content), linear, query)
+        _add_colorbar(figure, [axes.pop(0)], linear, "attention")
     for each, (strength, maps) in zip(axes, positions.items(), strict=True):
         init = "ordinary init" if strength is None else rf"$\alpha$ = {strength:g}"
         each.set_title(f"position, {init}", fontsize=8.5)
-        _draw_maps(each, _as_filter(maps), _common_norm(grid), query)
-    _add_colorbar(figure, axes, _common_norm(grid), f"attention; white: uniform (1/{math.prod(grid)}) or less")
+        _draw_maps(each, _as_filter(maps), norm, query)
+    _add_colorbar(figure, axes, norm, f"attention; white: uniform (1/{math.prod(grid)}) or less")
     return save_figure(figure, directory, "init")
 
 
@@ -141,7 +142,9 @@ def _draw_maps(axes: Axes, cells: Cells, norm: Normalize, query: Query, image: n
         left, top = column * across, row * down
         canvas[top : top + height, left : left + width] = values
         axes.add_patch(Rectangle((left, top), width, height, fill=False, ec="0.6", lw=0.4))
-        axes.text(left + width / 2, top - 0.3, caption, fontsize=6.2, ha="center", in_layout=False)
+        axes.text(
+            left + width / 2, top - 0.3, caption, fontsize=72 / max(12, len(caption)), ha="center", in_layout=False
+        )
         _frame(axes, left, top, query)
     extent = (0, columns * across, rows * down, 0)
     if image is not None:  # black becomes a light grey
@@ -149,11 +152,16 @@ def _draw_maps(axes: Axes, cells: Cells, norm: Normalize, query: Query, image: n
         cell = Image.new("L", (8 * across, 8 * down), 255)
         cell.paste(faded)
         axes.imshow(np.tile(np.asarray(cell), (rows, columns)), cmap="gray", vmin=0, vmax=255, extent=extent)
-    # Colours only get darker, for colour-blind readers and grey prints; transparent below the scale.
-    palette = colormaps["YlGnBu"].with_extremes(under=(1, 1, 1, 0))
-    axes.imshow(canvas, cmap=palette, norm=norm, extent=extent, interpolation="none")
+    axes.imshow(canvas, cmap=_palette(), norm=norm, extent=extent, interpolation="none")
     axes.set(ylim=(rows * down, -max(1, round(CAPTION * max(height, width)))), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
+
+
+def _palette() -> ListedColormap:
+    """Colours that only get darker, for colour-blind readers and grey prints; they fade in from the image behind."""
+    colors = colormaps["YlGnBu"](np.linspace(0, 1, 256))
+    colors[:, 3] = np.minimum(1, np.linspace(0, 3, 256))
+    return ListedColormap(colors)
 
 
 def _frame(axes: Axes, left: float, top: float, query: Query) -> None:
@@ -170,14 +178,9 @@ def _steps(grid: Sequence[int]) -> tuple[int, int]:
     return grid[0] + caption + gap, grid[1] + gap
 
 
-def _common_norm(grid: Sequence[int]) -> Normalize:
-    """The logarithmic scale from 1/N to 1."""
-    return LogNorm(1 / math.prod(grid), 1)
-
-
 def _add_colorbar(figure: Figure, axes: Sequence[Axes], norm: Normalize, label: str) -> None:
     """Adds the horizontal colour bar of maps below them."""
-    colors, shrink = ScalarMappable(norm, "YlGnBu"), 0.9 / len(axes)
+    colors, shrink = ScalarMappable(norm, _palette()), 0.9 / len(axes)
     bar = figure.colorbar(
         colors, ax=axes, orientation="horizontal", shrink=shrink, aspect=40, format=PercentFormatter(1)
     )

@@ -20,6 +20,12 @@ def tidy_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def add_title(figure: Figure, text: str) -> None:
+    """Adds a bold title at the left, small enough for the figure's width."""
+    size = min(11, 100 * figure.get_figwidth() / len(text))
+    figure.suptitle(text, x=0.01, ha="left", fontweight="bold", fontsize=size)
+
+
 def save_figure(figure: Figure, directory: Path, name: str, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
     """Writes directory/name.KIND for each kind; returns the paths. UserError if it cannot."""
     paths = [directory / f"{name}.{kind}" for kind in kinds]

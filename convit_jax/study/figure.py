@@ -5,6 +5,7 @@ lines or diamonds.
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from convit_jax.figures.style import COLORS, save_figure, tidy_axes
+from convit_jax.figures.style import COLORS, add_title, save_figure, tidy_axes
 from convit_jax.study.plan import METRICS, Study, is_number
 from convit_jax.study.runner import Outcome
-from convit_jax.study.table import Cells, Estimate, collect_cells, gap_to_baseline, mean_over_seeds
+from convit_jax.study.table import Cells, Estimate, describe_seeds, gap_to_baseline, mean_over_seeds
 
 
 def draw_study(study: Study, outcomes: Mapping[str, Outcome], output: Path) -> None:
     """Draws figure.pdf and figure.png of a study's first metric into its directory; nothing if no run is done."""
-    ours, paper = collect_cells(study, outcomes, study.metrics[0])
-    if any(ours.values()):
+    ours, paper = mean_over_seeds(study, outcomes, study.metrics[0])
+    if ours:
         columns = study.column_names()
         plot = _plot_lines if len(columns) > 1 and all(map(is_number, columns)) else _plot_dots
         figure = plot(study, ours, paper)
-        figure.suptitle(study.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+        figure.axes[0].set_title(describe_seeds(ours), loc="left", fontsize=8.5)
+        add_title(figure, study.title)
         save_figure(figure, output, "figure")
 
 
@@ -38,9 +40,9 @@ def _plot_lines(study: Study, ours: Cells, paper: Cells) -> Figure:
     for row, color, marker in zip(study.row_names(), itertools.cycle(COLORS), itertools.cycle("os^DvPX"), strict=False):
         label = f"{study.rows} {row:g}" if is_number(row) else study.row_label(row)
         styles = {"marker": marker, "label": label}, {"ls": ":", "label": f"{label}, paper"}
-        for cells, style in zip((ours, paper), styles, strict=True):
-            for axes, estimate in zip(panels, (mean_over_seeds, gap_to_baseline), strict=False):
-                points = {column: estimate(study, cells, row, column) for column in columns}
+        for means, style in zip((ours, paper), styles, strict=True):
+            for axes, cells in zip(panels, (means, gap_to_baseline(study, means)), strict=False):
+                points = {column: cells[row, column] for column in columns if (row, column) in cells}
                 _plot_estimates(axes, points, {"color": color, **style})
     for axes in panels:
         tidy_axes(axes)
@@ -64,7 +66,7 @@ def _plot_dots(study: Study, ours: Cells, paper: Cells) -> Figure:
         of = f"{study.columns}: {study.column_label(column)}, " if study.columns else ""
         styles = {"marker": "o", "label": f"{of}this code"}, {"marker": "D", "mfc": "none", "label": f"{of}paper"}
         for cells, style in zip((ours, paper), styles, strict=True):
-            points = {place: mean_over_seeds(study, cells, row, column) for place, row in enumerate(rows)}
+            points = {place: cells[row, column] for place, row in enumerate(rows) if (row, column) in cells}
             _plot_estimates(axes, points, {"color": color, "ls": "", **style}, across=True)
     tidy_axes(axes)
     axes.set_yticks(range(len(rows)), [study.row_label(row) for row in rows])
@@ -74,13 +76,12 @@ def _plot_dots(study: Study, ours: Cells, paper: Cells) -> Figure:
     return figure
 
 
-def _plot_estimates(axes: Axes, points: Mapping[Any, Estimate | None], style: Any, *, across: bool = False) -> None:
-    """Values with error bars, along x instead of y if `across`; places without a value are left out."""
-    known = [(place, *found) for place, found in points.items() if found]
-    if known:
-        places, values, errors = zip(*known, strict=True)
-        bars = None if None in errors else errors
+def _plot_estimates(axes: Axes, points: Mapping[Any, Estimate], style: Any, *, across: bool = False) -> None:
+    """Values with error bars at their places, along x instead of y if `across`."""
+    if points:
+        values, errors, _ = zip(*points.values(), strict=True)
+        bars = None if all(map(math.isnan, errors)) else errors  # the legend shows bars, too
         if across:
-            axes.errorbar(values, places, xerr=bars, capsize=3, **style)
+            axes.errorbar(values, list(points), xerr=bars, capsize=3, **style)
         else:
-            axes.errorbar(places, values, yerr=bars, capsize=3, **style)
+            axes.errorbar(list(points), values, yerr=bars, capsize=3, **style)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from convit_jax.config import ROOT, flatten, load_config, may_change
+from convit_jax.config import ROOT, flatten, load_config
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.variants import abstract_model
 from convit_jax.training.distill import load_teacher
@@ -139,15 +139,24 @@ def _expand_entry(
     return runs
 
 
-def run_identity(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the flat fields of a config that make a run of a study; others may differ between machines."""
-    free = may_change() - {"steps", "distill.teacher"}
-    return {name: value for name, value in flatten(config).items() if name not in free}
+def select_runs(study: Study, **wanted: Sequence[str] | None) -> list[StudyRun]:
+    """Returns the runs whose "row", "column" and "seed" are among the wanted texts; None takes all of them."""
+    selected = list(study.runs)
+    for what, names in wanted.items():
+        known = dict.fromkeys(_text(getattr(run, what)) for run in study.runs)
+        for name in names or []:
+            if name not in known:
+                choices = f"The {what}s are: {', '.join(known)}."
+                raise UserError(f"the study has no {what} {name!r}{nearest(name, known)} {choices}")
+        selected = [run for run in selected if names is None or _text(getattr(run, what)) in names]
+    if not selected:
+        raise UserError("the study has no run with these rows, columns and seeds: see --list.")
+    return selected
 
 
-def check_study(study: Study) -> None:
-    """Checks configs, models, data and weights of all runs, in seconds; UserError names a run that cannot work."""
-    different = {str(flatten(run.config) | {"seed": None}): run for run in reversed(study.runs)}
+def check_runs(runs: Sequence[StudyRun]) -> None:
+    """Checks configs, models, data and weights of runs, in seconds; UserError names a run that cannot work."""
+    different = {str(flatten(run.config) | {"seed": None}): run for run in reversed(runs)}
     for run in different.values():
         config = run.config
         try:

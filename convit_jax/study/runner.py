@@ -1,8 +1,8 @@
 """The runs of a study on the disk, and one of them as a process.
 
-DIR/study.json lists the runs. DIR/runs/NAME is a run directory of train.py, with its output in output.log and
-in outcome.json what train.py cannot know: seconds over all starts, exit status, why it failed. There is no
-other state, so several commands can share a study, and each can be stopped at any time.
+DIR/runs/NAME is a run directory of train.py, with its output in output.log and in outcome.json what train.py
+cannot know: seconds over all starts, exit status, why it failed. There is no other state, so several commands
+can share a study, and each can be stopped at any time.
 """
 
 import dataclasses
@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from convit_jax.config import ROOT, compare_configs
-from convit_jax.errors import UserError
-from convit_jax.rundir import disk_errors, lock_directory, read_json, read_metrics, write_json
-from convit_jax.study.plan import Study, StudyRun, run_identity
+from convit_jax.config import ROOT, may_change
+from convit_jax.rundir import check_same_config, disk_errors, read_json, read_metrics, write_json
+from convit_jax.study.plan import StudyRun
 
 LOCK = "study.lock"  # of a study's directory while it is written, of a run while a command works on it
 
@@ -42,9 +41,12 @@ def run_directory(output: Path, run: StudyRun) -> Path:
     return output / "runs" / run.name
 
 
-def read_outcome(directory: Path) -> Outcome:
-    """Returns the outcome of the run in a directory."""
+def read_outcome(output: Path, run: StudyRun) -> Outcome:
+    """Returns the outcome of a run; UserError if its directory has one with other numbers."""
+    directory = run_directory(output, run)
     lines = read_metrics(directory / "metrics.jsonl")
+    if lines:
+        check_same_config(directory, run.config, may_change() - {"steps", "distill.teacher"}, "--output")
     evaluations = [line for line in lines if "val_top1" in line]
     steps = read_json(directory / "run.json").get("steps")
     ended = read_json(directory / "outcome.json")
@@ -59,23 +61,6 @@ def read_outcome(directory: Path) -> Outcome:
         seconds=ended.get("seconds", 0.0),
         failure=failure,
     )
-
-
-def claim_study(output: Path, study: Study) -> None:
-    """Starts or continues a study, which may have got more runs, in a directory; UserError if that has another."""
-    runs = {run.name: run_identity(run.config) for run in study.runs}
-    with lock_directory(output, LOCK, wait=True), disk_errors(output):
-        saved = read_json(output / "study.json")
-        for name, then in saved.get("runs", {}).items():
-            known = name in runs
-            different = compare_configs(runs[name], run_identity(then), ()) if known else [f"it has no run {name}"]
-            if different:
-                raise UserError(
-                    f"{output} holds another study, {' '.join([saved['plan'], *saved['changes']])} "
-                    f"({'; '.join(different)}): use another --output, or the old study to continue it."
-                )
-        record = {"plan": study.source, "changes": study.changes, "title": study.title, "runs": runs}
-        write_json(output / "study.json", record)
 
 
 def train_command(run: StudyRun, output: Path) -> list[str]:

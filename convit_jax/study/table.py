@@ -1,60 +1,82 @@
-"""The tables of a study: table.csv has a line per run, table.md the means over seeds.
+"""The tables of a study: table.csv has a line per run, table.md and table.tex the means over seeds.
 
-A cell of table.md is mean ± sample standard deviation over seeds, then the paper's number in brackets.
+A cell is mean ± sample standard deviation over seeds, their number if some are missing, then the paper's number.
 """
 
 import csv
+import itertools
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from convit_jax.rundir import atomic_write
 from convit_jax.study.plan import METRICS, Name, Study
 from convit_jax.study.runner import Outcome
 
-Cells = Mapping[tuple[Name, Name], list[float]]  # the numbers of each row and column that has runs
-Estimate = tuple[float, float | None]  # a value and its spread or error; None of fewer than two seeds
+Lines = list[list[str]]
+LATEX = str.maketrans({"\\": r"\textbackslash{}", "±": r"$\pm$"} | {each: f"\\{each}" for each in "%&_#${}"})
 
 
-def collect_cells(study: Study, outcomes: Mapping[str, Outcome], metric: str) -> tuple[Cells, Cells]:
-    """Returns a metric of each seed that is done, and the paper's: one number or none."""
-    ours: Cells = {(run.row, run.column): [] for run in study.runs}
-    paper = {(run.row, run.column): [run.paper[metric]] if metric in run.paper else [] for run in study.runs}
+class Estimate(NamedTuple):
+    """A number over seeds."""
+
+    value: float
+    error: float  # standard deviation of a mean, standard error of a gap; NaN of one seed
+    seeds: int
+
+
+Cells = Mapping[tuple[Name, Name], Estimate]  # by row and column
+
+
+def mean_over_seeds(study: Study, outcomes: Mapping[str, Outcome], metric: str) -> tuple[Cells, Cells]:
+    """Returns mean and sample standard deviation of the seeds that are done, and the paper's numbers."""
+    numbers: dict[tuple[Name, Name], list[float]] = {}
     for run in study.runs:
         if last := outcomes[run.name].last:
-            ours[run.row, run.column].append(last[metric])
+            numbers.setdefault((run.row, run.column), []).append(last[metric])
+    ours = {cell: estimate_mean(each) for cell, each in numbers.items()}
+    paper = {(run.row, run.column): estimate_mean([run.paper[metric]]) for run in study.runs if metric in run.paper}
     return ours, paper
 
 
-def mean_over_seeds(study: Study, cells: Cells, row: Name, column: Name) -> Estimate | None:
-    """Returns the mean and the sample standard deviation of a cell; None without numbers."""
-    numbers = cells.get((row, column))
-    if not numbers:
-        return None
-    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
+def estimate_mean(numbers: list[float]) -> Estimate:
+    """Returns mean and sample standard deviation of a number per seed."""
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+    return Estimate(statistics.fmean(numbers), spread, len(numbers))
 
 
-def gap_to_baseline(study: Study, cells: Cells, row: Name, column: Name) -> Estimate | None:
-    """Compares the mean m of a cell with the baseline's m0 in the same column, as the paper's Table 2 does.
+def gap_to_baseline(study: Study, means: Cells) -> Cells:
+    """Compares each mean m with the baseline's m0 in the same column, as the paper's Table 2 does.
 
     Returns:
-      ((m - m0) / m0, its standard error), both in per cent. With the standard errors s and s0 of the means
-      the latter is sqrt(s^2 + (m / m0)^2 s0^2) / m0. None without numbers, and for the baseline itself.
+      (m - m0) / m0 and its standard error, both in per cent. With the standard errors s and s0 of the means
+      the latter is sqrt(s^2 + (m / m0)^2 s0^2) / m0. No cell without both means, and none for the baseline itself.
     """
-    numbers, baseline = cells.get((row, column), []), cells.get((study.baseline, column), [])
-    if row == study.baseline or not numbers or not any(baseline):
-        return None
-    mean, mean_0 = statistics.fmean(numbers), statistics.fmean(baseline)
-    gap = 100 * (mean - mean_0) / mean_0
-    if len(numbers) < 2 or len(baseline) < 2:
-        return gap, None
-    of_mean, of_mean_0 = (statistics.stdev(each) / math.sqrt(len(each)) for each in (numbers, baseline))
-    return gap, 100 * math.hypot(of_mean, mean / mean_0 * of_mean_0) / mean_0
+    gaps = {}
+    for (row, column), mean in means.items():
+        base = means.get((study.baseline, column))
+        if row != study.baseline and base and base.value:
+            of_mean, of_base = (each.error / math.sqrt(each.seeds) for each in (mean, base))
+            error = 100 * math.hypot(of_mean, mean.value / base.value * of_base) / base.value
+            gap = 100 * (mean.value - base.value) / base.value
+            gaps[row, column] = Estimate(gap, error, min(mean.seeds, base.seeds))
+    return gaps
+
+
+def describe_seeds(cells: Cells) -> str:
+    """Returns over how many seeds the means are: "one seed", or "mean ± standard deviation over 2 to 5 seeds"."""
+    counts = sorted({each.seeds for each in cells.values()})
+    if not counts or counts[-1] == 1:
+        return "one seed" if counts else "no run is done"
+    numbers = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+    return f"mean ± standard deviation over {numbers} seeds"
 
 
 def write_tables(study: Study, outcomes: Mapping[str, Outcome], output: Path) -> None:
-    """Writes table.csv and table.md into the directory of the study."""
+    """Writes table.csv, table.md and table.tex into the directory of the study."""
     with atomic_write(output / "table.csv") as file:
         writer = csv.writer(file, lineterminator="\n")
         file.write("run,row,column,seed,state,step,steps,top1,top5,loss,best_top1,seconds,failure\n")
@@ -63,16 +85,17 @@ def write_tables(study: Study, outcomes: Mapping[str, Outcome], output: Path) ->
             last = [found.last.get(metric) for metric in METRICS]
             facts = (run.name, run.row, run.column, run.seed, found.state, found.step, found.steps)
             writer.writerow([*facts, *last, found.best, found.seconds, found.failure])
-    with atomic_write(output / "table.md") as file:
-        file.write(format_markdown(study, outcomes))
+    for name, text in (("table.md", format_markdown(study, outcomes)), ("table.tex", format_latex(study, outcomes))):
+        with atomic_write(output / name) as file:
+            file.write(text)
 
 
 def format_markdown(study: Study, outcomes: Mapping[str, Outcome]) -> str:
     """Returns the text of table.md: a table per metric, failures, what is left, the command."""
     parts = [f"# {study.title}", study.question]
     for metric in study.metrics:
-        caption, (head, *lines) = make_table(study, outcomes, metric)
-        lines = [head, ["---"] * len(head), *lines]
+        caption, [[head], *blocks] = make_table(study, outcomes, metric)
+        lines = [head, ["---"] * len(head), *itertools.chain(*blocks)]
         parts += [caption, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     failed = [f"- {name}: {found.failure}" for name, found in outcomes.items() if found.state == "failed"]
     if failed:
@@ -84,44 +107,59 @@ def format_markdown(study: Study, outcomes: Mapping[str, Outcome]) -> str:
     return "\n\n".join([*parts, f"`{command}`"]) + "\n"
 
 
-def make_table(study: Study, outcomes: Mapping[str, Outcome], metric: str) -> tuple[str, list[list[str]]]:
-    """Returns the caption and the texts of a table: a head, a line per row, a line per gap to the baseline."""
-    ours, paper = collect_cells(study, outcomes, metric)
-    rows, columns, seeds = study.row_names(), study.column_names(), sorted({run.seed for run in study.runs})
+def format_latex(study: Study, outcomes: Mapping[str, Outcome]) -> str:
+    r"""Returns the text of table.tex, a float per metric; the document needs \usepackage{booktabs}."""
+    floats = []
+    for metric in study.metrics:
+        caption, blocks = make_table(study, outcomes, metric)
+        texts = ["".join(f"{' & '.join(map(_escape, line))} \\\\\n" for line in block) for block in blocks]
+        lines = "\\midrule\n".join(texts)
+        floats.append(rf"""\begin{{table}}
+\centering
+\caption{{{_escape(f"{study.title}: {caption}")}}}
+\begin{{tabular}}{{l{"c" * len(study.column_names())}}}
+\toprule
+{lines}\bottomrule
+\end{{tabular}}
+\end{{table}}
+""")
+    return "\n".join(floats)
 
-    def format_mean(row: Name, column: Name) -> str:
-        """'57.41 ± 0.32 (57.4)', with the number of seeds if some are missing."""
-        if (row, column) not in ours:
-            return ""
-        count = len(ours[row, column])
-        text = _format_estimate(mean_over_seeds(study, ours, row, column), "{:.2f}")
-        text += f" [n = {count}]" if 0 < count < len(seeds) else ""
-        return text + "".join(f" ({number})" for number in paper[row, column])
 
-    def format_gap(row: Name, column: Name) -> str:
-        """'+24.3% ± 1.1% (+24.1%)'."""
-        theirs = gap_to_baseline(study, paper, row, column)
-        text = _format_estimate(gap_to_baseline(study, ours, row, column), "{:+.1f}%")
-        return text + (f" ({theirs[0]:+.1f}%)" if theirs else "")
+def _escape(text: str) -> str:
+    """A text in LaTeX, with a minus sign before a number and as an empty cell."""
+    return re.sub(r"(^|\()-(?=\d|$)", r"\1$-$", text.translate(LATEX))
 
+
+def make_table(study: Study, outcomes: Mapping[str, Outcome], metric: str) -> tuple[str, list[Lines]]:
+    """Returns the caption of a table and its blocks of lines: head, rows, and gaps to the baseline if there is one."""
+    ours, paper = mean_over_seeds(study, outcomes, metric)
+    rows, columns, planned = study.row_names(), study.column_names(), len({run.seed for run in study.runs})
+    caption = f"{METRICS[metric]} on the test images at the end of training, {describe_seeds(ours)}"
+    caption += "; in brackets the paper's" if paper else ""
     corner = f"{study.rows} \\ {study.columns}" if study.columns else study.rows
-    lines = [[corner, *(study.column_label(column) if study.columns else METRICS[metric] for column in columns)]]
-    lines += [[study.row_label(row), *(format_mean(row, column) for column in columns)] for row in rows]
-    several = len(seeds) > 1
-    over = f"mean ± standard deviation over {len(seeds)} seeds" if several else f"seed {seeds[0]}"
-    caption = f"{METRICS[metric]} on the test images at the end of training, {over}"
-    caption += "; in brackets the paper's" if any(paper.values()) else ""
+    head = [corner, *(study.column_label(column) if study.columns else METRICS[metric] for column in columns)]
+
+    def make_line(label: str, row: Name, ours: Cells, paper: Cells, numbers: tuple[str, str]) -> list[str]:
+        """A cell per column; `numbers` are the formats of our value and the paper's."""
+        pairs = [(ours.get((row, column)), paper.get((row, column))) for column in columns]
+        return [label, *(_format_cell(*pair, planned, *numbers) for pair in pairs)]
+
+    blocks = [[head], [make_line(study.row_label(row), row, ours, paper, ("{:.2f}", "{}")) for row in rows]]
     if study.baseline is not None:
-        caption += "; relative gap of the means" + (" ± its standard error" if several else "")
+        caption += "; relative gap of the means" + (" ± its standard error" if "±" in caption else "")
+        gaps = gap_to_baseline(study, ours), gap_to_baseline(study, paper), ("{:+.1f}%", "{:+.1f}%")
         over = f" over {study.row_label(study.baseline)}"
         others = [row for row in rows if row != study.baseline]
-        lines += [[study.row_label(row) + over, *(format_gap(row, column) for column in columns)] for row in others]
-    return f"{caption}.", lines
+        blocks.append([make_line(study.row_label(row) + over, row, *gaps) for row in others])
+    return f"{caption}.", blocks
 
 
-def _format_estimate(estimate: Estimate | None, number: str) -> str:
-    """A value and its error in a format such as "{:+.1f}%", the error without a sign."""
-    if estimate is None:
-        return "-"
-    value, error = estimate
-    return number.format(value) + ("" if error is None else f" ± {number.replace('+', '').format(error)}")
+def _format_cell(ours: Estimate | None, paper: Estimate | None, planned: int, number: str, of_paper: str) -> str:
+    """'57.41 ± 0.32 [n = 2] (57.4)': n if seeds are missing, in round brackets the paper's."""
+    text = "-"
+    if ours:
+        text = number.format(ours.value)
+        text += "" if math.isnan(ours.error) else f" ± {number.replace('+', '').format(ours.error)}"
+        text += f" [n = {ours.seeds}]" if ours.seeds < planned else ""
+    return text + (f" ({of_paper.format(paper.value)})" if paper else "")

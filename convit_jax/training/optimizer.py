@@ -1,4 +1,4 @@
-"""AdamW as DeiT and ConViT use it: learning rate schedule, weight decay, frozen parameters, moving average.
+"""AdamW as DeiT and ConViT use it: learning rate schedule, weight decay, layer decay and frozen parameters.
 
 The schedule is timm's CosineLRScheduler: linear warm-up from warmup_lr, then half a cosine to min_lr over all
 epochs. Only the peak is scaled with the batch size. The original updates the rate once an epoch, after the
@@ -21,21 +21,23 @@ from convit_jax.errors import UserError
 from convit_jax.training.plan import Plan
 
 NO_DECAY = ("bias", "scale", "gating_param")  # parameters that are 1-D in the original
+EMBEDDINGS = ("patch_embed", "pos_embed", "cls_token", "dist_token")
+HEADS = ("head", "head_dist")
 
 Schedule = Callable[[jax.Array], jax.Array]  # step, int [] -> learning rate, float32 []
 
 
 def run_schedule(config: ConfigDict, plan: Plan) -> Schedule:
     """Returns the learning rate of a run as a function of the step."""
-    optim, epochs, batch_size = config.optim, plan.epochs, config.batch_size
-    epoch_length = plan.train.slots.epoch_length
+    optim, epochs, batch_size = config.optim, plan.epochs, plan.batch_size
+    epoch_length, warmup_epochs = plan.train.slots.epoch_length, plan.warmup_epochs
 
     def rate(t: Any, xp: Any) -> Any:
         # t: a time in epochs; xp: numpy or jax.numpy
         peak, low = optim.lr * batch_size / 512, optim.min_lr
-        warmup = optim.warmup_lr + t * (peak - optim.warmup_lr) / max(optim.warmup_epochs, 1e-9)
+        warmup = optim.warmup_lr + t * (peak - optim.warmup_lr) / max(warmup_epochs, 1e-9)
         cosine = low + 0.5 * (peak - low) * (1 + xp.cos(math.pi * t / epochs))
-        return xp.where(t < optim.warmup_epochs, warmup, xp.where(t < epochs, cosine, low))
+        return xp.where(t < warmup_epochs, warmup, xp.where(t < epochs, cosine, low))
 
     def per_step(step: jax.Array) -> jax.Array:
         return rate(step * (batch_size / epoch_length), jnp).astype(jnp.float32)
@@ -66,6 +68,39 @@ def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
     return mask
 
 
+def layer_scales(params: Any, layer_decay: float, freeze: str | int) -> Any:
+    """Returns the factor of each parameter's learning rate: layer_decay ** (layers above it), 0 if it is frozen.
+
+    Layers as in BEiT: the embeddings, each block, then the last norm and the head as one. A stack of L blocks has a
+    factor for each block, float32 [L, 1, ...].
+    """
+    blocks, depth = {}, 0  # the layers in each stack; the number of blocks so far
+    for name in ("gpsa_blocks", "sa_blocks"):
+        if name in params:
+            count = jax.tree.leaves(params[name])[0].shape[0]
+            blocks[name] = depth + 1 + np.arange(count)
+            depth += count
+    last_frozen = {"none": -1, "backbone": depth + 1}[freeze] if isinstance(freeze, str) else freeze
+
+    def scale(path: Any, leaf: Any) -> np.ndarray:
+        name = path[0].key
+        if name in blocks:
+            layer = blocks[name].reshape(-1, *[1] * (len(leaf.shape) - 1))
+        else:
+            layer = np.array(0 if name in EMBEDDINGS else depth + 1)
+        is_frozen = (layer <= last_frozen) & (name not in HEADS)
+        return np.where(is_frozen, 0.0, layer_decay ** (depth + 1 - layer)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def detach_backbone(params: Any, freeze: str | int) -> Any:
+    """Returns parameters of which a frozen backbone gets no gradient, so that a linear probe costs a forward pass."""
+    if freeze != "backbone":
+        return params
+    return {name: part if name in HEADS else jax.lax.stop_gradient(part) for name, part in params.items()}
+
+
 def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.GradientTransformation:
     """Returns the optimizer of a run, for parameters of this structure.
 
@@ -73,12 +108,21 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.
     """
     frozen = frozen_mask(params, optim.frozen)
     decayed = jax.tree_util.tree_map_with_path(lambda path, frozen: path[-1].key not in NO_DECAY and not frozen, frozen)
-    parts = [optax.masked(optax.set_to_zero(), frozen)] if optim.frozen else []
-    if optim.clip_norm > 0:
-        parts.append(optax.clip_by_global_norm(optim.clip_norm))
+    scales = layer_scales(params, optim.layer_decay, optim.freeze)
+    by_layer = optim.freeze != "none" or optim.layer_decay < 1
+
+    def drop_frozen(gradients: Any, _: Any) -> Any:
+        return jax.tree.map(lambda gradient, scale: jnp.where(scale > 0, gradient, 0.0), gradients, scales)
+
+    def scale_layers(updates: Any, _: Any) -> Any:
+        return drop_frozen(jax.tree.map(jnp.multiply, updates, scales), None)
+
     return optax.chain(
-        *parts,
+        *([optax.masked(optax.set_to_zero(), frozen)] if optim.frozen else []),
+        *([optax.stateless(drop_frozen)] if by_layer else []),
+        *([optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm > 0 else []),
         optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
         optax.add_decayed_weights(optim.weight_decay, mask=decayed),
+        *([optax.stateless(scale_layers)] if by_layer else []),
         optax.scale_by_learning_rate(schedule),
     )

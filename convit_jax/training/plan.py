@@ -27,6 +27,8 @@ class Plan:
     eval_steps: int  # of one evaluation
     eval_at: frozenset[int]  # the steps after which to evaluate
     batch_size: int  # global
+    eval_batch_size: int  # global
+    warmup_epochs: float  # as `epochs`
 
     @functools.cached_property
     def image_lists(self) -> list[str]:
@@ -53,10 +55,16 @@ def make_plan(config: ConfigDict, *, devices: int) -> Plan:
         )
     if not len(test_indices):
         raise UserError(f"none of the {classes} classes has a test image: add some.")
+    freeze, depth = config.optim.freeze, model["depth"]
+    if freeze not in ("none", "backbone", *range(1, depth + 1)):
+        raise UserError(f"optim.freeze is {freeze!r}: choose none, backbone or 1 to {depth} leading blocks.")
     slots = Slots(indices, config.seed, config.data.repeats)
+    batch_size = config.batch_size or min(64, len(indices) // 8 * 8 or len(indices))
+    _check_divisible("batch_size", batch_size, devices, config.accumulate)
+    eval_batch_size = math.ceil(min(config.eval_batch_size, len(test_indices)) / devices) * devices
 
     def steps_of(epochs: float) -> int:
-        return math.ceil(round(epochs * slots.epoch_length / config.batch_size, 6))
+        return math.ceil(round(epochs * slots.epoch_length / batch_size, 6))
 
     longer = 1.0
     if config.data.keep_total_images:
@@ -72,9 +80,11 @@ def make_plan(config: ConfigDict, *, devices: int) -> Plan:
         test=EvalExample(held_out, test_indices, model["image_size"], config.data.crop_ratio),
         epochs=epochs,
         total_steps=total,
-        eval_steps=math.ceil(len(test_indices) / config.eval_batch_size),
+        eval_steps=math.ceil(len(test_indices) / eval_batch_size),
         eval_at=frozenset({step for step in eval_at if step < total} | {total}),
-        batch_size=config.batch_size,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        warmup_epochs=epochs / 20 if config.optim.warmup_epochs is None else config.optim.warmup_epochs,
     )
 
 
@@ -87,12 +97,9 @@ def model_arguments(config: ConfigDict, num_classes: int) -> dict[str, Any]:
 def check_run(config: ConfigDict, *, devices: int) -> None:
     """Raises UserError for a config that cannot work with any data."""
     check_config(config)
-    for name, parts in (("batch_size", config.accumulate), ("eval_batch_size", 1)):
-        if config[name] % (devices * parts):
-            raise UserError(
-                f"{name} is {config[name]}, which {devices} devices x {parts} micro-batches do not divide: use a "
-                f"multiple of {devices * parts}, or fewer devices (mesh.data)."
-            )
+    if config.batch_size is not None:
+        _check_divisible("batch_size", config.batch_size, devices, config.accumulate)
+    _check_divisible("eval_batch_size", config.eval_batch_size, devices, 1)
     for name in ("mean", "std"):
         if len(config.data[name]) != 3:
             raise UserError(f"data.{name} is {config.data[name]}: give 3 numbers, for red, green and blue.")
@@ -103,3 +110,11 @@ def check_run(config: ConfigDict, *, devices: int) -> None:
         if config.distill[name] != default and (of_soft or not config.distill.teacher):
             needs = "distill.kind=soft" if of_soft else "distill.teacher"
             raise UserError(f"distill.{name} is set, which only {needs} uses: add that, or leave it out.")
+
+
+def _check_divisible(name: str, size: int, devices: int, parts: int) -> None:
+    if size % (devices * parts):
+        raise UserError(
+            f"{name} is {size}, which {devices} devices x {parts} micro-batches do not divide: use a "
+            f"multiple of {devices * parts}, or fewer devices (mesh.data)."
+        )

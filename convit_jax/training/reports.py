@@ -58,7 +58,7 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
         while len(self._under_way) > most:
             step, sums = self._under_way.popleft()
             jax.block_until_ready(sums)
-            self._images += run.config.batch_size
+            self._images += run.plan.batch_size
             if step == run.first_step + 1:
                 seconds = time.monotonic() - self._since
                 run.progress.say(f"First step after {seconds:.1f} s, compilation included")

@@ -118,14 +118,14 @@ class Training:
         self.unreadable = Unreadable(self.plan.train.source, config.data.max_unreadable, tell)
         self._unreadable_test = Unreadable(self.plan.test.source, config.data.max_unreadable, tell)
         steps = range(self.first_step, self.plan.total_steps)
-        self.batches = our_batches(self.plan.train, self.unreadable, config.data.workers, config.batch_size, steps)
+        self.batches = our_batches(self.plan.train, self.unreadable, config.data.workers, self.plan.batch_size, steps)
         stack.callback(self.batches.close)
         self.attention_log = make_attention_log(self.steps.graphdef, config, self.plan, self.mesh)
         phase("the first step, which is compiled")
 
     def test_batches(self) -> Iterator[Batch]:
         """Starts an evaluation; yields this process's rows."""
-        workers, size = self.config.data.workers, self.config.eval_batch_size
+        workers, size = self.config.data.workers, self.plan.eval_batch_size
         return our_batches(self.plan.test, self._unreadable_test, workers, size, range(self.plan.eval_steps))
 
     def _take_directory(self, stack: contextlib.ExitStack) -> Any:

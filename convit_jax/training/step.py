@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from convit_jax.data.augment import augment, normalize
 from convit_jax.data.mixup import mix_batch
 from convit_jax.training.distill import Teacher
-from convit_jax.training.optimizer import Schedule
+from convit_jax.training.optimizer import Schedule, detach_backbone
 
 FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was finite
 TRAIN_STREAM = 0x7261696E  # separates the keys of training from those of the weights, which count from 0
@@ -71,6 +71,7 @@ def make_train_step(
     def loss_fn(
         params: Any, images: jax.Array, targets: jax.Array, key: jax.Array, teacher_params: Any
     ) -> tuple[jax.Array, Arrays]:
+        params = detach_backbone(params, config.optim.freeze)
         model, sums = nnx.merge(graphdef, whole(params)), {}
         if teacher is None:
             logits = model(images, key=key)

@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def facts(config: ConfigDict, plan: Plan, params: Any, mesh: Mesh, teacher: Teac
     labels = plan.train.source.labels[plan.train.slots.indices]
     per_class = np.bincount(labels)[np.unique(labels)]
     schedule = run_schedule(config, plan)
+    epochs = plan.epoch(plan.total_steps)
     return {
         "model": config.model.name,
         "image_size": list(plan.model["image_size"]),
@@ -66,9 +67,11 @@ def facts(config: ConfigDict, plan: Plan, params: Any, mesh: Mesh, teacher: Teac
         "test_images": len(plan.test.indices),
         "image_lists": plan.image_lists,
         "steps": plan.total_steps,
-        "batch_size": config.batch_size,
-        "images": plan.total_steps * config.batch_size,
-        "epochs": plan.epoch(plan.total_steps),
+        "batch_size": plan.batch_size,
+        "images": plan.total_steps * plan.batch_size,
+        "epochs": epochs,
+        "warmup_epochs": plan.warmup_epochs,
+        "warmup_steps": plan.warmup_epochs * plan.total_steps / epochs,
         # A short run may end before its warm-up does.
         "peak_learning_rate": float(jnp.max(jax.vmap(schedule)(jnp.arange(plan.total_steps)))),
         "devices": mesh.size,
@@ -91,13 +94,27 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
         f"Data     {run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images "
         f"({each} per class), {run['classes']} classes, {run['test_images']:,} test images",
         f"Training {run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs",
-        f"Rate     {run['peak_learning_rate']:.4g} at most, with {config.optim.warmup_epochs:g} epochs of warm-up",
+        f"Rate     {run['peak_learning_rate']:.4g} at most, with {run['warmup_epochs']:g} epochs of warm-up",
         f"Devices  {run['devices']} x {run['device_kind']} ({mesh}){processes}, jax {run['jax']}",
     ]
-    if config.model.attention == "cudnn" and not cudnn_available():
-        lines.append("Caution  XLA computes attention: cudnn needs an NVIDIA GPU, Ampere or later")
+    lines += [f"Caution  {caution}" for caution in _cautions(config, run)]
     if teacher := run["teacher"]:
         lines.append("; ".join([f"Teacher  {teacher['source']}, {teacher['network']}", *teacher["changes"]]))
     settings = "  ".join(f"{name}={value}".replace(" ", "") for name, value in flatten(config).items())
     wrapped = textwrap.fill(settings, 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join([*lines, f"Run      {workdir}", "Config", wrapped])
+
+
+def _cautions(config: ConfigDict, run: Mapping[str, Any]) -> Iterator[str]:
+    """What the user may not want."""
+    if config.model.attention == "cudnn" and not cudnn_available():
+        yield "XLA computes attention: cudnn needs an NVIDIA GPU, Ampere or later"
+    if run["batch_size"] > run["train_images"]:
+        yield f"batch_size {run['batch_size']:,} is larger than the {run['train_images']:,} training images: lower it"
+    if 0 < run["warmup_steps"] < 1:
+        yield "the warm-up is shorter than one step: raise optim.warmup_epochs, or lower batch_size"
+    if run["warmup_steps"] > run["steps"]:
+        yield (
+            f"the warm-up takes {run['warmup_steps']:,.0f} steps, but the run only {run['steps']:,}: lower "
+            "optim.warmup_epochs"
+        )

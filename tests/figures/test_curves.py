@@ -43,6 +43,7 @@ def test_learning_curves_of_a_log():
     assert points[0] == [[[0.5, 2.0], [1.0, 1.0]], [[1.0, 1.5]]]
     assert points[1] == [[[0.5, 20.0], [1.0, 60.0]], [[1.0, 50.0]]]
     assert points[2] == [[[0.5, 0.1], [1.0, 0.2]]]
+    assert [line.get_marker() for line in plot_curves(log[:1]).axes[0].lines] == ["o"]
     log[2] |= {"val_ema_loss": 1.25, "val_ema_top1": 55.0}  # of a run that averages its weights
     added = [[[1.0, 1.25]]], [[[1.0, 55.0]]], []
     assert drawn() == [before + each for before, each in zip(points, added, strict=True)]

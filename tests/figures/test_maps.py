@@ -79,8 +79,9 @@ def test_a_page_per_kind_of_map(pages, tmp_path):
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["layer 1\nGPSA", "layer 2\nGPSA", "layer 3\nplain"]
     pages.clear()
-    maps.draw_attention_maps(tmp_path, [layer(0, tokens=1, gated=False)], PIXELS, QUERY)
+    maps.draw_attention_maps(tmp_path, [layer(0, tokens=1, gated=False)] * 12, PIXELS, QUERY)
     assert list(pages) == ["query", "class_token"]
+    assert pages["query"].get_figheight() <= maps.PAGE[1] + 1e-6
 
 
 def test_heads_before_training_stand_as_the_pixels_of_a_filter(pages, tmp_path):
@@ -94,9 +95,8 @@ def test_heads_before_training_stand_as_the_pixels_of_a_filter(pages, tmp_path):
     assert not found
     norm = content.images[0].norm
     assert (norm.vmin, norm.vmax) == (pytest.approx(0.0802), pytest.approx(0.1))
-    (low, _, high) = position.images[0].get_cmap()([-1.0, 0.5, 1.0])
-    assert low[3] == 0  # below uniform
-    assert high[3] == 1
+    below, uniform, above, high = position.images[0].get_cmap()([-1.0, 0.0, 0.1, 1.0])[:, 3]
+    assert below == uniform == 0 < above < high == 1  # fades in
     pages.clear()
     maps.draw_init_maps(tmp_path, None, {None: values}, None, QUERY)
     assert pages["init"].axes[0].get_title() == "position, ordinary init"

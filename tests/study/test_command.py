@@ -7,13 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 from conftest import QUICK, ROOT
 
 from convit_jax.errors import UserError
-from convit_jax.study import __main__ as command
 
 TINY = {"batch_size": 80, "steps": 80, "log_every": 5, "mesh.data": 1, "optim.warmup_epochs": 0.0} | {
     "model.embed_dim": 16,
@@ -32,14 +30,13 @@ def plan(make_study, tmp_path):
 
 
 @pytest.fixture
-def study(plan, tmp_path, monkeypatch):
-    """Runs the command in this process; returns its exit status."""
+def study(run_here, plan, tmp_path, monkeypatch):
+    """Runs the command in this process; returns its exit status and what it prints."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
 
-    def run(*changes, listed=False):
-        flags = SimpleNamespace(FLAGS=SimpleNamespace(output=f"{tmp_path}/out", list=listed))
-        monkeypatch.setattr(command, "flags", flags)
-        return command.main([plan], list(changes))
+    def run(*flags):
+        done = run_here("study/__main__", plan, f"--output={tmp_path}/out", *flags)
+        return done.returncode, done.stdout
 
     return run
 
@@ -56,7 +53,7 @@ def states(output):
     return {line["run"].removesuffix("-seed0"): line["state"] for line in lines}
 
 
-def test_a_study_survives_a_failure_and_a_signal_and_skips_what_is_done(plan, study, tmp_path, monkeypatch, capsys):
+def test_a_study_survives_a_failure_and_a_signal_and_skips_what_is_done(plan, study, tmp_path, monkeypatch):
     output = tmp_path / "out"
     pretend_done(output / "runs/first-seed0")
     arguments = [sys.executable, "-m", "convit_jax.study", plan, f"--output={output}"]
@@ -73,19 +70,20 @@ def test_a_study_survives_a_failure_and_a_signal_and_skips_what_is_done(plan, st
     finally:
         process.kill()
     assert (process.returncode, errors) == (130, "")
-    assert f"3 runs in {output}: 1 done, 2 to do" in printed
+    assert f"runs in {output}: 1 done, 2 to do" in printed
     assert "[2/3] broken-seed0: failed: cannot read " in printed
     assert "[3/3] last-seed0: stopped; the same command continues it" in printed
-    again = f"python -m convit_jax.study {plan} --output={output}"
-    assert f"2 of 3 runs, 1 failed; the same command continues:\n          {again}\n" in printed
+    assert "2 of 3 runs, 1 failed; the same command continues\n" in printed
     assert "Failed:\n\n- broken-seed0: cannot read " in printed
     assert states(output) == {"first": "done", "broken": "failed", "last": "begun"}
 
+    status, printed = study("--rows=first")
+    assert status == 0
+    assert f"runs in {output}: 1 done" in printed
     pretend_done(output / "runs/broken-seed0")
     monkeypatch.setenv("XLA_FLAGS", QUICK)
-    monkeypatch.chdir(ROOT)
-    assert study() == 0
-    printed = capsys.readouterr().out
+    status, printed = study()
+    assert status == 0
     assert "2 done, 1 begun" in printed
     assert "[3/3] last-seed0: top-1 " in printed
     assert "Continuing at step " in (output / "runs/last-seed0/output.log").read_text()
@@ -94,9 +92,12 @@ def test_a_study_survives_a_failure_and_a_signal_and_skips_what_is_done(plan, st
     assert (output / "figure.png").exists()
 
 
-def test_a_list_and_a_mistake_leave_no_directory(study, tmp_path, capsys):
-    assert study(listed=True) == 0
-    assert "# last-seed0\npython " in capsys.readouterr().out
+def test_a_list_and_a_mistake_leave_no_directory(study, tmp_path):
+    status, printed = study("--list", "--seeds=0")
+    assert status == 0
+    assert "# last-seed0\npython " in printed
     with pytest.raises(UserError, match=r"^run first-seed0: distill\.teacher: there is no file or directory none"):
         study("--config.distill.teacher=none")
+    with pytest.raises(UserError, match="expected PLAN, got"):
+        study("another.py")
     assert not (tmp_path / "out").exists()

@@ -6,9 +6,10 @@ import re
 import pytest
 from conftest import ROOT
 
+from convit_jax.config import flatten
 from convit_jax.errors import UserError
 from convit_jax.models.variants import FAMILIES, model_settings
-from convit_jax.study.plan import check_study, read_study, run_identity
+from convit_jax.study.plan import check_runs, read_study, select_runs
 from convit_jax.study.runner import train_command
 from convit_jax.training.plan import model_arguments
 
@@ -35,7 +36,7 @@ def test_studies_of_the_repository(file):
     assert f"python -m convit_jax.study studies/{file}:" in text
     for name, runs in STUDIES[file].items():
         study = read_study(f"studies/{file}:{name}")
-        identities = {json.dumps(run_identity(run.config), sort_keys=True) for run in study.runs}
+        identities = {json.dumps(flatten(run.config)) for run in study.runs}
         assert len(study.runs) == len(identities) == runs
         assert all(settings(run.config) for run in study.runs)
         assert f":{name}" in text
@@ -100,6 +101,24 @@ def test_a_mistake_in_the_command_is_named(source, changes, sentence, monkeypatc
         read_study(source, changes)
 
 
+def test_a_part_of_a_study_or_a_sentence(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = read_study("studies/digits.py:locality")
+    part = select_runs(study, row=["0.01", "no GPSA"], column=["0", "5"], seed=["1"])
+    assert [run.name for run in part] == ["no-gpsa-0-seed1", "locality-strength-0.01-5-seed1"]
+    assert select_runs(study, row=None, column=None, seed=None) == list(study.runs)
+    for wanted, sentence in (
+        (
+            {"row": ["no-GPSA"]},
+            "the study has no row 'no-GPSA', did you mean 'no GPSA'? The rows are: no GPSA, 0.01, 0.1, 1.",
+        ),
+        ({"seed": ["5"]}, "the study has no seed '5'. The seeds are: 0, 1, 2, 3, 4."),
+        ({"row": ["1"], "column": ["0"]}, "the study has no run with these rows, columns and seeds: see --list."),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+            select_runs(study, **wanted)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -114,7 +133,7 @@ def test_a_mistake_in_the_command_is_named(source, changes, sentence, monkeypatc
 )
 def test_every_run_is_checked_before_the_first(overrides, words, make_study):
     with pytest.raises(UserError, match=f"^run b-seed0: .*{re.escape(words)}"):
-        check_study(make_study({}, {"row": "b", "overrides": overrides}))
+        check_runs(make_study({}, {"row": "b", "overrides": overrides}).runs)
 
 
 def test_a_config_file_of_the_user_comes_before_the_repository(make_study, tmp_path, monkeypatch):

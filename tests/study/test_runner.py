@@ -1,4 +1,4 @@
-"""The directory of a study: whose it is, what became of each run, and who works on it."""
+"""The directory of a study: whose runs it has, what became of each, and who works on it."""
 
 import contextlib
 import json
@@ -7,12 +7,12 @@ import signal
 import pytest
 
 from convit_jax.errors import UserError
-from convit_jax.rundir import lock_directory
+from convit_jax.rundir import lock_directory, write_json
 from convit_jax.study import __main__ as command
 from convit_jax.study import runner
-from convit_jax.study.runner import claim_study, read_outcome, run_directory
+from convit_jax.study.runner import read_outcome, run_directory
 
-LARGER = {"seeds": [0, 1, 2]}
+LINE = {"step": 10, "val_top1": 50.0, "val_top5": 90.0, "val_loss": 1.0}
 
 
 @pytest.fixture
@@ -20,43 +20,44 @@ def output(tmp_path):
     return tmp_path / "out"
 
 
-def test_a_directory_belongs_to_one_study_which_may_grow(make_study, output):
-    claim_study(output, make_study())
-    claim_study(output, make_study(changes=["--config.data.workers=3"]))  # changes no number
-    claim_study(output, make_study(LARGER))
-    for study, difference in (
-        (make_study(LARGER, changes=["--config.epochs=3"]), "epochs was 100, is 3"),
-        (make_study(LARGER, changes=["--config.steps=3"]), "steps was None, is 3"),
-        (make_study(LARGER, changes=["--config.distill.teacher=x"]), "distill.teacher was None, is 'x'"),
-        (make_study(), "it has no run a-seed2"),
-    ):
-        with pytest.raises(UserError, match=rf"out holds another study, .*/mine.py \({difference}\): use another"):
-            claim_study(output, study)
-    older = json.loads((output / "study.json").read_text())
-    for fields in older["runs"].values():
-        del fields["optim.clip_norm"]  # a field that older code did not have
-        fields["eval_every"] = 7  # and one that it counted
-    (output / "study.json").write_text(json.dumps(older))
-    claim_study(output, make_study(LARGER))
+def begin(output, run):
+    """Writes what train.py writes before the end of a run; returns its directory."""
+    directory = run_directory(output, run)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
+    write_json(directory / "run.json", {"steps": 10})
+    write_json(directory / "config.json", run.config.to_dict())
+    return directory
 
 
-def test_a_run_is_done_after_its_last_evaluation_and_a_good_exit(tmp_path):
-    line = {"step": 10, "val_top1": 50.0, "val_top5": 90.0, "val_loss": 1.0}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    (tmp_path / "run.json").write_text('{"steps": 10}')
-    assert read_outcome(tmp_path).state == "begun"
+def test_a_directory_belongs_to_the_configs_of_its_runs(make_study, output):
+    directory = begin(output, make_study().runs[0])
+    for study in (make_study({"seeds": [0, 1, 2]}), make_study(changes=["--config.data.workers=3"])):
+        assert read_outcome(output, study.runs[0]).state == "begun"  # more runs; a field that changes no number
+    for field, then in (("epochs", "100"), ("steps", "None"), ("distill.teacher", "None")):
+        study = make_study(changes=[f"--config.{field}=3"])
+        with pytest.raises(
+            UserError, match=rf"a-seed0 holds a run .* \({field} was {then}, is '?3'?\): use another --output"
+        ):
+            command.write_results(study, output)
+    (directory / "metrics.jsonl").unlink()
+    assert read_outcome(output, study.runs[0]).state == "to do"  # train.py starts it over
+
+
+def test_a_run_is_done_after_its_last_evaluation_and_a_good_exit(make_study, output):
+    run = make_study().runs[0]
+    directory = begin(output, run)
     for status, failure, state in ((1, "no room", "failed"), (143, None, "begun"), (0, None, "done")):
-        record = {"status": status, "failure": failure, "seconds": 3.0, "at": 1.0}
-        (tmp_path / "outcome.json").write_text(json.dumps(record))
-        found = read_outcome(tmp_path)
+        write_json(directory / "outcome.json", {"status": status, "failure": failure, "seconds": 3.0})
+        found = read_outcome(output, run)
         assert (found.state, found.failure, found.seconds) == (state, failure, 3.0)
     assert (found.last, found.best) == ({"top1": 50.0, "top5": 90.0, "loss": 1.0}, 50.0)
-    (tmp_path / "run.json").write_text('{"steps": 20}')  # stopped, with the checkpoint saved
-    assert read_outcome(tmp_path).state == "begun"
+    write_json(directory / "run.json", {"steps": 20})  # stopped, with the checkpoint saved
+    assert read_outcome(output, run).state == "begun"
 
 
 def test_commands_share_the_runs(make_study, output, monkeypatch):
-    study = make_study(LARGER)
+    study = make_study({"seeds": [0, 1, 2]})
     directories = [run_directory(output, run) for run in study.runs]
     trained = []
 
@@ -70,13 +71,13 @@ def test_commands_share_the_runs(make_study, output, monkeypatch):
     monkeypatch.setattr(runner, "run_training", train)
     held = [contextlib.ExitStack()]
     held[0].enter_context(lock_directory(directories[0]))  # train.py's lock: its command was killed
-    command.run_study(study, output, [])
+    command.run_study(study, study.runs, output, [])
     assert trained == [1, 0]
     trained.clear()
     with lock_directory(directories[0], runner.LOCK):
-        command.run_study(study, output, [])
+        command.run_study(study, study.runs, output, [])
     assert trained == [1, 2]  # the failed one is tried again
-    command.run_study(study, output, [signal.SIGINT])
+    command.run_study(study, study.runs, output, [signal.SIGINT])
     assert trained == [1, 2]
 
 

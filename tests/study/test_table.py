@@ -10,7 +10,7 @@ from convit_jax.study import figure
 from convit_jax.study.figure import draw_study
 from convit_jax.study.plan import read_study
 from convit_jax.study.runner import Outcome
-from convit_jax.study.table import format_markdown, gap_to_baseline, write_tables
+from convit_jax.study.table import estimate_mean, format_markdown, gap_to_baseline, write_tables
 
 DONE = Outcome("done", 10, 10, {"top1": 50.0, "top5": 90.0, "loss": 1.0}, best=51.0, seconds=7.5)
 
@@ -23,16 +23,17 @@ def test_gap_to_the_baseline_and_its_error():
     study = SimpleNamespace(baseline="b")
 
     def gap(numbers, baseline):
-        return gap_to_baseline(study, {("a", None): numbers, ("b", None): baseline}, "a", None)
+        means = {("a", None): estimate_mean(numbers), ("b", None): estimate_mean(baseline)}
+        return gap_to_baseline(study, means).get(("a", None))
 
-    assert gap([12.0, 14.0], [10.0, 10.0]) == (pytest.approx(30.0), pytest.approx(10.0))  # standard error of 13 is 1
+    assert gap([12.0, 14.0], [10.0, 10.0]) == pytest.approx((30.0, 10.0, 2))  # the standard error of 13 is 1
     rng = np.random.default_rng(0)  # against the spread of the gap over many drawn studies
     numbers, baseline = rng.normal(60, 3, (20_000, 5)), rng.normal(40, 2, (20_000, 5))
     drawn = 100 * (numbers.mean(1) / baseline.mean(1) - 1)
     errors = [gap(list(a), list(b))[1] for a, b in zip(numbers[:2000], baseline[:2000], strict=True)]
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(drawn.std(), rel=0.03)
-    assert gap([12.0], [10.0]) == (pytest.approx(20.0), None)
-    assert gap([], [10.0]) is gap([1.0], [0.0]) is None
+    assert gap([12.0], [10.0]) == pytest.approx((20.0, np.nan, 1), nan_ok=True)
+    assert gap([1.0], [0.0]) is None
 
 
 def test_table_of_sample_efficiency():
@@ -47,7 +48,8 @@ def test_table_of_sample_efficiency():
     assert f"| ConViT | {full} | {four} | {full} | {full} | {full} |" in lines
     assert "| DeiT | - | " + " | ".join(["50.00 ± 0.00"] * 4) + " |" in lines
     gap = "+24.0% ± 1.4%"
-    assert f"| ConViT over DeiT | - | +25.0% ± 1.3% | {gap} | {gap} | {gap} |" in lines
+    assert f"| ConViT over DeiT | - | +25.0% ± 1.3% [n = 4] | {gap} | {gap} | {gap} |" in lines
+    assert any("mean ± standard deviation over 4 to 5 seeds; relative gap" in line for line in lines)
     assert "- convit-0.05-seed0: no room" in lines
     assert "Not done yet: 5 of 50 runs." in lines
 
@@ -58,14 +60,21 @@ def test_numbers_of_the_paper_and_the_csv(tmp_path):
     text = (tmp_path / "table.md").read_text()
     assert "| ablation \\ images of each class | all | 10% |" in text
     assert "| d: gates fixed, no convolutional init | 80.00 (81.6) | 80.00 (54.6) |" in text
-    assert "seed 0; in brackets the paper's." in text
+    assert "one seed; in brackets the paper's." in text
     assert "`python -m convit_jax.study studies/imagenet.py:ablations --config.data.dir=x`" in text
     head, *rows = (tmp_path / "table.csv").read_text().splitlines()
     assert head == "run,row,column,seed,state,step,steps,top1,top5,loss,best_top1,seconds,failure"
     assert len(rows) == 14
     assert rows[0] == "a-all-seed0,a,all,0,done,10,10,80.0,90.0,1.0,51.0,7.5,"
     study = read_study("studies/imagenet.py:sample_efficiency")
-    assert "(+37.4%)" in format_markdown(study, {run.name: scored(80.0) for run in study.runs})
+    outcomes = {run.name: scored(80.0 if run.row == "DeiT-S" else 60.0) for run in study.runs}
+    assert "| ConViT-S over DeiT-S | -25.0% (+37.4%) |" in format_markdown(study, outcomes)
+    write_tables(study, outcomes, tmp_path)
+    text = (tmp_path / "table.tex").read_text()
+    assert text.count("\\begin{table}") == text.count("\\end{tabular}") == 2  # top-1 and top-5
+    assert "\\caption{Sample efficiency on ImageNet: top-1 (\\%) on the test images" in text
+    assert "\\toprule\nmodel \\textbackslash{} fraction of each class & 5\\% & 10\\% &" in text
+    assert "\\midrule\nConViT-S over DeiT-S & $-$25.0\\% (+37.4\\%) &" in text
 
 
 def test_a_figure_appears_with_the_first_run(tmp_path):

@@ -9,6 +9,7 @@ from convit_jax.errors import UserError
 from convit_jax.rundir import read_metrics
 from convit_jax.training import setup
 from convit_jax.training.loop import train
+from convit_jax.weights.pretrained import load
 
 
 def on_folder(config, folder, **fields):
@@ -43,8 +44,18 @@ def test_what_a_run_leaves_behind(tmp_path):
     summary = done.stdout[done.stdout.index("Done: ") :]
     last = lines[-1]
     assert summary.startswith(f"Done: top-1 {last['val_top1']:.2f}  top-5 {last['val_top5']:.2f}")
-    for name in ("checkpoints", "curves", "TensorBoard", "next"):
+    for name in ("checkpoints", "curves", "TensorBoard", "evaluate", "predict", "visualize", "convert"):
         assert f"  {name} " in summary
+
+
+def test_a_linear_probe_of_a_run_changes_its_head_alone(digits_config, trained, tmp_path):
+    start = load(trained).params()
+    digits_config.init_from, digits_config.optim.freeze, digits_config.steps = str(trained), "backbone", 2
+    digits_config.batch_size, digits_config.optim.layer_decay = None, 0.7
+    train(digits_config, tmp_path / "probe")
+    end = saved(tmp_path / "probe")["state"]["params"]
+    assert (start.pop("head")["kernel"] != end.pop("head")["kernel"]).all()
+    assert_same(start, end)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(digits_config, tmp_path):

@@ -25,9 +25,10 @@ IMAGENET = 1_281_167
 def make_schedule(*, epochs, batch_size, epoch_length, schedule_per="epoch"):
     """The schedule of the recipe."""
     config = default.get_config()
-    config.batch_size, config.optim.schedule_per = batch_size, schedule_per
+    config.optim.schedule_per = schedule_per
     slots = SimpleNamespace(epoch_length=epoch_length)
-    plan = SimpleNamespace(epochs=epochs, train=SimpleNamespace(slots=slots))
+    train = SimpleNamespace(slots=slots)
+    plan = SimpleNamespace(epochs=epochs, train=train, batch_size=batch_size, warmup_epochs=config.optim.warmup_epochs)
     return jax.jit(run_schedule(config, plan))
 
 
@@ -146,3 +147,44 @@ def test_clipping_bounds_the_gradient_of_all_parameters_together():
     grads = jax.tree.map(jnp.ones_like, toy_params())
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(toy_params()), toy_params())
     np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-3)
+
+
+def three_blocks():
+    """Parameters of a model of two GPSA blocks and a plain one; half of the values are -0.0."""
+    settings = model_settings("convit_tiny", image_size=16, embed_dim=4, depth=3, local_up_to_layer=2)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(np.resize(np.float32([-0.0, 0.5]), leaf.shape)), abstract_model(settings)[1]
+    )
+
+
+def by_layer(params):
+    """Lists of the arrays of three_blocks(): embeddings, each block, norm, head."""
+    flat = {name: [np.asarray(leaf) for leaf in jax.tree.leaves(part)] for name, part in params.items()}
+    embeddings = [*flat["patch_embed"], *flat["pos_embed"], *flat["cls_token"]]
+    blocks = [
+        [leaf[i] for leaf in flat[name]] for name, i in (("gpsa_blocks", 0), ("gpsa_blocks", 1), ("sa_blocks", 0))
+    ]
+    return [embeddings, *blocks, flat["norm"], flat["head"]]
+
+
+def test_layer_decay_is_that_of_beit():
+    optim = default.get_config().optim
+    optim.layer_decay, optim.weight_decay = 0.5, 0.0
+    params = three_blocks()
+    optimizer = make_optimizer(optim, lambda step: 1.0, params)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+    for arrays, factor in zip(by_layer(updates), [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1], strict=True):
+        for array in arrays:
+            np.testing.assert_allclose(array, -factor, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("freeze", "frozen_parts"), [("backbone", 5), (1, 2), (3, 4)])
+def test_frozen_layers_keep_every_bit_and_the_others_move(freeze, frozen_parts):
+    optim = default.get_config().optim
+    optim.freeze, optim.clip_norm = freeze, 1.0
+    start = three_blocks()
+    end = run_steps(make_optimizer(optim, lambda step: 0.1, start), start, 2)
+    for part, (before, after) in enumerate(zip(by_layer(start), by_layer(end), strict=True)):
+        same = [a.tobytes() == b.tobytes() for a, b in zip(before, after, strict=True)]
+        assert same == [part < frozen_parts] * len(same)

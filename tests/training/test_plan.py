@@ -44,6 +44,20 @@ def test_fewer_classes_and_images_make_a_smaller_head_test_and_training(digits_c
     assert np.bincount(labels[drawn]).tolist() == [int(0.1 * count) for count in np.bincount(labels)[:3]]
 
 
+def test_batches_and_warm_up_fit_the_data_and_the_run(digits_config):
+    digits_config.batch_size, digits_config.optim.warmup_epochs, digits_config.epochs = None, None, 40
+    digits_config.eval_batch_size = 1032  # of 8 and of 3 devices
+    plan = make_plan(digits_config, devices=8)
+    assert (plan.batch_size, plan.eval_batch_size, plan.warmup_epochs) == (64, 360, 2)
+    digits_config.data.sampling_ratio = 0.03
+    digits_config.data.num_classes = 3
+    plan = make_plan(digits_config, devices=1)
+    assert len(plan.train.slots.indices) == 12
+    assert (plan.batch_size, plan.eval_batch_size) == (8, 108)
+    with pytest.raises(UserError, match="batch_size is 8, which 3 devices x 1 micro-batches do not divide"):
+        make_plan(digits_config, devices=3)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "devices", "message"),
     [
@@ -56,6 +70,8 @@ def test_fewer_classes_and_images_make_a_smaller_head_test_and_training(digits_c
         ("eval_batch_size", 9, 2, "eval_batch_size is 9, which 2 devices"),
         ("accumulate", 3, 1, "1 devices x 3 micro-batches do not divide: use a multiple of 3, or"),
         ("optim.schedule_per", "batch", 1, "optim.schedule_per is 'batch'"),
+        ("optim.freeze", "head", 1, "optim.freeze is 'head': choose none, backbone or 1 to 3 leading blocks"),
+        ("optim.freeze", 4, 1, "optim.freeze is 4: choose"),
         ("data.dir", "images", 1, "data.dir is set, but data.name=digits reads no files"),
         ("data.mean", (0.5,), 1, r"data.mean is \(0.5,\): give 3 numbers"),
         ("distill.alpha", 0.9, 1, "distill.alpha is set, which only distill.teacher uses: add that"),

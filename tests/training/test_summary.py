@@ -40,6 +40,21 @@ def test_attention_without_cudnn_is_said(digits_config, monkeypatch):
     assert caution not in describe(digits_config)[0]
 
 
+@pytest.mark.parametrize(
+    ("fields", "caution"),
+    [
+        ({"batch_size": 1440}, "batch_size 1,440 is larger than the 1,437 training images: lower it"),
+        ({"optim.warmup_epochs": 0.05}, "the warm-up is shorter than one step: raise optim.warmup_epochs, or lower"),
+        ({"optim.warmup_epochs": 1.0}, "the warm-up takes 18 steps, but the run only 12: lower optim.warmup_epochs"),
+    ],
+)
+def test_a_batch_or_warm_up_that_does_not_fit_is_said(digits_config, fields, caution):
+    assert not any("Caution" in line for line in describe(digits_config)[0])
+    digits_config.update_from_flattened_dict(fields)
+    (found,) = [line for line in describe(digits_config)[0] if "Caution" in line]
+    assert found.startswith(f"Caution  {caution}")
+
+
 def test_the_peak_of_a_device_is_known_by_its_name():
     assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
