@@ -61,7 +61,7 @@ def check_target(target: Path, overwrite: bool) -> None:
             f"convert writes no {target.suffix}: give a directory or {target.with_suffix(FILE)}, "
             "which PyTorch and timm load too (docs/pytorch.md has the line that makes a .pth of it)."
         )
-    if not target.exists():
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
         raise UserError(f"{target} exists: give another TARGET, or add --overwrite to replace it.")

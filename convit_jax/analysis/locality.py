@@ -71,8 +71,7 @@ def nonlocality(
         graphdef, params = nnx.split(stack.attn)
         return jax.lax.map(lambda params: distance(nnx.merge(graphdef, params), raw), params)
 
-    stacks = [stack for stack in (model.gpsa_blocks, model.sa_blocks) if stack is not None]
-    return jnp.concatenate([of_stack(stack) for stack in stacks])
+    return jnp.concatenate([of_stack(stack) for stack in model.stacks])
 
 
 def patch_distances(grid: tuple[int, int]) -> np.ndarray:

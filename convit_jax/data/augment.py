@@ -26,28 +26,23 @@ def augment(
     The order of timm's `transforms_imagenet_train`, after the random resized crop on the host. settings is
     config.augment; mean and std are for pixels in 0..1.
     """
-    keys = stage_keys(key)
+    # Always five keys, so that leaving out one stage does not change the others.
+    shift_key, flip_key, policy_key, jitter_key, erase_key = jax.random.split(key, 5)
     if settings.crop == "pad" and settings.padding > 0:
-        images = random_shift(images, settings.padding, keys["shift"])
+        images = random_shift(images, settings.padding, shift_key)
     if settings.hflip:
-        images = random_flip(images, keys["flip"])
+        images = random_flip(images, flip_key)
     if settings.policy == "randaugment":
         fill = [min(255, round(255 * value)) for value in mean]
-        images = randaugment(images, keys["policy"], settings, fill)
+        images = randaugment(images, policy_key, settings, fill)
     elif settings.policy == "three_augment":
-        images = three_augment(images, keys["policy"])
+        images = three_augment(images, policy_key)
     if settings.color_jitter > 0:
-        images = color_jitter(images, keys["jitter"], settings.color_jitter)
+        images = color_jitter(images, jitter_key, settings.color_jitter)
     images = normalize(images, mean, std)
     if settings.erase_prob > 0:
-        images = random_erasing(images, keys["erase"], settings.erase_prob)
+        images = random_erasing(images, erase_key, settings.erase_prob)
     return images
-
-
-def stage_keys(key: jax.Array) -> dict[str, jax.Array]:
-    """Returns a key for each stage, so that leaving out one stage does not change the others."""
-    names = ("shift", "flip", "policy", "jitter", "erase")
-    return dict(zip(names, jax.random.split(key, len(names)), strict=True))
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

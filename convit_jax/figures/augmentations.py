@@ -15,7 +15,7 @@ def draw_augmentations(path: Path, crops: Pictures, mixed: Pictures) -> list[Pat
     size = 1.4 * len(crops[0]), 1.7 * (len(crops) + len(mixed))
     figure = Figure(figsize=size, layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(len(crops), len(mixed)))[:, 0]
-    _draw_rows(above, "Images, and their crops after augmentation", "image", crops)
+    _draw_rows(above, "Crops of images after augmentation", "image", crops)
     _draw_rows(below, "The first steps with a batch of these crops, after mixing", "step", mixed)
     return save_figure(figure, path.parent, path.stem, [path.suffix[1:]])
 

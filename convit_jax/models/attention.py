@@ -30,11 +30,12 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from convit_jax.models.initializers import trunc_normal
-from convit_jax.models.kernels import XlaBackend, choose_backend, gated_sum, scaled_scores
-from convit_jax.models.layers import Linear, dropout, split_key
+from convit_jax.models.kernels import XlaBackend, choose_backend, scaled_scores
+from convit_jax.models.layers import Key, Linear, dropout, split_key
 
 
 def content_probabilities(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -46,11 +47,8 @@ def local_positional_weights(num_heads: int, locality_strength: float) -> jax.Ar
     """Returns v_h of the convolutional init (section 3), float32 [3, k * k] with k = int(sqrt(num_heads)).
 
     v_h = strength * (2 dx, 2 dy, -1) gives a Gaussian around the key at (dx, dy) from the query. As in the
-    original's `local_init`, head h1 + k * h2 takes pixel (h2 - c, h1 - c) of a k x k filter with centre c.
-
-    Args:
-      num_heads: heads of the layer. Those beyond k * k have no pixel.
-      locality_strength: the paper's alpha; larger values concentrate attention on the pixel.
+    original's `local_init`, head h1 + k * h2 takes pixel (h2 - c, h1 - c) of a k x k filter with centre c. Heads
+    beyond k * k have no pixel. A larger strength, the paper's alpha, concentrates attention on the pixel.
     """
     k = math.isqrt(num_heads)
     centre = (k - 1) / 2
@@ -141,13 +139,8 @@ class GatedPositionalSelfAttention(nnx.Module):
         gates = self.gates()[:, None, None]
         return (1.0 - gates) * self.content_maps(x) + gates * self.positional_probabilities()
 
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Returns [B, N, D] of patches x [B, N, D].
-
-        Args:
-          x: patches in row-major order.
-          key: PRNG key of dropout in training, None in evaluation.
-        """
+    def __call__(self, x: jax.Array, *, key: Key = None) -> jax.Array:
+        """Returns [B, N, D] of patches x [B, N, D] in row-major order."""
         attn_key, proj_key = split_key(key, 2)
         if attn_key is not None and self.attn_drop > 0:
             out = self._explicit(x, attn_key)
@@ -165,7 +158,8 @@ class GatedPositionalSelfAttention(nnx.Module):
         # s goes into A_y, the small factor, instead of the [B, H, N, d] result.
         gated_position = backend.position(gates * a_y, a_x, v)
         content = backend.content(q, k, v)
-        return backend.join_heads(gated_sum(gates.reshape(backend.per_head), content, gated_position))
+        mixed = (1.0 - gates.reshape(backend.per_head)) * content.astype(jnp.float32) + gated_position
+        return backend.join_heads(checkpoint_name(mixed.astype(content.dtype), "mixed"))
 
     def _explicit(self, x: jax.Array, key: jax.Array) -> jax.Array:
         """dropout(A) v, for which A must exist."""
@@ -175,10 +169,7 @@ class GatedPositionalSelfAttention(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention of a plain ViT, out = C v: [B, N, D] -> [B, N, D].
-
-    Args: as for `GatedPositionalSelfAttention`.
-    """
+    """Multi-head self-attention of a plain ViT, out = C v: [B, N, D] -> [B, N, D]. Args as for GPSA."""
 
     def __init__(
         self,
@@ -202,14 +193,8 @@ class SelfAttention(nnx.Module):
         q, k, _ = XlaBackend.split_heads(self.qkv, x, 3, self.num_heads)
         return content_probabilities(q, k)
 
-    def __call__(self, x: jax.Array, *, queries: int | None = None, key: jax.Array | None = None) -> jax.Array:
-        """Returns [B, N, D] of tokens x [B, N, D].
-
-        Args:
-          x: tokens.
-          queries: number of leading tokens to compute, for a result [B, queries, D]; None computes all.
-          key: PRNG key of dropout in training, None in evaluation.
-        """
+    def __call__(self, x: jax.Array, *, queries: int | None = None, key: Key = None) -> jax.Array:
+        """Returns [B, N, D] of tokens x [B, N, D]; with `queries` only of that many leading tokens."""
         attn_key, proj_key = split_key(key, 2)
         explicit = attn_key is not None and self.attn_drop > 0
         # A fused kernel saves nothing for the one or two queries of the last block.

@@ -1,11 +1,7 @@
 """How attention is computed: back ends, gradients, and what a block keeps for its gradient.
 
-`attention.py` defines the layers. The two back ends compute the same up to rounding:
-
-- `XlaBackend`: products that XLA compiles for any device. Heads are next to the batch, [B, H, N, d], so that
-  every product is batched over leading axes.
-- `CudnnBackend`: cuDNN's fused kernel (FlashAttention), for bfloat16 on NVIDIA GPUs. Heads are next to the
-  channels, [B, N, H, d], as projections give them, so that nothing is transposed for the kernel.
+`attention.py` defines the layers. The two back ends, for any device and for NVIDIA GPUs, compute the same up to
+rounding.
 
 B: images, N: tokens, H: heads, d: channels of a head, D = H * d.
 """
@@ -54,15 +50,10 @@ def _times_values(maps: jax.Array, v: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Returns softmax(q k / sqrt(d)) v, in the dtype of v, keeping no attention map for the gradient.
+    """Returns softmax(q k / sqrt(d)) v, [B, H, Q, d], of q [B, H, Q, d], k and v [B, H, N, d], in the dtype of v.
 
     Rows are divided by their sums after the product with v, which is cheaper. The gradient computes the
-    probabilities again from q and k, as FlashAttention does.
-
-    Args:
-      q: [B, H, Q, d].
-      k: [B, H, N, d].
-      v: [B, H, N, d].
+    probabilities again from q and k, as FlashAttention does: no attention map is kept.
     """
     scores = scaled_scores(q, k)
     exp = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
@@ -91,7 +82,7 @@ softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backward
 
 
 class XlaBackend:
-    """Attention as products that XLA compiles. Heads are [B, H, N, d]."""
+    """Products that XLA compiles. Heads are next to the batch, [B, H, N, d]: products are batched over leading axes."""
 
     per_head = (-1, 1, 1)  # shape that aligns one number per head with [B, H, N, d]
 
@@ -122,15 +113,11 @@ class XlaBackend:
 
     @staticmethod
     def position(a_y: jax.Array, a_x: jax.Array, v: jax.Array) -> jax.Array:
-        """Returns (A_y (x) A_x) v, [B, H, N, d], as one product along each axis of the grid.
+        """Returns (A_y (x) A_x) v, [B, H, N, d], of a_y [H, rows, rows], a_x [H, columns, columns], v [B, H, N, d].
 
-        The factors are repeated for the batch. With the heads alone as batch axis XLA would transpose the
-        values. They take the dtype of v after that, so that their gradient is summed in float32.
-
-        Args:
-          a_y: float32 [H, rows, rows].
-          a_x: float32 [H, columns, columns].
-          v: [B, H, rows * columns, d].
+        One product along each axis of the grid. The factors, float32, are repeated for the batch: with the heads
+        alone as batch axis XLA would transpose the values. They take the dtype of v after that, so that their
+        gradient is summed in float32.
         """
         with jax.named_scope("position"):
             batch, heads, tokens, size = v.shape
@@ -142,7 +129,10 @@ class XlaBackend:
 
 
 class CudnnBackend:
-    """Attention by cuDNN's fused kernel. Heads are [B, N, H, d]; see `XlaBackend` for the methods."""
+    """cuDNN's fused kernel (FlashAttention), for bfloat16; see `XlaBackend` for the methods.
+
+    Heads are next to the channels, [B, N, H, d], as projections give them: nothing is transposed for the kernel.
+    """
 
     per_head = (-1, 1)
     implementation: Literal["cudnn", "xla"] = "cudnn"  # of jax.nn.dot_product_attention
@@ -206,20 +196,8 @@ def _shared_maps_backward(kept: Any, d_out: jax.Array) -> tuple[jax.Array, jax.A
 _shared_maps_times_values.defvjp(lambda maps, v: (_shared_maps_times_values(maps, v), (maps, v)), _shared_maps_backward)
 
 
-def gated_sum(gates: jax.Array, content: jax.Array, gated_position: jax.Array) -> jax.Array:
-    """Returns (1 - gates) content + gated_position, summed in float32, in the dtype of `content`; shapes broadcast."""
-    mixed = (1.0 - gates) * content.astype(jnp.float32) + gated_position
-    return checkpoint_name(mixed.astype(content.dtype), "mixed")
-
-
-Backend = type[XlaBackend] | type[CudnnBackend]
-
-
-def choose_backend(attention: str) -> Backend:
-    """Returns the back end of a layer's setting `attention`, "xla" or "cudnn".
-
-    Without an NVIDIA GPU that has the kernel (Ampere or later) "cudnn" is computed as "xla".
-    """
+def choose_backend(attention: str) -> type[XlaBackend] | type[CudnnBackend]:
+    """Returns the back end of a layer's setting `attention`, "xla" or "cudnn"; XLA where cuDNN is not available."""
     return CudnnBackend if attention == "cudnn" and cudnn_available() else XlaBackend
 
 

@@ -15,17 +15,15 @@ from jax.typing import DTypeLike
 
 from convit_jax.models.initializers import trunc_normal, uniform
 
+Key = jax.Array | None  # PRNG key of dropout and stochastic depth in training, None in evaluation
+
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns x kernel, [..., E] in the dtype of x; the gradient of the kernel is summed in float32.
+    """Returns x kernel, [..., E] in the dtype of x, of x [..., D] and a kernel float32 [D, E].
 
-    That gradient sums over all tokens, and over devices. It transposes the narrower of x and the cotangent,
-    since a CPU copies what it transposes; JAX's own gradient always transposes the cotangent.
-
-    Args:
-      x: [..., D].
-      kernel: float32 [D, E].
+    The gradient of the kernel sums over all tokens, and over devices, in float32. It transposes the narrower of x
+    and the cotangent, since a CPU copies what it transposes; JAX's own always transposes the cotangent.
     """
     return x @ kernel.astype(x.dtype)
 
@@ -83,19 +81,19 @@ def gelu(x: jax.Array) -> jax.Array:
     return (0.5 * x32 * (1.0 + jax.lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
 
 
-def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+def split_key(key: Key, count: int) -> list[Key]:
     """Returns `count` keys from one, or `count` times None from None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
     """Returns x with a fraction `rate` of its values zeroed and the rest scaled; x itself without a key."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
 
 
-def drop_path(x: jax.Array, rate: jax.Array | float | None, key: jax.Array | None) -> jax.Array:
+def drop_path(x: jax.Array, rate: jax.Array | float | None, key: Key) -> jax.Array:
     """Returns the branch x [B, N, D] zeroed for a fraction `rate` of the examples (stochastic depth).
 
     The rest is scaled. Returns x itself without a key or rate. See Huang et al. 2016.
@@ -114,7 +112,7 @@ class Mlp(nnx.Module):
         self.fc1 = Linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
         self.fc2 = Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, key: Key = None) -> jax.Array:
         hidden_key, out_key = split_key(key, 2)
         hidden = checkpoint_name(self.fc1(x), "hidden")
         x = dropout(gelu(hidden), self.drop, hidden_key)

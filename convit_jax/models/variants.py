@@ -114,8 +114,7 @@ def model_settings(
     settings["image_size"] = parse_image_size(224 if image_size is None else image_size)
     if not isinstance(settings["dtype"], str):
         settings["dtype"] = jnp.dtype(settings["dtype"]).name
-    _check_sizes(settings)
-    _check_arithmetic(settings)
+    _check_settings(settings)
     return settings
 
 
@@ -127,7 +126,7 @@ def parse_image_size(size: int | str | Sequence[int]) -> tuple[int, int]:
     raise UserError(f"image_size is {size!r}: give a side, as 384, or HEIGHTxWIDTH, as 224x448.")
 
 
-def _check_sizes(s: Settings) -> None:
+def _check_settings(s: Settings) -> None:
     for name in ("patch_size", "in_chans", "num_classes", "embed_dim", "num_heads", "depth", "scan_unroll"):
         least = 0 if name == "num_classes" else 1
         if s[name] < least:
@@ -142,9 +141,6 @@ def _check_sizes(s: Settings) -> None:
             f"local_up_to_layer is {s['local_up_to_layer']} of {s['depth']} blocks, but the class token "
             f"needs a block: give 0 to {s['depth'] - 1}."
         )
-
-
-def _check_arithmetic(s: Settings) -> None:
     for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
         if not 0.0 <= s[name] < 1.0:
             raise UserError(f"{name} is {s[name]}: give a probability, at least 0 and below 1.")

@@ -24,15 +24,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention
 from convit_jax.models.initializers import trunc_normal
 from convit_jax.models.kernels import KEEP_PRODUCTS
-from convit_jax.models.layers import (
-    Linear,
-    Mlp,
-    PatchEmbed,
-    drop_path,
-    dropout,
-    layer_norm,
-    split_key,
-)
+from convit_jax.models.layers import Key, Linear, Mlp, PatchEmbed, drop_path, dropout, layer_norm, split_key
 
 Settings = dict[str, Any]  # all settings of a VisionTransformer by name; also stored as JSON
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -63,13 +55,7 @@ def _one_program(method: Method) -> Method:
 
 
 class Block(nnx.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)): [B, N, D] -> [B, N, D].
-
-    Args:
-      settings: Model settings, see `VisionTransformer`.
-      gpsa: whether attention is GPSA or plain self-attention.
-      rngs: source of keys for the initial parameters.
-    """
+    """x + attn(norm1(x)), then x + mlp(norm2(x)): [B, N, D] -> [B, N, D]. Settings as of `VisionTransformer`."""
 
     def __init__(self, settings: Settings, *, gpsa: bool, rngs: nnx.Rngs) -> None:
         s, dim = settings, settings["embed_dim"]
@@ -88,21 +74,9 @@ class Block(nnx.Module):
             self.attn = SelfAttention(dim, s["num_heads"], **common)
 
     def __call__(
-        self,
-        x: jax.Array,
-        *,
-        queries: int | None = None,
-        drop_path_rate: jax.Array | float | None = None,
-        key: jax.Array | None = None,
+        self, x: jax.Array, *, queries: int | None = None, drop_path_rate: jax.Array | None = None, key: Key = None
     ) -> jax.Array:
-        """Returns [B, N, D] of tokens x [B, N, D].
-
-        Args:
-          x: tokens.
-          queries: number of leading tokens to compute, for a result [B, queries, D]; not with GPSA.
-          drop_path_rate: probability that a branch is skipped in training.
-          key: PRNG key in training, None in evaluation.
-        """
+        """Returns [B, N, D] of tokens x [B, N, D]; with `queries` (not with GPSA) only of that many leading tokens."""
         attn_key, path1_key, mlp_key, path2_key = split_key(key, 4)
         first: dict[str, Any] = {} if queries is None else {"queries": queries}
         x = x[:, :queries] + drop_path(self.attn(self.norm1(x), key=attn_key, **first), drop_path_rate, path1_key)
@@ -166,7 +140,7 @@ class VisionTransformer(nnx.Module):
             self.head_dist = self._new_head(s["num_classes"], rngs)
 
     @_one_program
-    def __call__(self, images: jax.Array, *, key: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
+    def __call__(self, images: jax.Array, *, key: Key = None, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Returns logits, float32 [B, num_classes]; of a model without a head the features [B, D].
 
         Args:
@@ -186,7 +160,7 @@ class VisionTransformer(nnx.Module):
 
     @_one_program
     def both_logits(
-        self, images: jax.Array, *, key: jax.Array | None = None, rngs: nnx.Rngs | None = None
+        self, images: jax.Array, *, key: Key = None, rngs: nnx.Rngs | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the logits of class and distillation token, float32 [B, num_classes] each.
 
@@ -199,14 +173,12 @@ class VisionTransformer(nnx.Module):
         return self.head(class_token), self.head_dist(distillation_token)
 
     @_one_program
-    def features(self, images: jax.Array, *, key: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
+    def features(self, images: jax.Array, *, key: Key = None, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Returns the class token after the last norm, float32 [B, D]. Arguments as for a call."""
         return self._final_tokens(images, key, 2 if self.distilled else 1)[:, 0]
 
     @_one_program
-    def forward_features(
-        self, images: jax.Array, *, key: jax.Array | None = None, rngs: nnx.Rngs | None = None
-    ) -> jax.Array:
+    def forward_features(self, images: jax.Array, *, key: Key = None, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Returns all tokens after the last norm, float32 [B, 1 + N, D], as timm's function of this name.
 
         Token 0 is the class token and, if distilled, token 1 the distillation token; the N patches follow, row by
@@ -250,49 +222,43 @@ class VisionTransformer(nnx.Module):
 
     @_one_program
     def attention_maps(self, images: jax.Array) -> list[jax.Array]:
-        """Returns the attention of every block, float32 [B, H, N, N].
-
-        After the GPSA blocks token 0 is the class token and, if distilled, token 1 the distillation token.
-        """
+        """Returns the attention of every block, float32 [B, H, N, N]: GPSA of the patches, then of all tokens."""
         stacks = self.map_attention(images, lambda attn, x: attn.attention_maps(x))
         return [maps for stack in stacks for maps in stack]
 
     def map_attention(self, images: jax.Array, function: Callable[[Any, jax.Array], Any]) -> list[Any]:
-        """Returns function(attn, x) for every attention layer and its input x, normalised tokens [B, N, D].
-
-        Returns:
-          Results stacked over the GPSA blocks (if there are any) and over the plain blocks, whose tokens
-          start with the class token.
-        """
+        """Returns function(attn, x) of every attention layer and its input x [B, N, D], stacked as in `stacks`."""
         return self._map_blocks(images, lambda block, x: function(block.attn, block.norm1(x)))
 
     def _map_blocks(self, images: jax.Array, function: Callable[[Block, jax.Array], Any]) -> list[Any]:
-        """function(block, x) of every block and its input x, stacked as for `map_attention`."""
+        """function(block, x) of every block and its input x, as for `map_attention`."""
         x, tokens = self._embed(images, None)
         results = []
-        for stack in (self.gpsa_blocks, self.sa_blocks):
+        for stack in self.stacks:
             if stack is self.sa_blocks:
                 x = jnp.concatenate([tokens, x], axis=1)
-            if stack is not None:
-                graphdef, params = nnx.split(stack)
+            graphdef, params = nnx.split(stack)
 
-                def step(x: jax.Array, params: Any, graphdef: Any = graphdef) -> tuple[jax.Array, Any]:
-                    block = nnx.merge(graphdef, params)
-                    return block(x), function(block, x)
+            def step(x: jax.Array, params: Any, graphdef: Any = graphdef) -> tuple[jax.Array, Any]:
+                block = nnx.merge(graphdef, params)
+                return block(x), function(block, x)
 
-                x, found = jax.lax.scan(step, x, params)
-                results.append(found)
+            x, found = jax.lax.scan(step, x, params)
+            results.append(found)
         return results
+
+    @property
+    def stacks(self) -> list[Block]:
+        """The GPSA blocks, if there are any, and the plain blocks, each kind stacked."""
+        return [stack for stack in (self.gpsa_blocks, self.sa_blocks) if stack is not None]
 
     @property
     def blocks(self) -> list[Block]:
         """The blocks by their number in the original. They are copies: writing to them changes nothing."""
         found = []
-        for stack in (self.gpsa_blocks, self.sa_blocks):
-            if stack is not None:
-                graphdef, params = nnx.split(stack)
-                for index in range(len(jax.tree.leaves(params)[0])):
-                    found.append(nnx.merge(graphdef, jax.tree.map(lambda leaf, i=index: leaf[i], params)))
+        for graphdef, params in map(nnx.split, self.stacks):
+            for index in range(len(jax.tree.leaves(params)[0])):
+                found.append(nnx.merge(graphdef, jax.tree.map(lambda leaf, i=index: leaf[i], params)))
         return found
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -304,7 +270,7 @@ class VisionTransformer(nnx.Module):
         head = Linear(self.embed_dim, num_classes, dtype=jnp.float32, rngs=rngs) if num_classes else None
         return nnx.data(head)  # may be replaced by the other kind
 
-    def _training_key(self, key: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array | None:
+    def _training_key(self, key: Key = None, rngs: nnx.Rngs | None = None) -> jax.Array | None:
         """The key of a call with these arguments, None in evaluation."""
         rates = (self.drop_rate, self.attn_drop_rate, self.drop_path_rate)
         if key is not None or self.deterministic or not any(rates):
@@ -337,7 +303,7 @@ class VisionTransformer(nnx.Module):
                 "load_pretrained's model, or (images / 255 - mean) / std"
             )
 
-    def _final_tokens(self, images: jax.Array, key: jax.Array | None, queries: int | None) -> jax.Array:
+    def _final_tokens(self, images: jax.Array, key: Key, queries: int | None) -> jax.Array:
         """The leading `queries` tokens, or all, after the last norm, float32 [B, ..., D]."""
         embed_key, block_key = split_key(key, 2)
         x, tokens = self._embed(images, embed_key)
@@ -350,7 +316,7 @@ class VisionTransformer(nnx.Module):
             x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
         return self.norm(self._scan(self.sa_blocks, self.local_up_to_layer, x, block_key, queries))
 
-    def _embed(self, images: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def _embed(self, images: jax.Array, key: Key) -> tuple[jax.Array, jax.Array]:
         """Patches [B, N, D] and class (and distillation) token [B, 1 or 2, D], with position embedding."""
         patches_key, tokens_key = split_key(key, 2)
         # Added up in float32, for the gradients of what is added to all images.
@@ -366,13 +332,8 @@ class VisionTransformer(nnx.Module):
             tokens = dropout(tokens, self.drop_rate, tokens_key)
         return dropout(patches, self.drop_rate, patches_key), tokens
 
-    def _scan(
-        self, stack: Block, first: int, x: jax.Array, key: jax.Array | None, queries: int | None = None
-    ) -> jax.Array:
-        """x [B, N, D] through a stack whose first block has the number `first`.
-
-        With `queries` the last block computes that many leading tokens only: [B, queries, D].
-        """
+    def _scan(self, stack: Block, first: int, x: jax.Array, key: Key, queries: int | None = None) -> jax.Array:
+        """x [B, N, D] through a stack from block number `first` on; with `queries` the last gives [B, queries, D]."""
         graphdef, params = nnx.split(stack)
         count = jax.tree.leaves(params)[0].shape[0]
         numbers = jnp.arange(first, first + count)

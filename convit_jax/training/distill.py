@@ -2,7 +2,7 @@
 
     loss = (1 - alpha) cross-entropy(class head, labels) + alpha D(distillation head, teacher)
 
-D is losses.distillation_loss. A model without distillation token learns both with its one head, as in the
+D is distillation_loss. A model without distillation token learns both with its one head, as in the
 paper's Table 4. The teacher sees the student's augmented images, in evaluation mode.
 """
 
@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from convit_jax.errors import UserError
 from convit_jax.models.vit import VisionTransformer
-from convit_jax.training.losses import distillation_loss, soft_cross_entropy
 from convit_jax.training.plan import Plan
 from convit_jax.weights.pretrained import describe_weights, fingerprint, load, match_classes, with_behaviour
 
@@ -46,10 +46,23 @@ class Teacher:
         else:
             for_labels = for_teacher = student(images, key=key)
         alpha, kind, temperature = self.settings.alpha, self.settings.kind, self.settings.temperature
-        base = jnp.mean(soft_cross_entropy(for_labels, targets))
+        base = jnp.mean(optax.softmax_cross_entropy(for_labels, targets))
         distillation = distillation_loss(for_teacher, self.logits(params, images), kind=kind, temperature=temperature)
         loss = (1 - alpha) * base + alpha * distillation
         return loss, distillation, (for_labels + for_teacher) / 2
+
+
+def distillation_loss(logits: jax.Array, teacher_logits: jax.Array, *, kind: str, temperature: float) -> jax.Array:
+    """Returns how far a student is from its teacher, float32 [], of float32 [B, C] (Touvron et al. 2021, section 4).
+
+    hard: cross-entropy with the class that the teacher predicts.
+    soft: T^2 KL(softmax(teacher / T) || softmax(student / T)), divided by images x classes as in DeiT's code.
+    """
+    if kind == "hard":
+        best = jax.nn.one_hot(jnp.argmax(teacher_logits, axis=-1), logits.shape[-1])
+        return jnp.mean(optax.softmax_cross_entropy(logits, best))
+    ours, theirs = (jax.nn.log_softmax(x / temperature) for x in (logits, teacher_logits))
+    return temperature**2 * jnp.mean(jnp.exp(theirs) * (theirs - ours))
 
 
 def load_teacher(config: ConfigDict, plan: Plan) -> tuple[Teacher | None, dict[str, Any] | None]:

@@ -107,7 +107,7 @@ def evaluate_weights(
     images = EvalExample(source, indices, loaded.settings["image_size"], how.crop_ratio, how.interpolation)
     count = len(indices)
     batch_size = math.ceil(min(config.eval_batch_size, count) / mesh.size) * mesh.size
-    say(f"{count:,} images of {len(labels)} classes in batches of {batch_size}; {how.words()}")
+    say(f"{count:,} images of {len(labels)} classes in batches of {batch_size}; {how}")
     tell = say if distributed.is_first() else distributed.warn
     unreadable = Unreadable(source, config.data.max_unreadable, tell)
     rows = our_batches(images, unreadable, config.data.workers, batch_size, range(math.ceil(count / batch_size)))

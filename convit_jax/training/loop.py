@@ -4,6 +4,7 @@ All state is one tree of plain arrays, and all randomness a function of (seed, s
 stopped anywhere continues bit for bit. The device never waits for the host, see `reports.Reports`.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from convit_jax.training.evaluation import evaluate
 from convit_jax.training.reports import Reports
-from convit_jax.training.setup import Training, set_up
+from convit_jax.training.setup import Training
 from convit_jax.training.sharding import put_batch
 from convit_jax.training.step import State
 from convit_jax.training.stop import Stop
@@ -33,7 +34,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     Raises:
       UserError: a config, data or disk that cannot be used, or a loss that is not finite.
     """
-    with set_up(config, Path(workdir).expanduser()) as run, Stop() as stop, Reports(run) as reports:
+    with contextlib.ExitStack() as stack:
+        run = Training(config, Path(workdir).expanduser(), stack)
+        stop, reports = stack.enter_context(Stop()), stack.enter_context(Reports(run))
         state, sums, step = run.state, run.sums, run.first_step
         if step == 0 and (looks := run.attention_log(state["params"])):
             run.log.write(step, 0.0, looks)
@@ -41,7 +44,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
         while step < run.plan.total_steps and not stop.poll(step):
             # ---- Batch -------------------------------------------------------------------------
-            with reports.clock.waiting():
+            with reports.waiting():
                 batch = put_batch(next(run.batches), run.mesh)
 
             # ---- Step --------------------------------------------------------------------------
@@ -58,7 +61,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
                 reports.finish(sums)
                 run.checkpoints.save(step, {"state": state, "metrics": sums})
                 evaluate_if_due(run, state, step, stop)
-                reports.clock.restart()
+                reports.restart_clock()
 
         # ---- The end; saves nothing if this step is saved --------------------------------------
         reports.finish(sums)

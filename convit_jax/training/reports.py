@@ -15,31 +15,6 @@ from convit_jax.training.step import FINE, Arrays
 from convit_jax.training.summary import peak_flops
 
 
-class Clock:
-    """Images per second, and the share of time in which the host waits for data."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets what was counted."""
-        self._since, self._waited, self.images = time.monotonic(), 0.0, 0  # images that the device has finished
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data."""
-        start = time.monotonic()
-        yield
-        self._waited += time.monotonic() - start
-
-    def read(self) -> dict[str, float]:
-        """Returns the rates since the last start, and restarts."""
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        rates = {"images_per_second": self.images / seconds, "data_wait": self._waited / seconds}
-        self.restart()
-        return rates
-
-
 class Reports(contextlib.AbstractContextManager["Reports"]):
     """Logs windows of log_every steps, each when the device has finished it.
 
@@ -47,13 +22,23 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
     """
 
     def __init__(self, run: Training) -> None:
-        self.clock = Clock()
         self._run = run
-        self._start = time.monotonic()
         self._under_way: collections.deque[tuple[int, Arrays]] = collections.deque()  # steps that may not be done
+        self.restart_clock()
 
     def __exit__(self, *exception: object) -> None:
         jax.block_until_ready(list(self._under_way))
+
+    def restart_clock(self) -> None:
+        """Measures images per second, and the share of time in which the host waits for data, from now on."""
+        self._since, self._waited, self._images = time.monotonic(), 0.0, 0  # images that the device has finished
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
 
     def add(self, step: int, sums: Arrays) -> Arrays:
         """Takes note of a step that the device was given; returns the sums that the next one adds to."""
@@ -73,16 +58,19 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
         while len(self._under_way) > most:
             step, sums = self._under_way.popleft()
             jax.block_until_ready(sums)
-            self.clock.images += run.plan.batch_size
+            self._images += run.plan.batch_size
             if step == run.first_step + 1:
-                seconds = time.monotonic() - self._start
+                seconds = time.monotonic() - self._since
                 run.progress.say(f"First step after {seconds:.1f} s, compilation included")
                 run.progress.start(step)
-                self.clock.restart()
+                self.restart_clock()
             if step % run.config.log_every == 0 or step == run.plan.total_steps:
-                self._report(step, jax.device_get(sums), self.clock.read())
+                self._report(step, jax.device_get(sums))
 
-    def _report(self, step: int, sums: Any, rates: dict[str, float]) -> None:
+    def _report(self, step: int, sums: Any) -> None:
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rates = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        self.restart_clock()
         self._check_finite(sums)
         run, images = self._run, int(sums["images"])
         values = {

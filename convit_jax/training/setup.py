@@ -49,27 +49,18 @@ class Steps:
             state = new_state(params, optimizer, ema=config.optim.ema_decay > 0)
             return {"state": state, "metrics": no_sums()}
 
-        self._seed = jax.device_put(np.uint32(config.seed), replicated(mesh))
-        self._teacher_params = put_same(teacher_params, state_shardings(mesh, teacher_params))
         shardings = state_shardings(mesh, jax.eval_shape(first, abstract_params))
-        self._first = jax.jit(first, out_shardings=shardings)
-        self._train = jax.jit(
-            make_train_step(self.graphdef, optimizer, schedule, config, plan.model["num_classes"], whole, teacher),
-            donate_argnums=0,
-            out_shardings=(shardings["state"], shardings["metrics"]),
+        self.first = jax.jit(first, out_shardings=shardings)  # of parameters: the content of a checkpoint of step 0
+        train = make_train_step(self.graphdef, optimizer, schedule, config, plan.model["num_classes"], whole, teacher)
+        self.train = functools.partial(  # (state, sums, batch) -> (state, sums); donates the state
+            jax.jit(train, donate_argnums=0, out_shardings=(shardings["state"], shardings["metrics"])),
+            seed=jax.device_put(np.uint32(config.seed), replicated(mesh)),
+            teacher_params=put_same(teacher_params, state_shardings(mesh, teacher_params)),
         )
         evaluate = make_eval_step(self.graphdef, config.data.mean, config.data.std, whole)
         self.evaluate = jax.jit(evaluate, out_shardings=replicated(mesh))
-        self.shapes = jax.eval_shape(self._first, abstract_params)  # and shardings of a checkpoint's content
+        self.shapes = jax.eval_shape(self.first, abstract_params)  # and shardings of that content
         self.no_sums: Arrays = jax.jit(no_sums, out_shardings=replicated(mesh))()  # of an empty window
-
-    def first(self, params: Any) -> dict[str, Any]:
-        """Returns the content of a checkpoint of step 0, {"state", "metrics"}; params: numpy or JAX arrays."""
-        return self._first(params)
-
-    def train(self, state: State, sums: Arrays, batch: Arrays) -> tuple[State, Arrays]:
-        """Returns the next state and sums; donates the state."""
-        return self._train(state, sums, batch, self._seed, self._teacher_params)
 
 
 class Training:
@@ -188,13 +179,6 @@ class Training:
                 say(f"Continuing at step {step}")
                 return tree
         return None
-
-
-@contextlib.contextmanager
-def set_up(config: ConfigDict, workdir: Path) -> Iterator[Training]:
-    """Builds the training of a config; UserError if anything that it needs cannot be used."""
-    with contextlib.ExitStack() as stack:
-        yield Training(config, workdir, stack)
 
 
 def use_compilation_cache(folder: str | Path) -> None:

@@ -5,7 +5,7 @@ and the row in the batch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,13 @@ from ml_collections import ConfigDict
 from convit_jax.data.augment import augment, normalize
 from convit_jax.data.mixup import mix_batch
 from convit_jax.training.distill import Teacher
-from convit_jax.training.losses import soft_cross_entropy
 from convit_jax.training.optimizer import Schedule, detach_backbone
 
 FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was finite
 TRAIN_STREAM = 0x7261696E  # separates the keys of training from those of the weights, which count from 0
 
 Arrays = dict[str, jax.Array]  # a batch or metrics, by name
-
-
-class State(TypedDict):
-    """What a run continues from."""
-
-    step: jax.Array  # int32 []
-    params: Any  # nested dict of float32 arrays
-    opt_state: Any
-    ema: NotRequired[Any]  # moving average of params, with optim.ema_decay
+State = dict[str, Any]  # a run's step (int32 []), params, opt_state and, with optim.ema_decay, ema of the params
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation, *, ema: bool) -> State:
@@ -84,7 +75,7 @@ def make_train_step(
         model, sums = nnx.merge(graphdef, whole(params)), {}
         if teacher is None:
             logits = model(images, key=key)
-            loss = jnp.mean(soft_cross_entropy(logits, targets))
+            loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
         else:
             loss, part, logits = teacher.loss(whole(teacher_params), model, images, targets, key)
             sums["distill_loss"] = part * images.shape[0]

@@ -1,8 +1,7 @@
 """Infers the architecture of a network from the names and shapes of its state dict.
 
-Two things are in no shape: the number of heads of a network without GPSA blocks (a table of sizes tells
-it by the width, or the caller does), and the sides of a grid of patches that is not square (the caller
-tells them).
+Two things are in no shape: the number of heads of a network without GPSA blocks (a table of sizes tells it by the
+width, or `num_heads` does), and the sides of a grid of patches that is not square (`image_size` tells them).
 """
 
 import math
@@ -31,11 +30,7 @@ def infer(
     image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the model_settings() of a state dict. `names.check_state_dict` finds what does not fit them.
-
-    `image_size` is for a grid of patches that is not square, `num_heads` for a network without GPSA blocks whose
-    width is not in the table.
-    """
+    """Returns the model_settings() of a state dict. `names.check_state_dict` finds what does not fit them."""
     blocks = [name.split(".", 2) for name in tensors if name.startswith("blocks.") and name.count(".") > 2]
     local = len({number for _, number, within in blocks if within in GPSA_ONLY})
     required = REQUIRED | ({"blocks.0.attn.gating_param": 1} if local else {})

@@ -8,8 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,26 +119,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def save_converted(loaded: Pretrained, directory: Path) -> None:
-    """Writes weights.safetensors and config.json in a directory, completely or not at all.
-
-    Raises OSError if the disk does not take it; then a directory that was there before is kept.
-    """
+    """Writes weights.safetensors and config.json in a directory, both or none. Raises OSError."""
     config = {
         "model": loaded.settings,
         "preprocessing": dataclasses.asdict(loaded.preprocessing),
         "class_names": loaded.class_names,
         "source": loaded.source,
     }
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
-        complete, before = Path(scratch) / "complete", Path(scratch) / "before"
-        complete.mkdir()
-        write_safetensors(complete / "weights.safetensors", loaded.tensors)
-        (complete / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        try:
-            if directory.exists():  # a directory cannot be renamed onto one that is not empty
-                os.replace(directory, before)
-            os.replace(complete, directory)
-        except BaseException:
-            if before.exists() and not directory.exists():
-                os.replace(before, directory)
-            raise
+    directory.mkdir(exist_ok=True)
+    with atomic_write(directory / "config.json") as file:
+        file.write(json.dumps(config, indent=1) + "\n")
+        file.flush()  # a full disk shows before the weights are replaced
+        write_safetensors(directory / "weights.safetensors", loaded.tensors)

@@ -14,31 +14,23 @@ from convit_jax.data.augment import normalize
 from convit_jax.data.images import centre_crop, decode
 from convit_jax.errors import UserError, explained
 
-INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
-
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes an input: resize, crop the centre, (x - mean) / std."""
 
     crop_ratio: float = 0.875  # side of the crop / short side of the resized image
-    interpolation: str = "bicubic"  # one of INTERPOLATIONS
+    interpolation: str = "bicubic"  # a Pillow filter
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, for pixels in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):  # JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.interpolation not in INTERPOLATIONS:
-            raise UserError(
-                f"the weights ask for interpolation {self.interpolation!r}: "
-                f"set one of {', '.join(INTERPOLATIONS)} in their config.json."
-            )
-
-    def words(self) -> str:
-        """Returns a description for people."""
-        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        return f"crop {self.crop_ratio:g}, {self.interpolation}, mean {mean}, std {std}"
+        filters = [name.lower() for name in Image.Resampling.__members__]
+        if self.interpolation not in filters:
+            known = ", ".join(filters)
+            raise UserError(f"the weights' interpolation is {self.interpolation!r}: set one of {known} in config.json.")
 
 
 @dataclasses.dataclass(frozen=True)

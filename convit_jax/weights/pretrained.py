@@ -1,9 +1,4 @@
-"""Loads trained weights from any source, for a model, a training or a command.
-
-A source is a file (.pth, .pt, .bin, .safetensors), a directory that `convert` wrote or in the Hub's
-layout, a run directory, a Hub id, or the authors' name of a model. The head can be replaced and the
-position embedding resized.
-"""
+"""Loads trained weights from any source (see `load_pretrained`), for a model, a training or a command."""
 
 import dataclasses
 import hashlib
@@ -29,7 +24,7 @@ from convit_jax.weights.positions import resize_pos_embed
 
 BEHAVIOUR = ("dtype", "attention", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
 NO_MATTER = (*BEHAVIOUR, "conv_init", "locality_strength", "gate_init")  # to trained weights
-SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+FILES = ("weights.safetensors", *WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin.index.json")
 Size = int | str | Sequence[int] | None  # see models.variants.parse_image_size
 
 
@@ -89,12 +84,10 @@ def load(
     size = None if image_size is None else parse_image_size(image_size)
     if is_run(path):
         loaded = from_run(path, which, ema)
-    elif path.is_file():
-        loaded = from_state_dict(read_state_dict(path, ema=ema), {}, source, size, num_heads)
-    elif files := [path / name for name in ("weights.safetensors", *WEIGHTS, *SHARDED) if (path / name).exists()]:
-        tensors = _read_shards(files[0], ema)
-        if (path / "config.json").exists():
-            with checked_json(path / "config.json") as config:
+    elif files := [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]:
+        tensors, beside = _read_shards(files[0], ema), path / "config.json"
+        if beside.exists():
+            with checked_json(beside) as config:
                 loaded = from_state_dict(tensors, config, source, size, num_heads)
         else:
             loaded = from_state_dict(tensors, {}, source, size, num_heads)
@@ -132,9 +125,7 @@ def with_behaviour(loaded: Pretrained, **behaviour: Any) -> Pretrained:
     return loaded.with_settings(**behaviour)
 
 
-def load_into(
-    source: str, settings: Mapping[str, Any], seed: int, which: str | int = "best"
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def load_into(source: str, settings: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Returns (parameters, changes for people) of weights from which a training with these model_settings() starts.
 
     Another number of classes gets a new head, initialised from `seed`, and another image size a resized position
@@ -145,7 +136,6 @@ def load_into(
         num_classes=settings["num_classes"],
         image_size=settings["image_size"],
         num_heads=None if settings["local_up_to_layer"] else settings["num_heads"],
-        which=which,
         seed=seed,
     )
     differing = [name for name in loaded.settings if name not in NO_MATTER and loaded.settings[name] != settings[name]]

@@ -56,14 +56,6 @@ def test_a_training_batch_holds_the_images_and_labels_of_its_slots():
     assert (batch["unreadable"] == -1).all()
 
 
-def test_crop_pad_shows_the_same_geometry_as_the_evaluation(folder):
-    slots = Slots(np.arange(18), 0)
-    trained = TrainExample(folder, slots, (16, 16), "pad")(range(18))
-    shown = np.array([slots.example(slot) for slot in range(18)])
-    tested = EvalExample(folder, shown, (16, 16), 1.0)(range(18))
-    np.testing.assert_array_equal(trained["image"], tested["image"])
-
-
 def test_a_random_crop_depends_only_on_seed_and_slot(folder):
     def crops(seed, slots):
         example = TrainExample(folder, Slots(np.array([3]), seed), (9, 8), "resized")

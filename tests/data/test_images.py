@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from scipy.stats import ks_2samp, kstest
 from sklearn.datasets import load_sample_image
 
-from convit_jax.data.images import centre_crop, crop_resize, decode, random_resized_crop_box
+from convit_jax.data.images import centre_crop, decode, random_resized_crop_box
 from convit_jax.errors import UserError
 
 
@@ -142,11 +142,3 @@ def test_a_png_with_megabytes_of_text_decodes():
     info = PngInfo()
     info.add_text("parameters", "x" * 3_000_000, zip=True)
     assert decode(encoded(COLOUR, "PNG", pnginfo=info), "a.png").size == (6, 4)
-
-
-def test_pixels_are_cut_and_resized_as_image_files_are():
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    image = decode(pixels, "name")
-    cut = Image.fromarray(pixels).crop((3, 2, 25, 20)).resize((16, 12), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(crop_resize(image, (12, 16), (3, 2, 25, 20)), np.asarray(cut))
-    np.testing.assert_array_equal(centre_crop(image, (24, 32), 1.0), pixels)  # already of that size

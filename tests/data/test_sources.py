@@ -149,12 +149,6 @@ def test_an_unusable_folder_is_named_with_the_remedy(damage, split, message, fol
         ImageFolder(folder, split)
 
 
-@pytest.mark.parametrize(("name", "meant"), [("digit", "digits"), ("imagenet", "imagenet2012")])
-def test_a_misspelt_data_name_is_answered_with_what_was_meant(name, meant, tmp_path):
-    with pytest.raises(UserError, match=rf"{name}' \(.*\), did you mean '{meant}'\? Expected {tmp_path}/{name}/"):
-        open_source(SimpleNamespace(name=name, dir=str(tmp_path)), "train")
-
-
 def test_the_list_of_a_large_flat_folder_is_kept_until_a_file_comes_or_goes(folder, monkeypatch):
     ImageFolder(folder, "train")
     assert sorted(os.listdir(folder)) == ["train", "val"]  # a small folder is listed again

@@ -15,9 +15,10 @@ from convit_jax.models.variants import abstract_model, initial_params, model_set
 from convit_jax.rundir import read_metrics
 from convit_jax.training.distill import load_teacher
 from convit_jax.training.loop import train
-from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
-from convit_jax.training.step import augmented, make_train_step, new_state, step_keys, train_metrics
+from convit_jax.training.setup import Steps
+from convit_jax.training.sharding import make_mesh, put_batch
+from convit_jax.training.step import augmented, step_keys
 from convit_jax.weights import names, pretrained
 from convit_jax.weights.formats import Pretrained, save_converted
 from convit_jax.weights.preprocess import Preprocessing
@@ -56,20 +57,13 @@ def student(digits_config, tmp_path):
 
 def one_step(config, *, taught=True):
     """(state, metrics) of a first step on 16 images, (model, images, soft labels) that went into it."""
-    plan = make_plan(config, devices=1)
-    teacher, params = load_teacher(config, plan) if taught else (None, None)
-    graphdef, shapes = abstract_model(plan.model)
-    optimizer = make_optimizer(config.optim, schedule, shapes)
-    state = new_state(initial_params(plan.model, 0), optimizer, ema=False)
-    step = jax.jit(make_train_step(graphdef, optimizer, schedule, config, 10, teacher=teacher))
-    batch = plan.train(range(16))
-    new, metrics = step(state, train_metrics(distilled=taught), batch, np.uint32(config.seed), params)
+    plan, mesh = make_plan(config, devices=1), make_mesh(1, 1)
+    steps = Steps(config, plan, mesh, *(load_teacher(config, plan) if taught else ()))
+    params, batch = initial_params(plan.model, 0), plan.train(range(16))
+    tree = steps.first(params)
+    new, metrics = steps.train(tree["state"], tree["metrics"], put_batch(batch, mesh))
     images, targets = augmented(batch, step_keys(config.seed, 0), config, 10)
-    return new, metrics, (nnx.merge(graphdef, state["params"]), images, np.asarray(targets))
-
-
-def schedule(step):
-    return 1e-3
+    return new, metrics, (nnx.merge(steps.graphdef, params), images, np.asarray(targets))
 
 
 def log_softmax(x):

@@ -41,6 +41,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     results = {"val_top1", "val_top5", "val_loss"}
     for line, values in zip(lines, (looks, rates, rates, results | looks), strict=True):
         assert set(line) == {"step", "epoch"} | values
+    assert all(0 <= line["data_wait"] <= 1 < line["images_per_second"] < 1e5 for line in lines[1:3])
     summary = done.stdout[done.stdout.index("Done: ") :]
     last = lines[-1]
     assert summary.startswith(f"Done: top-1 {last['val_top1']:.2f}  top-5 {last['val_top5']:.2f}")
@@ -77,7 +78,7 @@ def test_it_learns_an_image_folder_with_one_compilation_and_evaluates_the_averag
 
     def counted(*args):
         step = make(*args)
-        return lambda *inputs: (traces.append(None), step(*inputs))[1]
+        return lambda *inputs, **fixed: (traces.append(None), step(*inputs, **fixed))[1]
 
     monkeypatch.setattr(setup, "make_train_step", counted)
     config = on_folder(digits_config, image_folder, epochs=20, steps=None)

@@ -1,13 +1,10 @@
-"""The log of a run, and the clock of its windows."""
-
-import time
+"""The log of a run."""
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from convit_jax.rundir import read_metrics
 from convit_jax.training.metrics import MetricsLog
-from convit_jax.training.reports import Clock
 
 
 def test_lines_of_steps_that_are_repeated_are_dropped_and_tensorboard_has_each_head(tmp_path):
@@ -40,20 +37,3 @@ def events(path):
         end = 12 + int.from_bytes(content[:8], "little")
         yield Event.FromString(content[12:end])
         content = content[end + 4 :]
-
-
-def test_the_clock_counts_what_is_done_since_its_last_start(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    clock = Clock()
-    for _ in range(4):
-        with clock.waiting():
-            now[0] += 0.5
-        now[0] += 1.5
-        clock.images += 10
-    assert clock.read() == {"images_per_second": 40 / 8, "data_wait": 2 / 8}
-    now[0] += 1000
-    clock.restart()
-    now[0] += 1
-    clock.images += 7
-    assert clock.read() == {"images_per_second": 7, "data_wait": 0}

@@ -16,10 +16,10 @@ def test_it_shows_the_pixels_and_labels_of_the_steps(image_folder, monkeypatch):
     plan = make_plan(config, devices=1)
     crops, mixed = preview.preview_augmentation(config, plan)
     batch = plan.train([3 * (row // preview.VERSIONS) + row % 3 for row in range(preview.IMAGES * preview.VERSIONS)])
-    before = np.stack([image for row in crops for image, _ in row[1:]])
+    before = np.stack([image for row in crops for image, _ in row])
     np.testing.assert_allclose(before, batch["image"] / 255, atol=1e-6)
-    assert [row[0][0].shape for row in crops] == [(20, 24, 3)] * preview.IMAGES
     names = [plan.train.source.class_names[label] for label in batch["label"][[0, -1]]]
+    assert (crops[0][0][1], crops[-1][-1][1]) == tuple(names)
     for image, caption in (row[0] for row in mixed):
         share = float(caption.partition("%")[0]) / 100
         assert caption.splitlines() == [f"{100 * share:.0f}% {names[0]}", f"{100 - 100 * share:.0f}% {names[1]}"]

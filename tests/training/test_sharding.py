@@ -3,26 +3,17 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SPEEDS, assert_same, saved
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from convit_jax.errors import UserError
-from convit_jax.models.variants import abstract_model
 from convit_jax.rundir import read_metrics
 from convit_jax.training.loop import train
-from convit_jax.training.optimizer import make_optimizer, run_schedule
 from convit_jax.training.plan import make_plan
-from convit_jax.training.sharding import (
-    gather,
-    make_mesh,
-    put_same,
-    replicated,
-    state_shardings,
-)
-from convit_jax.training.step import make_train_step, new_state, train_metrics
+from convit_jax.training.setup import Steps
+from convit_jax.training.sharding import make_mesh, put_batch, put_same, state_shardings
 
 
 def test_a_run_on_one_device_continues_on_eight_as_if_it_had_stayed(digits_config, tmp_path):
@@ -44,25 +35,12 @@ def test_a_run_on_one_device_continues_on_eight_as_if_it_had_stayed(digits_confi
 
 
 def compiled_step(config, data, fsdp):
-    """The training step on a mesh, compiled like the loop's."""
+    """The training step of a run on a mesh."""
     mesh = make_mesh(data, fsdp)
     plan = make_plan(config, devices=mesh.size)
-    graphdef, params = abstract_model(plan.model)
-    schedule = run_schedule(config, plan)
-    optimizer = make_optimizer(config.optim, schedule, params)
-    state = jax.eval_shape(lambda params: new_state(params, optimizer, ema=False), params)
-    metrics = jax.eval_shape(train_metrics)
-    shardings = state_shardings(mesh, (state, metrics))
-    step = jax.jit(
-        make_train_step(graphdef, optimizer, schedule, config, 10, gather(mesh)),
-        in_shardings=(*shardings, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), replicated(mesh)),
-        out_shardings=shardings,
-        donate_argnums=0,
-    )
-    rows = {"image": (config.batch_size, 8, 8, 3), "label": (config.batch_size,)}
-    kinds = {"image": jnp.uint8, "label": jnp.int32}
-    batch = {name: jax.ShapeDtypeStruct(shape, kinds[name]) for name, shape in rows.items()}
-    return step.lower(state, metrics, batch, jax.ShapeDtypeStruct((), jnp.uint32)).compile()
+    steps, batch = Steps(config, plan, mesh), put_batch(plan.train(range(config.batch_size)), mesh)
+    lowered = steps.train.func.lower(steps.shapes["state"], steps.shapes["metrics"], batch, **steps.train.keywords)
+    return lowered.compile()
 
 
 def test_the_collectives_are_those_that_the_mesh_calls_for_and_memory_falls_with_fsdp(digits_config):

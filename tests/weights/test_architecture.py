@@ -15,15 +15,10 @@ def tensors_of(settings):
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in state_dict_shapes(params).items()}
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_every_model_of_the_table_is_recognised(name):
-    settings = model_settings(name, num_classes=17, image_size=64)
-    assert infer(tensors_of(settings), "it") == settings
-
-
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
+        *((name, {}) for name in list_models()),
         ("convit_tiny", dict(embed_dim=24, num_heads=6, depth=5, local_up_to_layer=1, mlp_ratio=2.5)),
         ("convit_small", dict(qkv_bias=True, distilled=True, patch_size=8, in_chans=1)),
         ("deit_tiny", dict(qkv_bias=False, depth=2)),
@@ -33,7 +28,7 @@ def test_every_model_of_the_table_is_recognised(name):
         ("convit_tiny", dict(pos_embed_class_token=True, distilled=True)),
     ],
 )
-def test_other_sizes_are_recognised(name, settings):
+def test_every_model_of_the_table_and_other_sizes_are_recognised(name, settings):
     settings = model_settings(name, num_classes=3, image_size=64, **settings)
     assert infer(tensors_of(settings), "it") == settings
 
