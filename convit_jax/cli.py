@@ -41,7 +41,7 @@ def launch(
     `name` begins each message. `main` gets the arguments that are not flags; it returns the exit status or None.
     `define` defines the command's own flags. `config` is the default of --config, as configs/digits.py; "": there
     is no default; None: the command takes no config. `arguments` names what is expected besides flags.
-    `processes`: several processes can run the command together. `interrupted` is said after Ctrl-C.
+    `processes`: several processes can run the command together. `interrupted` is printed after Ctrl-C.
     """
     with contextlib.suppress(RuntimeError, OSError):  # where the error stream is closed
         faulthandler.enable()

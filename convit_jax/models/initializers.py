@@ -1,6 +1,6 @@
 """Random initial values, the same as jax.random's, through two small programs that serve all shapes.
 
-XLA compiles the loops of `jax.random.normal` anew for every shape, nine seconds for a ConViT. Here one program
+XLA compiles the loops of `jax.random.normal` again for every shape, nine seconds for a ConViT. Here one program
 draws PIECE values from any position of the stream, and the shapes are made on the host.
 """
 

@@ -111,7 +111,7 @@ def _is_network(name: str) -> bool:
 
 
 def _only_weights(entries: dict[Any, Any]) -> dict[str, Any]:
-    """A state dict without numbers beside the tensors, counters, and the prefix of a wrapper."""
+    """A state dict without numbers, counters, and the prefix of a wrapper."""
     tensors = _tensors(entries)
     others = {name: value for name, value in entries.items() if name not in tensors}
     if unknown := {name: value for name, value in others.items() if not isinstance(value, int | float | str | None)}:

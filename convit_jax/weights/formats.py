@@ -71,7 +71,7 @@ class Pretrained:
 def from_state_dict(
     tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str, image_size: Any, num_heads: int | None
 ) -> Pretrained:
-    """Returns the Pretrained of a state dict with the config.json beside it, ours or timm's, or an empty one.
+    """Returns the Pretrained of a state dict with its config.json, ours or timm's, or an empty one.
 
     What timm's lacks is as in the recipe, and 1,000 classes are ImageNet's.
     """

@@ -85,9 +85,9 @@ def load(
     if is_run(path):
         loaded = from_run(path, which, ema)
     elif files := [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]:
-        tensors, beside = _read_shards(files[0], ema), path / "config.json"
-        if beside.exists():
-            with checked_json(beside) as config:
+        tensors, config_file = _read_shards(files[0], ema), path / "config.json"
+        if config_file.exists():
+            with checked_json(config_file) as config:
                 loaded = from_state_dict(tensors, config, source, size, num_heads)
         else:
             loaded = from_state_dict(tensors, {}, source, size, num_heads)
