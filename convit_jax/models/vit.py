@@ -325,10 +325,11 @@ class VisionTransformer(nnx.Module):
         tokens = self.cls_token[...]
         if self.distilled:
             tokens = jnp.concatenate([tokens, self.dist_token[...]], axis=1)
-        if self.pos_embed.shape[1] > patches.shape[1]:
+        is_deit = self.pos_embed.shape[1] > patches.shape[1]
+        if is_deit:
             tokens = tokens + self.pos_embed[:, : tokens.shape[1]]
         tokens = jnp.broadcast_to(tokens, (images.shape[0], *tokens.shape[1:])).astype(self.dtype)
-        if self.local_up_to_layer == 0:  # the original's ConViT drops values of the patches only
+        if is_deit:  # the original's ConViT drops values of the patches only
             tokens = dropout(tokens, self.drop_rate, tokens_key)
         return dropout(patches, self.drop_rate, patches_key), tokens
 

@@ -110,6 +110,13 @@ def test_a_model_without_a_head_gives_features_and_takes_a_new_one(distilled):
     np.testing.assert_allclose(model(IMAGES), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "dropped"), [("convit_tiny", False), ("deit_tiny", True)])
+def test_the_class_token_of_convit_is_not_dropped_even_without_gpsa_blocks(name, dropped):
+    model = small(name, local_up_to_layer=0, drop_rate=0.5)
+    tokens = [jax.jit(model._embed)(IMAGES, key)[1] for key in (None, jax.random.key(0))]
+    assert (tokens[0] != tokens[1]).any() == dropped
+
+
 def test_drop_path_rises_from_zero_at_the_first_block():
     def features(factor, key):
         """With the parameters of the second block multiplied."""
