@@ -3,6 +3,7 @@
     python -m convit_jax.convert convit_small.pth weights/convit_small
     python -m convit_jax.convert convit_small weights/convit_small      # published, from the Hub
     python -m convit_jax.convert runs/convit_s mine.safetensors         # for PyTorch and timm
+    python -m convit_jax.convert runs/convit_s mine --for=timm          # timm.create_model("local-dir:mine", ...)
 
 SOURCE: .pth, .pt, .safetensors, a converted directory, a run directory, a Hub id, or the authors' name of
 a model. TARGET: a directory, or a file that ends in .safetensors.
@@ -18,7 +19,7 @@ from convit_jax.rundir import disk_errors
 
 FILE = ".safetensors"
 OTHERS = (".pth", ".pt", ".bin", ".ckpt", ".h5", ".npz", ".onnx", ".pkl", ".tar")  # rather mistakes than directories
-DIRECTORY = {"weights.safetensors", "config.json"}  # the files of a converted one
+DIRECTORY = {"weights.safetensors", "model.safetensors", "config.json", "README.md"}  # the files of a converted one
 
 
 def _define_flags() -> None:
@@ -26,24 +27,29 @@ def _define_flags() -> None:
     flags.DEFINE_integer("num_classes", None, "Replace the head by a new one with this many classes.")
     flags.DEFINE_integer("seed", 0, "Seed of the new head.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing TARGET.")
+    flags.DEFINE_enum("for", None, ["timm"], "Write a directory that timm and the Hub load, with a model card.")
 
 
 def main(arguments: list[str]) -> None:
     """Converts SOURCE to TARGET."""
     from convit_jax.weights.architecture import heads_by_width
-    from convit_jax.weights.formats import save_converted, write_safetensors
+    from convit_jax.weights.formats import save_converted, save_for_timm, write_safetensors
     from convit_jax.weights.pretrained import describe_weights
 
     source, target = arguments[0], Path(arguments[1]).expanduser()
     check_target(target, flags.FLAGS.overwrite)
     to_file = target.suffix == FILE
+    if to_file and flags.FLAGS["for"].value:
+        raise UserError(f"--for=timm writes a directory: name it {target.with_suffix('')}.")
     if to_file and flags.FLAGS.dtype:
         raise UserError("only a converted directory keeps --dtype: remove it, or give a directory as TARGET.")
     loaded = load_weights(source, num_classes=flags.FLAGS.num_classes, seed=flags.FLAGS.seed)
     print("\n".join([describe_weights(loaded), *loaded.changes]), flush=True)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if to_file:
+        if flags.FLAGS["for"].value:
+            save_for_timm(loaded, target)
+        elif to_file:
             write_safetensors(target, loaded.tensors)
         else:
             save_converted(loaded, target)

@@ -1,5 +1,6 @@
 """python -m convit_jax.convert as a user runs it."""
 
+import json
 import subprocess
 import sys
 
@@ -36,6 +37,20 @@ def test_a_new_head_larger_images_and_heads_that_a_file_cannot_tell(tmp_path, ru
     done = run_here("convert", *files, "--num_classes=5", "--image_size=16x32", "--heads=4")
     assert "16 x 32 px in patches of 16, 5 classes\nnew head for 5 classes\nposition emb" in done.stdout
     assert done.stdout.endswith("cannot tell that the model has 4 heads: load it with --heads=4.\n")
+
+
+def test_a_directory_for_timm_names_the_model_its_sizes_and_its_preprocessing(tmp_path, run_here):
+    run_here("convert", GOLDEN / "convit_golden.pth", tmp_path / "timm", "--for=timm")
+    config = json.loads((tmp_path / "timm/config.json").read_text())
+    sizes = {"img_size": [48, 48], "patch_size": 8, "embed_dim": 8, "depth": 4, "num_heads": 4, "mlp_ratio": 4.0}
+    assert (config["architecture"], config["num_classes"], config["num_features"]) == ("convit_tiny", 10, 32)
+    assert config["model_args"] == {**sizes, "qkv_bias": False, "local_up_to_layer": 3}
+    assert config["pretrained_cfg"]["input_size"] == [3, 48, 48]
+    assert "A ConViT with 4 blocks (3 of them GPSA)" in (tmp_path / "timm/README.md").read_text()
+    back = pretrained.load(tmp_path / "timm")
+    assert_same({**back.tensors}, {**pretrained.load(GOLDEN / "convit_golden.pth").tensors})
+    with pytest.raises(UserError, match=r"--for=timm writes a directory: name it .*/a\."):
+        run_here("convert", GOLDEN / "convit_golden.pth", tmp_path / "a.safetensors", "--for=timm")
 
 
 def test_only_converted_weights_are_replaced(tmp_path, run_here):

@@ -18,7 +18,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from convit_jax.data.class_names import IMAGENET, words
-from convit_jax.errors import explained
+from convit_jax.errors import UserError, explained
 from convit_jax.models.variants import abstract_model, model_settings
 from convit_jax.models.vit import VisionTransformer
 from convit_jax.rundir import atomic_write
@@ -28,6 +28,24 @@ from convit_jax.weights.checkpoint_file import damage_explained
 from convit_jax.weights.preprocess import Preprocess, Preprocessing
 
 TIMM = {"crop_ratio": "crop_pct", "interpolation": "interpolation", "mean": "mean", "std": "std"}  # its names
+
+CARD = """\
+---
+library_name: timm
+tags: [image-classification, timm]
+---
+# {kind}, {num_classes} classes
+
+A {kind} with {depth} blocks ({local_up_to_layer} of them GPSA), {num_heads} heads and width {embed_dim}, for images
+of {height} x {width} pixels. Converted by convit_jax from {source}. The method is by d'Ascoli et al. (ICML 2021).
+
+```python
+import timm
+
+model = timm.create_model("local-dir:DIRECTORY", pretrained=True).eval()  # or "hf-hub:USER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,3 +149,37 @@ def save_converted(loaded: Pretrained, directory: Path) -> None:
         file.write(json.dumps(config, indent=1) + "\n")
         file.flush()  # a full disk shows before the weights are replaced
         write_safetensors(directory / "weights.safetensors", loaded.tensors)
+
+
+def save_for_timm(loaded: Pretrained, directory: Path) -> None:
+    """Writes a directory for `timm.create_model("local-dir:DIRECTORY", pretrained=True)` and for the Hub.
+
+    It has model.safetensors, config.json and a model card. Raises UserError for a network that timm lacks, OSError.
+    """
+    s, how = loaded.settings, loaded.preprocessing
+    is_convit, (height, width) = bool(s["local_up_to_layer"]), s["image_size"]
+    timm_lacks_it = s["distilled"] if is_convit else not s["pos_embed_class_token"]
+    if timm_lacks_it:
+        raise UserError("timm has no ConViT with a distillation token or without GPSA blocks: leave --for=timm out.")
+    given = ("patch_size", "depth", "num_heads", "mlp_ratio", "qkv_bias")
+    arguments = {name: s[name] for name in given} | {"img_size": [height, width], "embed_dim": s["embed_dim"]}
+    architecture = "deit_tiny_distilled_patch16_224" if s["distilled"] else "deit_tiny_patch16_224"
+    if is_convit:  # timm's width is per head
+        architecture, arguments["embed_dim"] = "convit_tiny", s["embed_dim"] // s["num_heads"]
+        arguments["local_up_to_layer"] = s["local_up_to_layer"]
+    config = {
+        "architecture": architecture,
+        "num_classes": s["num_classes"],
+        "num_features": s["embed_dim"],
+        "model_args": arguments,
+        "pretrained_cfg": {theirs: getattr(how, ours) for ours, theirs in TIMM.items()}
+        | {"input_size": [s["in_chans"], height, width], "num_classes": s["num_classes"], "fixed_input_size": True}
+        | {"first_conv": "patch_embed.proj", "classifier": ["head", "head_dist"] if s["distilled"] else "head"},
+        "label_names": loaded.class_names,
+    }
+    card = CARD.format(kind="ConViT" if is_convit else "DeiT", source=loaded.source, height=height, width=width, **s)
+    directory.mkdir(exist_ok=True)
+    with atomic_write(directory / "config.json") as file, atomic_write(directory / "README.md") as readme:
+        file.write(json.dumps(config, indent=1) + "\n")
+        readme.write(card)
+        write_safetensors(directory / "model.safetensors", loaded.tensors)
