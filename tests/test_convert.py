@@ -44,7 +44,7 @@ def test_a_directory_for_timm_names_the_model_its_sizes_and_its_preprocessing(tm
     config = json.loads((tmp_path / "timm/config.json").read_text())
     sizes = {"img_size": [48, 48], "patch_size": 8, "embed_dim": 8, "depth": 4, "num_heads": 4, "mlp_ratio": 4.0}
     assert (config["architecture"], config["num_classes"], config["num_features"]) == ("convit_tiny", 10, 32)
-    assert config["model_args"] == {**sizes, "qkv_bias": False, "local_up_to_layer": 3}
+    assert config["model_args"] == {**sizes, "in_chans": 3, "qkv_bias": False, "local_up_to_layer": 3}
     assert config["pretrained_cfg"]["input_size"] == [3, 48, 48]
     assert "A ConViT with 4 blocks (3 of them GPSA)" in (tmp_path / "timm/README.md").read_text()
     back = pretrained.load(tmp_path / "timm")

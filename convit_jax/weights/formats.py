@@ -37,7 +37,7 @@ tags: [image-classification, timm]
 # {kind}, {num_classes} classes
 
 A {kind} with {depth} blocks ({local_up_to_layer} of them GPSA), {num_heads} heads and width {embed_dim}, for images
-of {height} x {width} pixels. Converted by convit_jax from {source}. The method is by d'Ascoli et al. (ICML 2021).
+of {height} x {width} pixels. Converted by convit_jax from {source}.
 
 ```python
 import timm
@@ -161,7 +161,7 @@ def save_for_timm(loaded: Pretrained, directory: Path) -> None:
     timm_lacks_it = s["distilled"] if is_convit else not s["pos_embed_class_token"]
     if timm_lacks_it:
         raise UserError("timm has no ConViT with a distillation token or without GPSA blocks: leave --for=timm out.")
-    given = ("patch_size", "depth", "num_heads", "mlp_ratio", "qkv_bias")
+    given = ("in_chans", "patch_size", "depth", "num_heads", "mlp_ratio", "qkv_bias")
     arguments = {name: s[name] for name in given} | {"img_size": [height, width], "embed_dim": s["embed_dim"]}
     architecture = "deit_tiny_distilled_patch16_224" if s["distilled"] else "deit_tiny_patch16_224"
     if is_convit:  # timm's width is per head
