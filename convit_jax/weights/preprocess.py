@@ -32,6 +32,10 @@ class Preprocessing:
             known = ", ".join(filters)
             raise UserError(f"the weights' interpolation is {self.interpolation!r}: set one of {known} in config.json.")
 
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"crop {self.crop_ratio:g}, {self.interpolation}, mean {mean}, std {std}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
