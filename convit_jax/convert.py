@@ -5,7 +5,7 @@
     python -m convit_jax.convert runs/convit_s mine.safetensors         # for PyTorch and timm
     python -m convit_jax.convert runs/convit_s mine --for=timm          # timm.create_model("local-dir:mine", ...)
 
-SOURCE: .pth, .pt, .safetensors, a converted directory, a run directory, a Hub id, or the authors' name of
+SOURCE: .pth, .pt, .bin, .safetensors, a converted directory, a run directory, a Hub id, or the authors' name of
 a model. TARGET: a directory, or a file that ends in .safetensors.
 """
 
@@ -19,7 +19,6 @@ from convit_jax.rundir import disk_errors
 
 FILE = ".safetensors"
 OTHERS = (".pth", ".pt", ".bin", ".ckpt", ".h5", ".npz", ".onnx", ".pkl", ".tar")  # rather mistakes than directories
-DIRECTORY = {"weights.safetensors", "model.safetensors", "config.json", "README.md"}  # the files of a converted one
 
 
 def _define_flags() -> None:
@@ -71,7 +70,9 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{target} exists: give another TARGET, or add --overwrite to replace it.")
-    converted = {path.name for path in target.iterdir()} <= DIRECTORY if target.is_dir() else target.suffix == FILE
+    from convit_jax.weights.formats import FILES
+
+    converted = {path.name for path in target.iterdir()} <= FILES if target.is_dir() else target.suffix == FILE
     if not converted:
         raise UserError(f"{target} holds other things than converted weights: give another TARGET.")
 

@@ -47,6 +47,9 @@ def test_a_directory_for_timm_names_the_model_its_sizes_and_its_preprocessing(tm
     assert config["model_args"] == {**sizes, "in_chans": 3, "qkv_bias": False, "local_up_to_layer": 3}
     assert config["pretrained_cfg"]["input_size"] == [3, 48, 48]
     assert "A ConViT with 4 blocks (3 of them GPSA)" in (tmp_path / "timm/README.md").read_text()
+    run_here("convert", GOLDEN / "convit_golden.pth", tmp_path / "timm", "--overwrite", "--num_classes=3")
+    assert {path.name for path in (tmp_path / "timm").iterdir()} == {"weights.safetensors", "config.json"}
+    run_here("convert", GOLDEN / "convit_golden.pth", tmp_path / "timm", "--overwrite", "--for=timm")
     back = pretrained.load(tmp_path / "timm")
     assert_same({**back.tensors}, {**pretrained.load(GOLDEN / "convit_golden.pth").tensors})
     with pytest.raises(UserError, match=r"--for=timm writes a directory: name it .*/a\."):

@@ -27,19 +27,24 @@ def decode(record: bytes | np.ndarray, name: str) -> Image.Image:
         return Image.fromarray(record)
     try:
         with Image.open(io.BytesIO(record)) as image:
-            image.load()
-            if image.mode == "RGB":
-                return image
-            if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # not to be clipped
-                upper = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
-                return Image.fromarray(upper).convert("RGB")
-            if image.mode == "P" and "transparency" in image.info:  # converted directly, Pillow warns
-                return image.convert("RGBA").convert("RGB")
-            return image.convert("RGB")
+            return to_rgb(image)
     except Exception as error:  # decoders raise all kinds for damaged files
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "unknown image format" if unknown else str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"cannot decode the image {name} ({reason}): replace or remove the file.") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image in the mode RGB, as `decode` describes."""
+    image.load()
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # not to be clipped
+        upper = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+        return Image.fromarray(upper).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:  # converted directly, Pillow warns
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def random_resized_crop_box(width: int, height: int, rng: np.random.Generator) -> Box:

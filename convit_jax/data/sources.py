@@ -127,7 +127,7 @@ def walk_images(folder: str | Path, unused: Counter[str]) -> Iterator[str]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = filter(_is_data, folders)
+        folders[:] = sorted(filter(_is_data, folders), key=lambda name: (os.path.islink(f"{parent}/{name}"), name))
         for name in files:
             suffix = os.path.splitext(name)[1].lower()
             if not _is_data(name):
@@ -147,7 +147,9 @@ def open_source(data: Any, split: str) -> Source:
     if data.name == "digits":
         return Digits(split)
     if data.name == "folder":
-        return ImageFolder(data.dir or "", split)
+        if not data.dir:
+            raise UserError("data.name is folder, but data.dir is empty: add --config.data.dir=FOLDER.")
+        return ImageFolder(data.dir, split)
     return TfdsImages(data.name, data.dir, split)
 
 

@@ -19,8 +19,8 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 def trunc_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Returns draws from N(0, 0.02), float32 of `shape`. The original cuts at +-2, which is 100 sigma."""
-    if isinstance(key, jax.core.Tracer):
-        return jax.random.normal(key, shape) * jnp.float32(0.02)
+    if not _is_concrete_threefry(key):
+        return jax.random.normal(key, shape, jnp.float32) * jnp.float32(0.02)
     return _in_pieces(_normal_piece, key, shape)
 
 
@@ -28,11 +28,15 @@ def uniform(bound: float) -> Callable[..., jax.Array]:
     """Returns the initializer U(-bound, bound), PyTorch's default for convolutions."""
 
     def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        if isinstance(key, jax.core.Tracer):
-            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        if not _is_concrete_threefry(key):
+            return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
         return _in_pieces(functools.partial(_uniform_piece, low=-bound, high=bound), key, shape)
 
     return draw
+
+
+def _is_concrete_threefry(key: jax.Array) -> bool:
+    return not isinstance(key, jax.core.Tracer) and jax.random.key_data(key).shape == (2,)
 
 
 def _in_pieces(draw_piece: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

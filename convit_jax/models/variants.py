@@ -120,7 +120,11 @@ def model_settings(
 
 def parse_image_size(size: int | str | Sequence[int]) -> tuple[int, int]:
     """Returns (height, width) of 384, "384", "224x448" or (224, 448). Raises UserError for anything else."""
-    sides = size.split("x") if isinstance(size, str) else [size] if isinstance(size, int) else [*size]
+    sides: list[Any] = [size]
+    if isinstance(size, str):
+        sides = size.split("x")
+    elif isinstance(size, Sequence):
+        sides = [*size]
     if len(sides) in (1, 2) and all(str(side).isdigit() for side in sides):
         return int(sides[0]), int(sides[-1])
     raise UserError(f"image_size is {size!r}: give a side, as 384, or HEIGHTxWIDTH, as 224x448.")

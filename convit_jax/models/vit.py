@@ -199,8 +199,8 @@ class VisionTransformer(nnx.Module):
         Returns:
           (tokens float32 [B, 1 + N, D], a list of [B, rows, columns, D] in the order of the blocks).
         """
-        wanted = range(self.depth)[-indices:] if isinstance(indices, int) else indices
-        numbers = range(self.depth) if wanted is None else sorted(range(self.depth)[index] for index in wanted)
+        wanted = range(self.depth)[self.depth - indices :] if isinstance(indices, int) else indices
+        numbers = range(self.depth) if wanted is None else sorted({range(self.depth)[index] for index in wanted})
         outputs = self._block_outputs(images)
         patches = self.grid[0] * self.grid[1]
         found = [outputs[number][:, -patches:] for number in numbers]

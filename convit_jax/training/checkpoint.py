@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,13 +48,16 @@ class Checkpoints:
         )
 
     def set_aside(self, steps: Sequence[int]) -> None:
-        """Moves damaged checkpoints to damaged/STEP in the run directory; one process only."""
+        """Moves damaged checkpoints, with a copy of the log, into a new folder of damaged/; one process only."""
+        if not steps:
+            return
+        (self.directory.parent / "damaged").mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="checkpoints-", dir=self.directory.parent / "damaged"))
         for step in steps:
-            target = self.directory.parent / "damaged" / str(step)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(self.directory / str(step), target)
-        if steps:
-            self._orbax = self._open()  # it keeps a list of what is there
+            os.replace(self.directory / str(step), folder / str(step))
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy(self.directory.parent / "metrics.jsonl", folder)
+        self._orbax = self._open()  # it keeps a list of what is there
 
     @property
     def latest(self) -> int | None:

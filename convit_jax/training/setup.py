@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import secrets
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,12 +168,13 @@ class Training:
         for step in saved:
             try:
                 tree = self.checkpoints.restore(step, self.steps.shapes)
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-                say(f"Caution  the checkpoint of step {step} is damaged")
+            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = textwrap.shorten(str(error), 150)
+                say(f"Caution  cannot read the checkpoint of step {step} ({reason})")
                 if several() or step == saved[-1]:
                     raise UserError(
-                        f"cannot read {self.checkpoints.directory / str(step)}: restore a copy, or move it away "
-                        "to continue without it."
+                        f"cannot read {self.checkpoints.directory / str(step)} ({reason}): restore a copy, "
+                        "return to the version of the program that wrote it, or move it away."
                     ) from error
             else:
                 self.checkpoints.set_aside([later for later in saved if later > step])

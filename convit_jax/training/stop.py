@@ -19,7 +19,8 @@ WARNINGS = STOPPING[2:]  # of terminals and schedulers
 class Stop(contextlib.AbstractContextManager["Stop"]):
     """Whether the training is to save and stop.
 
-    One process: SIGTERM, Ctrl-C or one of WARNINGS sets `requested`; a second Ctrl-C raises KeyboardInterrupt.
+    One process: SIGTERM, Ctrl-C or one of WARNINGS sets `requested`; a second Ctrl-C raises KeyboardInterrupt,
+    and a second SIGTERM ends the process.
     Several processes: JAX's preemption service takes SIGTERM on any of them, and `poll` sets `requested` on all at the
     same step (a handler in Python would replace the service's); WARNINGS are passed on as SIGTERM, and Ctrl-C ends the
     process that gets it, see `distributed.join`. What nohup ignores stays ignored.

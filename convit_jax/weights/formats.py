@@ -6,6 +6,7 @@ back the same tensors.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convit_jax.data.class_names import IMAGENET, words
@@ -29,6 +31,7 @@ from convit_jax.weights.preprocess import Preprocess, Preprocessing
 
 TIMM = {"crop_ratio": "crop_pct", "interpolation": "interpolation", "mean": "mean", "std": "std"}  # its names
 
+FILES = {"weights.safetensors", "model.safetensors", "config.json", "README.md"}  # that a conversion writes
 CARD = """\
 ---
 library_name: timm
@@ -37,7 +40,7 @@ tags: [image-classification, timm]
 # {kind}, {num_classes} classes
 
 A {kind} with {depth} blocks ({local_up_to_layer} of them GPSA), {num_heads} heads and width {embed_dim}, for images
-of {height} x {width} pixels. Converted by convit_jax from {source}.
+of {height} x {width} pixels, converted by convit_jax.
 
 ```python
 import timm
@@ -133,11 +136,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     # save_file takes the memory as it lies, so views must be copied.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with atomic_write(path, "wb") as file:
-        save_file(contiguous, file.name, metadata={"format": "pt"})
+        try:
+            save_file(contiguous, file.name, metadata={"format": "pt"})
+        except SafetensorError as error:  # of the disk
+            raise OSError(errno.EIO, str(error)) from error
 
 
 def save_converted(loaded: Pretrained, directory: Path) -> None:
-    """Writes weights.safetensors and config.json in a directory, both or none. Raises OSError."""
+    """Writes weights.safetensors and config.json in a directory; a failed write replaces neither. Raises OSError."""
     config = {
         "model": loaded.settings,
         "preprocessing": dataclasses.asdict(loaded.preprocessing),
@@ -149,6 +155,13 @@ def save_converted(loaded: Pretrained, directory: Path) -> None:
         file.write(json.dumps(config, indent=1) + "\n")
         file.flush()  # a full disk shows before the weights are replaced
         write_safetensors(directory / "weights.safetensors", loaded.tensors)
+    _remove_others(directory, {"weights.safetensors", "config.json"})
+
+
+def _remove_others(directory: Path, kept: set[str]) -> None:
+    """Removes what an earlier conversion of the other kind left."""
+    for name in FILES - kept:
+        (directory / name).unlink(missing_ok=True)
 
 
 def save_for_timm(loaded: Pretrained, directory: Path) -> None:
@@ -158,9 +171,15 @@ def save_for_timm(loaded: Pretrained, directory: Path) -> None:
     """
     s, how = loaded.settings, loaded.preprocessing
     is_convit, (height, width) = bool(s["local_up_to_layer"]), s["image_size"]
-    timm_lacks_it = s["distilled"] if is_convit else not s["pos_embed_class_token"]
+    if is_convit:
+        timm_lacks_it = s["distilled"] or s["pos_embed_class_token"] or height != width
+    else:
+        timm_lacks_it = not s["pos_embed_class_token"]
     if timm_lacks_it:
-        raise UserError("timm has no ConViT with a distillation token or without GPSA blocks: leave --for=timm out.")
+        raise UserError(
+            "timm has no such network (a ConViT without GPSA blocks, with a distillation token, a position of the "
+            "class token, or oblong images): leave --for=timm out."
+        )
     given = ("in_chans", "patch_size", "depth", "num_heads", "mlp_ratio", "qkv_bias")
     arguments = {name: s[name] for name in given} | {"img_size": [height, width], "embed_dim": s["embed_dim"]}
     architecture = "deit_tiny_distilled_patch16_224" if s["distilled"] else "deit_tiny_patch16_224"
@@ -177,9 +196,10 @@ def save_for_timm(loaded: Pretrained, directory: Path) -> None:
         | {"first_conv": "patch_embed.proj", "classifier": ["head", "head_dist"] if s["distilled"] else "head"},
         "label_names": loaded.class_names,
     }
-    card = CARD.format(kind="ConViT" if is_convit else "DeiT", source=loaded.source, height=height, width=width, **s)
+    card = CARD.format(kind="ConViT" if is_convit else "DeiT", height=height, width=width, **s)
     directory.mkdir(exist_ok=True)
     with atomic_write(directory / "config.json") as file, atomic_write(directory / "README.md") as readme:
         file.write(json.dumps(config, indent=1) + "\n")
         readme.write(card)
         write_safetensors(directory / "model.safetensors", loaded.tensors)
+    _remove_others(directory, {"model.safetensors", "config.json", "README.md"})

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from convit_jax.data.augment import normalize
-from convit_jax.data.images import centre_crop, decode
+from convit_jax.data.images import centre_crop, decode, to_rgb
 from convit_jax.errors import UserError, explained
 
 
@@ -66,7 +66,7 @@ def _open(image: Any) -> Image.Image:
         with explained(str(image)):
             return decode(Path(image).expanduser().read_bytes(), str(image))
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_rgb(image)
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convit_jax.errors import UserError, nearest
@@ -120,7 +121,7 @@ def with_behaviour(loaded: Pretrained, **behaviour: Any) -> Pretrained:
                 f"loaded weights have no setting {name!r}{nearest(name, BEHAVIOUR)} "
                 f"The settings are: {', '.join(BEHAVIOUR)}."
             )
-    if behaviour.get("dtype") == "float32":  # cuDNN's kernel does not take it
+    if behaviour.get("dtype") in ("float32", jnp.float32):  # cuDNN's kernel does not take it
         behaviour = {"attention": "xla", **behaviour}
     return loaded.with_settings(**behaviour)
 
