@@ -4,10 +4,12 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from convit_jax.rundir import NO_SPACE, disk_errors
@@ -75,7 +77,8 @@ class Checkpoints:
     def restore(self, step: int, wanted: Any) -> Any:
         """Returns the tree saved at a step as a tree of ShapeDtypeStruct, with shardings, asks for it."""
         self._saved = step
-        return self._orbax.load(step, wanted)
+        with _without_traces():
+            return self._orbax.load(step, wanted)
 
     def wait(self) -> None:
         """Waits until everything is on the disk."""
@@ -97,3 +100,25 @@ class Checkpoints:
                     if os.strerror(code) in str(error):  # TensorStore's errors are text
                         raise OSError(code, os.strerror(code)) from error
                 raise
+
+
+@contextlib.contextmanager
+def _without_traces() -> Iterator[None]:
+    """Drops the traces that TensorStore's threads print for each read that a failed restore leaves behind.
+
+    Several processes keep their error streams: there JAX says that a process was lost.
+    """
+    if jax.process_count() > 1:
+        yield
+        return
+    stream, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except Exception:
+        time.sleep(3)  # the threads end after the exception
+        raise
+    finally:
+        os.dup2(stream, 2)
+        os.close(stream)
+        os.close(nowhere)
