@@ -150,18 +150,7 @@ def save_converted(loaded: Pretrained, directory: Path) -> None:
         "class_names": loaded.class_names,
         "source": loaded.source,
     }
-    directory.mkdir(exist_ok=True)
-    with atomic_write(directory / "config.json") as file:
-        file.write(json.dumps(config, indent=1) + "\n")
-        file.flush()  # a full disk shows before the weights are replaced
-        write_safetensors(directory / "weights.safetensors", loaded.tensors)
-    _remove_others(directory, {"weights.safetensors", "config.json"})
-
-
-def _remove_others(directory: Path, kept: set[str]) -> None:
-    """Removes what an earlier conversion of the other kind left."""
-    for name in FILES - kept:
-        (directory / name).unlink(missing_ok=True)
+    _write_directory(directory, "weights.safetensors", loaded.tensors, {"config.json": _to_json(config)})
 
 
 def save_for_timm(loaded: Pretrained, directory: Path) -> None:
@@ -197,9 +186,24 @@ def save_for_timm(loaded: Pretrained, directory: Path) -> None:
         "label_names": loaded.class_names,
     }
     card = CARD.format(kind="ConViT" if is_convit else "DeiT", height=height, width=width, **s)
+    texts = {"config.json": _to_json(config), "README.md": card}
+    _write_directory(directory, "model.safetensors", loaded.tensors, texts)
+
+
+def _to_json(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=1) + "\n"
+
+
+def _write_directory(
+    directory: Path, weights: str, tensors: Mapping[str, np.ndarray], texts: Mapping[str, str]
+) -> None:
+    """Writes weights and texts by file name, then removes other FILES; a failed write replaces nothing."""
     directory.mkdir(exist_ok=True)
-    with atomic_write(directory / "config.json") as file, atomic_write(directory / "README.md") as readme:
-        file.write(json.dumps(config, indent=1) + "\n")
-        readme.write(card)
-        write_safetensors(directory / "model.safetensors", loaded.tensors)
-    _remove_others(directory, {"model.safetensors", "config.json", "README.md"})
+    with contextlib.ExitStack() as stack:
+        for name, text in texts.items():
+            file = stack.enter_context(atomic_write(directory / name))
+            file.write(text)
+            file.flush()  # a full disk shows before the weights are replaced
+        write_safetensors(directory / weights, tensors)
+    for name in FILES - {weights, *texts}:
+        (directory / name).unlink(missing_ok=True)
