@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from convit_jax.cli import define_weights, launch, load_weights
-from convit_jax.errors import UserError, explained
+from convit_jax.errors import UserError
 
 
 def _define_flags() -> None:
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
     from convit_jax.data.augment import normalize
     from convit_jax.data.class_names import words
-    from convit_jax.data.images import centre_crop, decode
+    from convit_jax.data.images import centre_crop, open_image
 
     paths = find_images(arguments)
     loaded = load_weights(needs_head=True)
@@ -53,8 +53,7 @@ def main(arguments: list[str]) -> int:
         read: list[str] = []
         for path in paths[first : first + batch_size]:
             try:
-                image = decode(read_image_file(path), path)
-                images[len(read)] = centre_crop(image, size, how.crop_ratio, how.interpolation)
+                images[len(read)] = centre_crop(open_image(path), size, how.crop_ratio, how.interpolation)
                 read.append(path)
             except UserError as error:
                 failed = True
@@ -88,12 +87,6 @@ def find_images(arguments: list[str]) -> list[str]:
             found = [file for file in glob.glob(str(path), recursive=True) if not Path(file).is_dir()]
         paths += sorted(found) or [str(path)]
     return paths
-
-
-def read_image_file(path: str) -> bytes:
-    """Returns the content of an image file. Raises UserError if it cannot be read."""
-    with explained(path):
-        return Path(path).expanduser().read_bytes()
 
 
 if __name__ == "__main__":

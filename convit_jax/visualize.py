@@ -124,21 +124,20 @@ def read_image(settings: dict[str, Any], how: "Preprocessing") -> tuple[np.ndarr
     import jax
 
     from convit_jax.data.augment import normalize
-    from convit_jax.data.images import centre_crop, decode
+    from convit_jax.data.images import centre_crop, decode, open_image
     from convit_jax.data.sources import open_source
-    from convit_jax.predict import read_image_file
 
     given, checkpoint = flags.FLAGS.image, flags.FLAGS.checkpoint
     if not given.isdigit() or Path(given).exists():
-        record: bytes | np.ndarray = read_image_file(given)
+        whole = open_image(given)
     elif checkpoint and not flags.FLAGS["config"].present and not is_run(checkpoint):
         raise UserError(f"{checkpoint} is not a run directory: add --config for the images.")
     else:
         source = open_source(required_config().data, "test")
         if int(given) >= len(source.labels):
             raise UserError(f"--image is {given}, but the test split has images 0 to {len(source.labels) - 1}.")
-        record = source[int(given)]
-    image = centre_crop(decode(record, given), settings["image_size"], how.crop_ratio, how.interpolation)
+        whole = decode(source[int(given)], given)
+    image = centre_crop(whole, settings["image_size"], how.crop_ratio, how.interpolation)
     return image, jax.device_get(normalize(jax.numpy.asarray(image[None]), how.mean, how.std))[0]
 
 

@@ -2,11 +2,13 @@
 
 import io
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from convit_jax.errors import UserError
+from convit_jax.errors import UserError, explained
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
@@ -32,6 +34,13 @@ def decode(record: bytes | np.ndarray, name: str) -> Image.Image:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "unknown image format" if unknown else str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"cannot decode the image {name} ({reason}): replace or remove the file.") from error
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Returns the image in a file, as `decode`. Raises UserError if it cannot be read or is damaged."""
+    with explained(path):
+        record = Path(path).expanduser().read_bytes()
+    return decode(record, str(path))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

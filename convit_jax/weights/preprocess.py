@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from convit_jax.data.augment import normalize
-from convit_jax.data.images import centre_crop, decode, to_rgb
-from convit_jax.errors import UserError, explained
+from convit_jax.data.images import centre_crop, open_image, to_rgb
+from convit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +62,7 @@ class Preprocess:
 
 def _open(image: Any) -> Image.Image:
     if isinstance(image, str | os.PathLike):
-        with explained(str(image)):
-            return decode(Path(image).expanduser().read_bytes(), str(image))
+        return open_image(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
     image = np.asarray(image)
