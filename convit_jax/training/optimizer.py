@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from convit_jax.errors import UserError
 from convit_jax.training.plan import Plan
+from convit_jax.weights.names import first_blocks
 
 NO_DECAY = ("bias", "scale", "gating_param")  # parameters that are 1-D in the original
 EMBEDDINGS = ("patch_embed", "pos_embed", "cls_token", "dist_token")
@@ -75,18 +76,15 @@ def layer_scales(params: Any, layer_decay: float, freeze: str | int) -> Any:
     Layers as in BEiT: the embeddings, each block, then the last norm and the head as one. A stack of L blocks has a
     factor for each block, float32 [L, 1, ...].
     """
-    blocks, depth = {}, 0  # the layers in each stack; the number of blocks so far
-    for name in ("gpsa_blocks", "sa_blocks"):
-        if name in params:
-            count = jax.tree.leaves(params[name])[0].shape[0]
-            blocks[name] = depth + 1 + np.arange(count)
-            depth += count
+    first = first_blocks(params)
+    depth = first["sa_blocks"] + jax.tree.leaves(params["sa_blocks"])[0].shape[0]
     last_frozen = {"none": -1, "backbone": depth + 1}[freeze] if isinstance(freeze, str) else freeze
 
     def scale(path: Any, leaf: Any) -> np.ndarray:
         name = path[0].key
-        if name in blocks:
-            layer = blocks[name].reshape(-1, *[1] * (len(leaf.shape) - 1))
+        if name in first:
+            numbers = 1 + first[name] + np.arange(leaf.shape[0])
+            layer = numbers.reshape(-1, *[1] * (len(leaf.shape) - 1))
         else:
             layer = np.array(0 if name in EMBEDDINGS else depth + 1)
         is_frozen = (layer <= last_frozen) & (name not in HEADS)
@@ -109,8 +107,8 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.
     """
     frozen = frozen_mask(params, optim.frozen)
     decayed = jax.tree_util.tree_map_with_path(lambda path, frozen: path[-1].key not in NO_DECAY and not frozen, frozen)
-    scales = layer_scales(params, optim.layer_decay, optim.freeze)
     by_layer = optim.freeze != "none" or optim.layer_decay < 1
+    scales = layer_scales(params, optim.layer_decay, optim.freeze) if by_layer else None
 
     def drop_frozen(gradients: Any, _: Any) -> Any:
         return jax.tree.map(lambda gradient, scale: jnp.where(scale > 0, gradient, 0.0), gradients, scales)

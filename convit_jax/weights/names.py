@@ -18,10 +18,15 @@ from convit_jax.errors import UserError
 LEAVES = {"kernel": "weight", "scale": "weight"}
 
 
+def first_blocks(params: Any) -> dict[str, int]:
+    """Returns the number of the first block in each stack of our parameters (or their shapes)."""
+    local = jax.tree.leaves(params["gpsa_blocks"])[0].shape[0] if "gpsa_blocks" in params else 0
+    return {"gpsa_blocks": 0, "sa_blocks": local}
+
+
 def name_table(params: Any) -> dict[str, Any]:
     """Returns our parameters (or their shapes) with each leaf replaced by the original's names, one per layer."""
-    local = jax.tree.leaves(params["gpsa_blocks"])[0].shape[0] if "gpsa_blocks" in params else 0
-    first = {"gpsa_blocks": 0, "sa_blocks": local}
+    first = first_blocks(params)
 
     def names(path: Any, leaf: Any) -> list[str]:
         stack, *within = [LEAVES.get(entry.key, entry.key) for entry in path]
