@@ -18,8 +18,8 @@ from absl import flags
 from convit_jax.data.examples import Batch
 from convit_jax.errors import UserError
 
-# What the main process saves for and workers leave to it; the last three: a closed terminal, and Slurm's --signal.
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # of a closed terminal, and of Slurm's --signal
+STOPPING = (signal.SIGINT, signal.SIGTERM, *WARNINGS)  # the main process saves for them, workers leave them to it
 SHARED_MEMORY = Path("/dev/shm")  # on Linux, where the workers put their batches
 
 
@@ -81,7 +81,7 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
 
 
 def _start_workers(iterator: Iterator[Batch]) -> Batch | None:
-    """Takes the first batch, which starts the workers, in a thread that blocks Ctrl-C and SIGTERM.
+    """Takes the first batch, which starts the workers, in a thread that blocks the signals of STOPPING.
 
     The workers inherit that, so signals to the whole process group cannot end one before `_init_worker` runs.
     The waiting thread still receives them.
@@ -95,7 +95,7 @@ def _start_workers(iterator: Iterator[Batch]) -> Batch | None:
 
 
 def _init_worker(worker: int, workers: int) -> None:
-    """Leaves Ctrl-C and SIGTERM to the main process, which needs batches until it stops, and dies with it."""
+    """Leaves STOPPING to the main process, which needs batches until it stops, and dies with it."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -10,10 +10,8 @@ from typing import Any
 from absl import logging
 from jax.experimental import multihost_utils
 
-from convit_jax.data.loader import STOPPING
+from convit_jax.data.loader import STOPPING, WARNINGS
 from convit_jax.training.distributed import several
-
-WARNINGS = STOPPING[2:]  # of terminals and schedulers
 
 
 class Stop(contextlib.AbstractContextManager["Stop"]):
