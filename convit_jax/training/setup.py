@@ -27,7 +27,7 @@ from convit_jax.training.distributed import check_same, from_first, is_first, ph
 from convit_jax.training.evaluation import our_batches
 from convit_jax.training.metrics import MetricsLog
 from convit_jax.training.optimizer import make_optimizer, run_schedule
-from convit_jax.training.plan import Plan, make_plan
+from convit_jax.training.plan import Plan, follow_weights, make_plan
 from convit_jax.training.sharding import gather, make_mesh, put_same, replicated, state_shardings
 from convit_jax.training.step import Arrays, State, make_eval_step, make_train_step, new_state, train_metrics
 from convit_jax.training.summary import describe_run, facts
@@ -69,9 +69,12 @@ class Training:
 
     def __init__(self, config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> None:
         """stack: ends the writers, the loader and the lock."""
-        self.config, self.workdir = config, workdir
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
         check_same({"workdir": str(workdir), **distributed.comparable(config)})
+        continues = from_first(bool(checkpoint_steps(workdir)))
+        with together():
+            config = follow_weights(config, workdir if continues else None)
+        self.config, self.workdir = config, workdir
 
         # ---- The images and the teacher ----------------------------------------------------
         phase("reading the lists of images")
@@ -85,11 +88,12 @@ class Training:
             teacher, teacher_params = load_teacher(config, self.plan)
         check_same(
             {
+                **distributed.comparable(config),
                 "the numbers of images": [len(self.plan.train.slots.indices), len(self.plan.test.indices)],
                 "the digest of the images' classes, labels and names": self.plan.image_lists,
                 "the digest of the teacher's weights": teacher and teacher.facts["weights"],
             },
-            "give all processes the same images and teacher",
+            "give all processes the same images, weights and teacher",
         )
         self.steps = Steps(config, self.plan, self.mesh, teacher, teacher_params)
         del teacher_params  # their memory

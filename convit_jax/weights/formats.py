@@ -118,7 +118,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
     with checked_json(path / "config.json") as config, checked_json(path / "run.json") as run:
         given = {name: value for name, value in config["model"].items() if value is not None}
         settings = model_settings(**{"num_classes": run["classes"], **given})
-        how = Preprocessing(**{name: config["data"][name] for name in ("crop_ratio", "mean", "std")})
+        how = Preprocessing.of_config(config["data"])
         kind = "checkpoint" if which == step else f"{which} checkpoint"
         source = f"{path} ({kind}, step {step}{', moving average' if ema else ''})"
         return Pretrained(tensors, settings, how, tuple(run["class_names"]), source)
