@@ -51,7 +51,7 @@ def follow_weights(config: ConfigDict, run: Path | None = None) -> ConfigDict:
     if not names:
         return config
     if not config.init_from:
-        raise UserError(f"{names[0]} is None, which takes that of init_from: set one of them.")
+        raise UserError(f"init_from is None, but the config takes {names[-1]} from its weights: set init_from.")
     values: Any
     if run:
         values = load_run_config(run)
