@@ -39,11 +39,11 @@ Row = tuple[str, np.ndarray, Sequence[str]]  # layer, its maps [heads, rows, col
 
 
 def draw_attention_maps(
-    directory: Path, layers: Sequence[LayerMaps], image: np.ndarray, query: tuple[int, int]
+    directory: Path, layers: Mapping[int, LayerMaps], image: np.ndarray, query: tuple[int, int]
 ) -> list[Path]:
-    """Draws the pages of TITLES that a model has, for a uint8 image [H, W, 3] and a patch; returns the paths."""
+    """Draws the pages of TITLES that some layers have, by number, for a uint8 image [H, W, 3] and a patch; returns the paths."""
     pages: dict[str, list[Row]] = {name: [] for name in TITLES}
-    for number, layer in enumerate(layers, 1):
+    for number, layer in layers.items():
         name, captions = f"layer {number}\nplain", _shares(layer.query_tokens)
         if layer.gates is not None:
             name = f"layer {number}\nGPSA"
@@ -147,17 +147,21 @@ def _draw_maps(axes: Axes, cells: Cells, norm: Normalize, query: Query, image: n
         )
         _frame(axes, left, top, query)
     extent = (0, columns * across, rows * down, 0)
-    if image is not None:  # black becomes a light grey
-        faded = Image.fromarray(image).convert("L").resize((8 * width, 8 * height)).point(lambda grey: 204 + grey // 5)
+    if image is not None:
         cell = Image.new("L", (8 * across, 8 * down), 255)
-        cell.paste(faded)
+        cell.paste(faded(image, (height, width)))
         axes.imshow(np.tile(np.asarray(cell), (rows, columns)), cmap="gray", vmin=0, vmax=255, extent=extent)
-    axes.imshow(canvas, cmap=_palette(), norm=norm, extent=extent, interpolation="none")
+    axes.imshow(canvas, cmap=palette(), norm=norm, extent=extent, interpolation="none")
     axes.set(ylim=(rows * down, -max(1, round(CAPTION * max(height, width)))), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def _palette() -> ListedColormap:
+def faded(image: np.ndarray, grid: Sequence[int]) -> Image.Image:
+    """Returns a uint8 image [H, W, 3] as the background of a map: 8 pixels a patch, black is a light grey."""
+    return Image.fromarray(image).convert("L").resize((8 * grid[1], 8 * grid[0])).point(lambda grey: 204 + grey // 5)
+
+
+def palette() -> ListedColormap:
     """Colours that only get darker, for colour-blind readers and grey prints; they fade in from the image behind."""
     colors = colormaps["YlGnBu"](np.linspace(0, 1, 256))
     colors[:, 3] = np.minimum(1, np.linspace(0, 3, 256))
@@ -180,7 +184,7 @@ def _steps(grid: Sequence[int]) -> tuple[int, int]:
 
 def _add_colorbar(figure: Figure, axes: Sequence[Axes], norm: Normalize, label: str) -> None:
     """Adds the horizontal colour bar of maps below them."""
-    colors, shrink = ScalarMappable(norm, _palette()), 0.9 / len(axes)
+    colors, shrink = ScalarMappable(norm, palette()), 0.9 / len(axes)
     bar = figure.colorbar(
         colors, ax=axes, orientation="horizontal", shrink=shrink, aspect=40, format=PercentFormatter(1)
     )
