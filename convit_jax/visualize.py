@@ -63,7 +63,8 @@ def visualize_augmentations(path: Path) -> list[Path]:
     from convit_jax.training.preview import preview_augmentation
 
     config = required_config()
-    return draw_augmentations(_as_file(path, "augmentations.png"), *preview_augmentation(config, make_plan(config, devices=1)))
+    pictures = preview_augmentation(config, make_plan(config, devices=1))
+    return draw_augmentations(_as_file(path, "augmentations.png"), *pictures)
 
 
 def visualize_run(directory: Path) -> list[Path]:
