@@ -41,7 +41,7 @@ Row = tuple[str, np.ndarray, Sequence[str]]  # layer, its maps [heads, rows, col
 def draw_attention_maps(
     directory: Path, layers: Mapping[int, LayerMaps], image: np.ndarray, query: tuple[int, int]
 ) -> list[Path]:
-    """Draws the pages of TITLES that layers, by number, have, for a uint8 image [H, W, 3] and a patch; returns paths."""
+    """Draws the pages of TITLES that layers, by number, have for a uint8 image [H, W, 3] and a patch; returns paths."""
     pages: dict[str, list[Row]] = {name: [] for name in TITLES}
     for number, layer in layers.items():
         name, captions = f"layer {number}\nplain", _shares(layer.query_tokens)
