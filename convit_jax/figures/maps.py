@@ -69,15 +69,21 @@ def _shares(attention: np.ndarray) -> list[str]:
 
 
 def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query) -> Figure:
-    """The image, and below it the maps."""
+    """The image, and below it the maps; few layers are beside it."""
     heads, *grid = rows[0][1].shape
     norm = LogNorm(1 / math.prod(grid), 1)
     down, across = _steps(grid)
-    inch = min(1.3 / max(grid), (PAGE[0] - 0.7) / (heads * across), (PAGE[1] - 2.7) / (len(rows) * down))  # a patch
-    height = 0.3 + len(rows) * down * inch
-    figure = Figure(figsize=(max(0.7 + heads * across * inch, 4.0), 2.4 + height), layout="constrained")
+    size = np.array([heads * across, len(rows) * down])  # of the maps, in patches
+    wide = size[0] >= 2 * size[1]
+    around = np.array([3.1, 1.7] if wide else [0.7, 2.7])  # inches
+    inch = min(1.3 / max(grid), *((PAGE[::-1] if wide else PAGE) - around) / size)  # of a patch
+    width, height = size * inch
+    figure = Figure(figsize=np.maximum(around + (width, height), (4.0, 2.6)), layout="constrained")
     add_title(figure, title + (f" (row {query[0]}, column {query[1]})" if query else ""))
-    photo, axes = figure.subplots(2, 1, height_ratios=(1.4, height))
+    if wide:
+        photo, axes = figure.subplots(1, 2, width_ratios=(2.2, 0.7 + width))
+    else:
+        photo, axes = figure.subplots(2, 1, height_ratios=(1.4, 0.3 + height))
     photo.set_anchor("W")
     _draw_photo(photo, image, grid, query)
     cells = {(n, head): (maps[head], texts[head]) for n, (_, maps, texts) in enumerate(rows) for head in range(heads)}
@@ -101,7 +107,7 @@ def draw_init_maps(
     heads, *grid = next(iter(positions.values())).shape
     norm = LogNorm(1 / math.prod(grid), 1)
     panels = (image is not None) + (content is not None) + len(positions)
-    figure = Figure(figsize=(max(2.8 * panels, 3.4), 0.9 + 2.9 * grid[0] / grid[1]), layout="constrained")
+    figure = Figure(figsize=(max(2.1 * panels, 3.4), 0.9 + 2.1 * grid[0] / grid[1]), layout="constrained")
     add_title(figure, f"{heads} heads of a GPSA layer before training")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     if image is not None:
