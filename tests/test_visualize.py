@@ -91,7 +91,7 @@ def test_the_image_is_what_the_network_sees(tmp_path, monkeypatch):
         ((), "give --checkpoint=PATH and --image=IMAGE, or one of"),
         (("--init", "--run=x", "--output=o"), "give --checkpoint=PATH and --image=IMAGE, or one of"),
         (("--html", "--output=o"), "give --checkpoint=PATH and --image=IMAGE, or one of"),
-        ((WEIGHTS, "--image=1", "--layers=0,5", "--output=o"), "--layers is 0,5: give numbers from 1 to 3, as 1,3."),
+        ((WEIGHTS, "--image=1", "--layers=0,5", "--output=o"), "--layers is 0,5: give numbers from 1 to 4, as 1,4."),
         (("--init",), "there is no place for the pictures: add --output=DIR."),
         (("--augmentations", "--output=x.gif.x"), "cannot write the picture x.gif.x (Format 'x' is not"),
         ((WEIGHTS, "--image=nothing.jpg", "--output=o"), "cannot read nothing.jpg"),

@@ -70,8 +70,8 @@ def plot_gates(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, 
     figure.supxlabel("epoch")
     figure.supylabel("gate $\\sigma(\\lambda)$")
     handles, labels = panels[0].get_legend_handles_labels()
-    place = {"loc": "outside right center", "ncols": 2 if heads > 10 * rows else 1}
-    figure.legend(handles, labels, title="head", frameon=False, **place)
+    ncols = 2 if heads > 10 * rows else 1
+    figure.legend(handles, labels, title="head", loc="outside right center", ncols=ncols, frameon=False)
     return figure
 
 
@@ -85,9 +85,10 @@ def _label_ends(axes: Axes, epoch: float) -> None:
     """Writes the name of each curve beside its end, at this epoch; names move apart until they can be read."""
     curves = sorted((float(np.asarray(line.get_ydata())[-1]), str(line.get_label()), line) for line in axes.lines)
     ends = np.array([end for end, _, _ in curves])
+    across = axes.get_yaxis_transform()  # x from 0 to 1, y as the curves
     apart = 0.055 * axes.get_ylim()[1] * np.arange(len(ends))
     places = isotonic_regression(ends - apart) + apart  # nearest to the ends
     for (end, name, line), place in zip(curves, places, strict=True):
         leader = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.8, "relpos": (0, 0.5)}
-        beside = {"xytext": (1.05, place), "textcoords": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
-        axes.annotate(name, (epoch, end), arrowprops=leader, **beside)
+        beside = (1.05, place)
+        axes.annotate(name, (epoch, end), beside, textcoords=across, arrowprops=leader, va="center", fontsize=8)

@@ -30,7 +30,7 @@ TITLES = {
     "class_token": "Attention of the class token",
     "distillation_token": "Attention of the distillation token",
 }
-PAGE = 7.5, 10.5  # inches, at most
+PAGE = 7.5, 10.5  # inches, at most; the other way round for few layers
 GAP, CAPTION = 0.08, 0.2  # between maps and above a map, of the longer side of a map
 
 Query = tuple[int, int] | None
@@ -73,17 +73,17 @@ def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query)
     heads, *grid = rows[0][1].shape
     norm = LogNorm(1 / math.prod(grid), 1)
     down, across = _steps(grid)
-    size = np.array([heads * across, len(rows) * down])  # of the maps, in patches
-    wide = size[0] >= 2 * size[1]
-    around = np.array([3.1, 1.7] if wide else [0.7, 2.7])  # inches
-    inch = min(1.3 / max(grid), *((PAGE[::-1] if wide else PAGE) - around) / size)  # of a patch
-    width, height = size * inch
-    figure = Figure(figsize=np.maximum(around + (width, height), (4.0, 2.6)), layout="constrained")
+    width, height = heads * across, len(rows) * down  # of the maps, in patches
+    wide = width >= 2 * height
+    page, around = (PAGE[::-1], (3.1, 1.7)) if wide else (PAGE, (0.7, 2.7))  # inches
+    inch = min(1.3 / max(grid), (page[0] - around[0]) / width, (page[1] - around[1]) / height)  # of a patch
+    size = max(around[0] + width * inch, 4.0), max(around[1] + height * inch, 2.6)
+    figure = Figure(figsize=size, layout="constrained")
     add_title(figure, title + (f" (row {query[0]}, column {query[1]})" if query else ""))
     if wide:
-        photo, axes = figure.subplots(1, 2, width_ratios=(2.2, 0.7 + width))
+        photo, axes = figure.subplots(1, 2, width_ratios=(2.2, size[0] - 2.4))
     else:
-        photo, axes = figure.subplots(2, 1, height_ratios=(1.4, 0.3 + height))
+        photo, axes = figure.subplots(2, 1, height_ratios=(1.4, size[1] - 2.4))
     photo.set_anchor("W")
     _draw_photo(photo, image, grid, query)
     cells = {(n, head): (maps[head], texts[head]) for n, (_, maps, texts) in enumerate(rows) for head in range(heads)}

@@ -82,6 +82,11 @@ def test_a_page_per_kind_of_map(pages, tmp_path):
     maps.draw_attention_maps(tmp_path, dict.fromkeys(range(12), layer(0, tokens=1, gated=False)), PIXELS, QUERY)
     assert list(pages) == ["query", "class_token"]
     assert pages["query"].get_figheight() <= maps.PAGE[1] + 1e-6
+    pages.clear()
+    maps.draw_attention_maps(tmp_path, {12: layer(0, gated=False)}, PIXELS, QUERY)
+    photo, axes, _ = pages["query"].axes
+    assert photo.get_position().x1 < axes.get_position().x0  # beside each other
+    assert pages["query"].get_figwidth() <= maps.PAGE[1] + 1e-6
 
 
 def test_heads_before_training_stand_as_the_pixels_of_a_filter(pages, tmp_path):
