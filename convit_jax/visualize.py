@@ -34,7 +34,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("image", None, "An image file, or the number of an image of the test split.")
     flags.DEFINE_string("query", None, "ROW,COLUMN of the patch to look from, counted from 0; the centre.")
     flags.DEFINE_list("layers", None, "Numbers of the layers to show, counted from 1, as 1,6,12; all.")
-    flags.DEFINE_string("output", None, "Directory for the pictures.")
+    flags.DEFINE_string("output", None, "Directory for the pictures; with --html or --augmentations also a file.")
     define_weights()
 
 

@@ -45,6 +45,15 @@ setTimeout(() => {
 """
 
 
+def test_a_page_of_convit_s_is_below_5_mb(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(9, 196, 196))  # without structure, which would take less
+    content = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    layer = FullMaps(content, gates=None, rows=None, columns=None)
+    (path,) = write_page(tmp_path / "page.html", {1: layer}, PIXELS, (14, 14), "x")
+    assert 12 * path.stat().st_size < 5e6  # for twelve layers
+
+
 @pytest.mark.skipif(BROWSER is None, reason="there is no chromium")
 def test_clicks_and_keys_choose_what_is_shown(tmp_path):
     rng = np.random.default_rng(0)
