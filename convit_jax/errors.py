@@ -46,6 +46,13 @@ def missing_platform(error: Exception) -> str | None:
     return f'JAX cannot use JAX_PLATFORMS={platforms}: unset it, or install JAX for it, as pip install "jax[cuda12]".'
 
 
+def missing_home(error: Exception) -> str | None:
+    """Returns the message for a path that begins with ~ where there is no home directory, or None."""
+    if "home directory" not in str(error):
+        return None
+    return "a path begins with ~, but there is no home directory: write the path out, or set HOME."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns the end of a message about an unknown name: ", did you mean 'X'?" or "."."""
     close = difflib.get_close_matches(name, list(known), n=1)
