@@ -47,10 +47,10 @@ def missing_platform(error: Exception) -> str | None:
 
 
 def missing_home(error: Exception) -> str | None:
-    """Returns the message for a path that begins with ~ where there is no home directory, or None."""
-    if "home directory" not in str(error):
+    """Returns the message for a path that begins with ~ where that means nothing, or None for another error."""
+    if "home directory" not in str(error):  # pathlib's words
         return None
-    return "a path begins with ~, but there is no home directory: write the path out, or set HOME."
+    return "a path begins with ~, but the home directory is unknown: write the path out, or set HOME."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
