@@ -84,7 +84,7 @@ def test_a_directory_never_holds_weights_with_the_config_of_others(golden, tmp_p
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         save_converted(golden, tmp_path / "w")
-    with pytest.raises(UserError, match="has no weights.safetensors"):
+    with pytest.raises(UserError, match=r"has no weights\.safetensors"):
         pretrained.load(tmp_path / "w")
 
 
