@@ -52,7 +52,8 @@ def reading(path: Path) -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, MemoryError):  # of the device, of the host
         raise
     except Exception as error:  # Orbax raises all kinds
-        raise UserError(f"cannot read {path} ({textwrap.shorten(str(error), 150)})") from error
+        reason = textwrap.shorten(str(error), 150) or type(error).__name__
+        raise UserError(f"cannot read {path} ({reason})") from error
 
 
 @contextlib.contextmanager
