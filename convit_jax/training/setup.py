@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import secrets
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,16 +165,15 @@ class Training:
                 "raise steps or leave it out, or give another --workdir."
             )
         for step in saved:
+            tree = None  # what was read of another one
             try:
-                tree = self.checkpoints.restore(step, self.steps.shapes)
-            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = textwrap.shorten(str(error), 150)
-                say(f"Caution  cannot read the checkpoint of step {step} ({reason})")
-                if several() or step == saved[-1]:
-                    raise UserError(
-                        f"cannot read {self.checkpoints.directory / str(step)} ({reason}): restore a copy, "
-                        "return to the version of the program that wrote it, or move it away."
-                    ) from error
+                with together():
+                    tree = self.checkpoints.restore(step, self.steps.shapes)
+            except UserError as error:
+                if step == saved[-1]:
+                    words = "restore a copy, return to the version of the program that wrote it, or move it away."
+                    raise type(error)(f"{error}: {words}") from error
+                say(f"Caution  {error}")
             else:
                 self.checkpoints.set_aside([later for later in saved if later > step])
                 say(f"Continuing at step {step}")

@@ -111,6 +111,9 @@ def _cautions(config: ConfigDict, run: Mapping[str, Any]) -> Iterator[str]:
     """What the user may not want."""
     if config.model.attention == "cudnn" and not cudnn_available():
         yield "XLA computes attention: cudnn needs an NVIDIA GPU, Ampere or later"
+    side = re.search(r"_patch16_(\d+)", config.model.name)
+    if side and [int(side[1])] * 2 != run["image_size"]:
+        yield f"the model's name says {side[1]} px: set model.image_size={side[1]} for images of that size"
     if run["batch_size"] > run["train_images"]:
         yield f"batch_size {run['batch_size']:,} is larger than the {run['train_images']:,} training images: lower it"
     if 0 < run["warmup_steps"] < 1:
