@@ -115,7 +115,7 @@ FIELDS = {
     "data.num_classes": Field(None, "keep only the first classes", "[1, inf)", kind=int),
     "data.keep_total_images": Field(False, "multiply epochs by all images / images kept (Table 2)"),
     "data.repeats": Field(3, "repeated augmentation: consecutive copies of each image", "[1, inf)"),
-    # None: that of init_from, also for the next three.
+    # None in the next four: as the weights of init_from.
     "data.crop_ratio": Field(
         0.875, "evaluation: side of the centre crop / short side of the resized image", "(0, 1]", kind=float
     ),

@@ -49,7 +49,7 @@ def _in_pieces(draw_piece: Callable[..., jax.Array], key: jax.Array, shape: tupl
 
 
 def stacked(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Returns jnp.stack of float32 arrays, outside of a program made on the host, which compiles nothing."""
+    """Returns jnp.stack of float32 arrays; outside of a trace on the host, which compiles nothing."""
     if isinstance(arrays[0], jax.core.Tracer):
         return jnp.stack(arrays)
     return jax.device_put(np.stack(arrays, out=_aligned((len(arrays), *arrays[0].shape))))

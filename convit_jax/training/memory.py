@@ -13,11 +13,10 @@ GROUPS = Path("/sys/fs/cgroup")  # control groups of version 2, as containers an
 
 def memory_caution(step: Compiled, devices: Sequence[jax.Device]) -> str | None:
     """Returns a warning if a step needs more memory than is free on one of these devices of this process, else None."""
-    needed, free = step.memory_analysis(), min(map(free_memory, devices))
-    if devices[0].platform == "cpu":
-        free = free_host_memory() / len(devices)
+    needed, on_host = step.memory_analysis(), devices[0].platform == "cpu"
     if needed is None:
         return None
+    free = free_host_memory() / len(devices) if on_host else min(map(free_memory, devices))
     # Beside its arguments, which are on the device.
     more = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
     if more <= free:
@@ -49,5 +48,5 @@ def _free_in_group(group: Path) -> float:
     with contextlib.suppress(OSError, ValueError):  # no group, or its limit is "max"
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return limit - used + int(stat["inactive_file"])  # of which the kernel frees at need
+        return limit - used + int(stat["inactive_file"])  # files that the kernel drops at need
     return math.inf

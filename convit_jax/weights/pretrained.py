@@ -150,7 +150,7 @@ def load_into(source: str, settings: Mapping[str, Any], seed: int) -> tuple[dict
 
 
 def as_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of create_model that give a network's settings, without those that its weights decide."""
+    """Returns arguments of create_model for a network: a name, and the settings in which the network differs."""
     family = "convit" if settings["local_up_to_layer"] else "deit"
     sizes = {size: name for name, size in SIZES.items() if name.startswith(family)}
     name = sizes.get((settings["embed_dim"], settings["num_heads"]), f"{family}_tiny")
