@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from convit_jax.config import Field, make_config
 
+FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+
 FIELDS = {
     "seed": Field(0, "seed of weights, image order and augmentation", "[0, 4294967295]"),
     "epochs": Field(300, "passes over the training images", "(0, inf)"),
@@ -30,7 +32,9 @@ FIELDS = {
     "accumulate": Field(1, "micro-batches per step; more need less memory", "[1, inf)"),
     "init_from": Field(None, "start from these weights: a source of convit_jax.load_pretrained", kind=str),
     # The arguments of convit_jax.create_model; None: the model's own value.
-    "model.name": Field("convit_small", "one of convit_jax.list_models()"),
+    "model.name": Field(
+        "convit_small", "one of convit_jax.list_models(); None: the network of init_from, with its sizes", kind=str
+    ),
     "model.image_size": Field(224, "pixels: a side, (height, width) or HEIGHTxWIDTH", kind=object),
     "model.num_classes": Field(None, "size of the head; None: the number of classes of the data", "[1, inf)", kind=int),
     "model.patch_size": Field(None, "pixels; 16", "[1, inf)", kind=int),
@@ -111,9 +115,15 @@ FIELDS = {
     "data.num_classes": Field(None, "keep only the first classes", "[1, inf)", kind=int),
     "data.keep_total_images": Field(False, "multiply epochs by all images / images kept (Table 2)"),
     "data.repeats": Field(3, "repeated augmentation: consecutive copies of each image", "[1, inf)"),
-    "data.crop_ratio": Field(0.875, "evaluation: side of the centre crop / short side of the resized image", "(0, 1]"),
-    "data.mean": Field((0.485, 0.456, 0.406), "mean of red, green and blue, for pixels in 0..1", "(-inf, inf)"),
-    "data.std": Field((0.229, 0.224, 0.225), "standard deviation per channel, same scale", "(0, inf)"),
+    # None in the next four: as the weights of init_from.
+    "data.crop_ratio": Field(
+        0.875, "evaluation: side of the centre crop / short side of the resized image", "(0, 1]", kind=float
+    ),
+    "data.interpolation": Field("bicubic", "Pillow's filter that resizes images", FILTERS, kind=str),
+    "data.mean": Field(
+        (0.485, 0.456, 0.406), "mean of red, green and blue, for pixels in 0..1", "(-inf, inf)", kind=tuple
+    ),
+    "data.std": Field((0.229, 0.224, 0.225), "standard deviation per channel, same scale", "(0, inf)", kind=tuple),
     "data.max_unreadable": Field(
         10,
         "unreadable images allowed: replaced in training, skipped in evaluation",

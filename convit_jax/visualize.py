@@ -59,10 +59,10 @@ def main(arguments: list[str]) -> None:
 def visualize_augmentations(path: Path) -> list[Path]:
     """Draws training images into a file, or into augmentations.png of a directory."""
     from convit_jax.figures.augmentations import draw_augmentations
-    from convit_jax.training.plan import make_plan
+    from convit_jax.training.plan import follow_weights, make_plan
     from convit_jax.training.preview import preview_augmentation
 
-    config = required_config()
+    config = follow_weights(required_config())
     pictures = preview_augmentation(config, make_plan(config, devices=1))
     return draw_augmentations(_as_file(path, "augmentations.png"), *pictures)
 
@@ -110,15 +110,15 @@ def visualize_init(directory: Path) -> list[Path]:
     """Draws the first GPSA layer of --checkpoint's or --config's model before training."""
     from convit_jax.analysis.maps import init_maps
     from convit_jax.figures.maps import draw_init_maps
+    from convit_jax.training.plan import follow_weights
     from convit_jax.weights.preprocess import Preprocessing
 
     if flags.FLAGS.checkpoint:
         loaded, config = load_weights(), flags.FLAGS.config  # the run's, unless --config is given
         settings, how, seed = loaded.settings, loaded.preprocessing, config.seed if config else 0
     else:
-        config = required_config()
-        settings, seed = _config_settings(config), config.seed
-        how = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
+        config = follow_weights(required_config())
+        settings, seed, how = _config_settings(config), config.seed, Preprocessing.of_config(config.data)
     query = _read_query(settings)
     image, normalised = read_image(settings, how) if flags.FLAGS.image else (None, None)
     return draw_init_maps(directory, *init_maps(settings, seed, query, normalised), image, query)

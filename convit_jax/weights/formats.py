@@ -124,7 +124,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
     with checked_json(path / "config.json") as config:
         given = {name: value for name, value in config["model"].items() if value is not None}
         settings = model_settings(**{"num_classes": classes, **given})
-        how = Preprocessing(**{name: config["data"][name] for name in ("crop_ratio", "mean", "std")})
+        how = Preprocessing.of_config(config["data"])
         return Pretrained(tensors, settings, how, class_names, source)
 
 
