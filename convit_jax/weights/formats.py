@@ -116,7 +116,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
     step = which if isinstance(which, int) else find_step(path, which, ema)
     tensors = names.to_state_dict(read_run(path, step, ema))
     with checked_json(path / "config.json") as config, checked_json(path / "run.json") as run:
-        given = {name: value for name, value in config["model"].items() if value is not None}
+        given = {name: value for name, value in config["model"].items() if value not in (None, "auto")}
         settings = model_settings(**{"num_classes": run["classes"], **given})
         how = Preprocessing(**{name: config["data"][name] for name in ("crop_ratio", "mean", "std")})
         kind = "checkpoint" if which == step else f"{which} checkpoint"
