@@ -17,9 +17,10 @@ from convit_jax.data.examples import Batch, Unreadable
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.progress import Progress
-from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, wait_for_owner
+from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, read_json, wait_for_owner
 from convit_jax.training import distributed
 from convit_jax.training.attention_log import make_attention_log
+from convit_jax.training.autotune import choose_forms
 from convit_jax.training.checkpoint import Checkpoints
 from convit_jax.training.distill import Teacher, load_teacher
 from convit_jax.training.distributed import check_same, from_first, is_first, phase, say, several, together
@@ -78,12 +79,16 @@ class Training:
             config = follow_weights(config, workdir if continues else None)
         self.config, self.workdir = config, workdir
 
-        # ---- The images and the teacher ----------------------------------------------------
+        # ---- The images, the forms and the teacher -----------------------------------------
         phase("reading the lists of images")
         self.plan = distributed.first_then_others(lambda: make_plan(config, devices=self.mesh.size))
         for example in (self.plan.train, self.plan.test):
             if example.source.note:
                 say(example.source.note)
+        phase("choosing the form of attention")
+        with together():
+            kept = read_json(workdir / "run.json") if checkpoint_steps(workdir) else None
+        self.plan = choose_forms(config, self.plan, self.mesh.size, from_first(kept))
         if config.distill.teacher:
             phase("reading the teacher")
         with together():

@@ -122,7 +122,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
     with checked_json(path / "run.json") as run:
         classes, class_names = run["classes"], tuple(run["class_names"])
     with checked_json(path / "config.json") as config:
-        given = {name: value for name, value in config["model"].items() if value is not None}
+        given = {name: value for name, value in config["model"].items() if value not in (None, "auto")}
         settings = model_settings(**{"num_classes": classes, **given})
         how = Preprocessing.of_config(config["data"])
         return Pretrained(tensors, settings, how, class_names, source)
