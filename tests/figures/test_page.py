@@ -64,7 +64,7 @@ def test_clicks_and_keys_choose_what_is_shown(tmp_path):
     path.write_text(path.read_text().replace("</body>", f"<script>{STEPS}</script></body>"))
     how = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}"]
     command = [BROWSER, *how, "--virtual-time-budget=2000", "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in done.stderr, done.stderr
     steps = json.loads(re.search(r"<body.*?>(.*)</body>", done.stdout, re.DOTALL)[1])
     patches = [f"Patch at row {row}, column {column}" for row, column in ((1, 2), (0, 3), (0, 3), (1, 3), (1, 3))]
