@@ -52,7 +52,10 @@ FIELDS = {
     "model.locality_strength": Field(None, "alpha of the convolutional init; 1", "(-inf, inf)", kind=float),
     "model.gate_init": Field(None, "gating parameter lambda of every head at the start; 1", "(-inf, inf)", kind=float),
     "model.attention": Field(
-        "xla", "cudnn: fused kernel for bfloat16 on NVIDIA GPUs", ("xla", "cudnn"), may_change=True
+        "auto",
+        "cudnn: fused kernel for bfloat16 on NVIDIA GPUs; auto: the faster one, tried at the start",
+        ("auto", "xla", "cudnn"),
+        may_change=True,
     ),
     "model.drop_rate": Field(None, "dropout; 0", "[0, 1)", kind=float),
     "model.attn_drop_rate": Field(
@@ -64,7 +67,9 @@ FIELDS = {
     "model.drop_path_rate": Field(0.1, "stochastic depth of the last block, rising linearly from 0", "[0, 1)"),
     "model.dtype": Field("bfloat16", "dtype of the computation; parameters are float32", ("float32", "bfloat16")),
     "model.remat": Field(False, "recompute blocks in the backward pass to save memory", may_change=True),
-    "model.scan_unroll": Field(1, "number of blocks that the scan unrolls", "[1, inf)", may_change=True),
+    "model.scan_unroll": Field(
+        "auto", "number of blocks that the scan unrolls; auto: all with cudnn, else 1", kind=object, may_change=True
+    ),
     # AdamW and its schedule.
     "optim.lr": Field(5e-4, "peak learning rate for 512 images; multiplied by batch_size / 512", "[0, inf)"),
     "optim.min_lr": Field(1e-5, "learning rate at the end; not multiplied", "[0, inf)"),

@@ -116,7 +116,7 @@ def make_plan(config: ConfigDict, *, devices: int) -> Plan:
 
 def model_arguments(config: ConfigDict, num_classes: int) -> dict[str, Any]:
     """Returns the arguments of create_model that config.model sets; num_classes: if it sets none."""
-    given = {name: value for name, value in config.model.items() if value is not None}
+    given = {name: value for name, value in config.model.items() if value not in (None, "auto")}
     return {"num_classes": num_classes, **given}
 
 

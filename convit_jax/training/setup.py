@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import secrets
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from convit_jax.data.examples import Batch, Unreadable
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.progress import Progress
-from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, wait_for_owner
+from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, read_json, wait_for_owner
 from convit_jax.training import distributed
 from convit_jax.training.attention_log import make_attention_log
+from convit_jax.training.autotune import choose_forms
 from convit_jax.training.checkpoint import Checkpoints
 from convit_jax.training.distill import Teacher, load_teacher
 from convit_jax.training.distributed import check_same, from_first, is_first, phase, say, several, together
@@ -79,12 +79,16 @@ class Training:
             config = follow_weights(config, workdir if continues else None)
         self.config, self.workdir = config, workdir
 
-        # ---- The images and the teacher ----------------------------------------------------
+        # ---- The images, the forms and the teacher -----------------------------------------
         phase("reading the lists of images")
         self.plan = distributed.first_then_others(lambda: make_plan(config, devices=self.mesh.size))
         for example in (self.plan.train, self.plan.test):
             if example.source.note:
                 say(example.source.note)
+        phase("choosing the form of attention")
+        with together():
+            kept = read_json(workdir / "run.json") if checkpoint_steps(workdir) else None
+        self.plan = choose_forms(config, self.plan, self.mesh.size, from_first(kept))
         if config.distill.teacher:
             phase("reading the teacher")
         with together():
@@ -178,16 +182,15 @@ class Training:
                 "raise steps or leave it out, or give another --workdir."
             )
         for step in saved:
+            tree = None  # what was read of another one
             try:
-                tree = self.checkpoints.restore(step, self.steps.shapes)
-            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = textwrap.shorten(str(error), 150)
-                say(f"Caution  cannot read the checkpoint of step {step} ({reason})")
-                if several() or step == saved[-1]:
-                    raise UserError(
-                        f"cannot read {self.checkpoints.directory / str(step)} ({reason}): restore a copy, "
-                        "return to the version of the program that wrote it, or move it away."
-                    ) from error
+                with together():
+                    tree = self.checkpoints.restore(step, self.steps.shapes)
+            except UserError as error:
+                if step == saved[-1]:
+                    words = "restore a copy, return to the version of the program that wrote it, or move it away."
+                    raise type(error)(f"{error}: {words}") from error
+                say(f"Caution  {error}")
             else:
                 self.checkpoints.set_aside([later for later in saved if later > step])
                 say(f"Continuing at step {step}")

@@ -86,12 +86,7 @@ def load(
     if is_run(path):
         loaded = from_run(path, which, ema)
     elif files := [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]:
-        tensors, config_file = _read_shards(files[0], ema), path / "config.json"
-        if config_file.exists():
-            with checked_json(config_file) as config:
-                loaded = from_state_dict(tensors, config, source, size, num_heads)
-        else:
-            loaded = from_state_dict(tensors, {}, source, size, num_heads)
+        loaded = from_state_dict(_read_shards(files[0], ema), path / "config.json", source, size, num_heads)
     else:
         raise UserError(
             f"{path} is neither a run directory (it has no checkpoints) nor a converted one (it has no "
