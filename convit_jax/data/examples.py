@@ -62,6 +62,7 @@ class TrainExample:
     slots: Slots
     size: tuple[int, int]  # (height, width)
     crop: str  # "resized": random resized crop; "pad": the centre, which the device shifts later
+    interpolation: str = "bicubic"  # a Pillow filter
 
     def __call__(self, slots: Sequence[int]) -> Batch:
         """Returns one row for each slot; raises UserError if `TRIES` images in a row are unreadable."""
@@ -75,9 +76,9 @@ class TrainExample:
             if self.crop == "resized":
                 rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
                 box = random_resized_crop_box(*image.size, rng)
-                batch["image"][row] = crop_resize(image, self.size, box)
+                batch["image"][row] = crop_resize(image, self.size, box, self.interpolation)
             else:
-                batch["image"][row] = centre_crop(image, self.size, 1.0)
+                batch["image"][row] = centre_crop(image, self.size, 1.0, self.interpolation)
             batch["label"][row] = self.source.labels[shown]
             batch["unreadable"][row] = -1 if shown == wanted else wanted
         return batch

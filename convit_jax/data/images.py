@@ -3,6 +3,8 @@
 import io
 import math
 import os
+import sys
+from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ LONG = 16  # aspect beyond which an image is not resized as a whole
 AREA = (0.08, 1.0)  # of a random crop, share of the image
 NARROWEST, WIDEST = 3 / 4, 4 / 3  # of a random crop, width / height
 
+_flat: list[str] = []  # the image that was warned of; one stands for all
+
 
 def decode(record: bytes | np.ndarray, name: str) -> Image.Image:
     """Returns the content of an image file, or pixels, as an RGB image; raises UserError if it is damaged.
@@ -29,7 +33,7 @@ def decode(record: bytes | np.ndarray, name: str) -> Image.Image:
         return Image.fromarray(record)
     try:
         with Image.open(io.BytesIO(record)) as image:
-            return to_rgb(image)
+            return to_rgb(image, name)
     except Exception as error:  # decoders raise all kinds for damaged files
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "unknown image format" if unknown else str(error).partition("\n")[0] or type(error).__name__
@@ -43,17 +47,33 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     return decode(record, str(path))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     """Returns an image in the mode RGB, as `decode` describes."""
     image.load()
     if image.mode == "RGB":
         return image
+    rgb = _converted(image)
+    if image.mode[0] in "IF":
+        _warn_if_flat(rgb, f"{name} (mode {image.mode})")
+    return rgb
+
+
+def _converted(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # not to be clipped
         upper = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
         return Image.fromarray(upper).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:  # converted directly, Pillow warns
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _warn_if_flat(image: Image.Image, name: str) -> None:
+    """Warns once that an image has lost its contrast; the workers of the loader leave that to their main process."""
+    levels = int(np.ptp(np.asarray(image))) + 1
+    if levels < 256 / 10 and not _flat and parent_process() is None:
+        _flat.append(name)
+        words = f"{name} has {levels} of 256 grey levels in 8 bits: rescale such images to the full range."
+        print(f"Warning: {words}", file=sys.stderr, flush=True)
 
 
 def random_resized_crop_box(width: int, height: int, rng: np.random.Generator) -> Box:
