@@ -43,13 +43,6 @@ def test_the_plain_network_differs_only_in_the_position():
     assert sizes["plain"] == sizes["convit"]
 
 
-def test_a_form_is_a_setting_of_our_models_only():
-    for form, settings in model.FORMS.items():
-        model_settings("convit_tiny", dtype="bfloat16", **settings)
-        assert model.is_known(f"other-convit+{form}")
-        assert not model.is_known(f"timm-convit+{form}")
-
-
 def test_failed_and_late_programs_do_not_stop_the_others():
     answer = json.dumps({"images_per_second": 5.0})
     scripts = {

@@ -90,12 +90,7 @@ def test_a_network_is_named_as_in_the_paper(name):
 @pytest.mark.parametrize(
     ("field", "value", "devices", "message"),
     [
-        (
-            "batch_size",
-            100,
-            8,
-            "batch_size is 100, which 8 devices x 1 micro-batches do not divide",
-        ),
+        ("batch_size", 100, 8, "batch_size is 100, which 8 devices x 1 micro-batches do not divide"),
         ("eval_batch_size", 9, 2, "eval_batch_size is 9, which 2 devices"),
         ("accumulate", 3, 1, "1 devices x 3 micro-batches do not divide: use a multiple of 3, or"),
         ("optim.schedule_per", "batch", 1, "optim.schedule_per is 'batch'"),
