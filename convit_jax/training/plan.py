@@ -5,6 +5,7 @@ import functools
 import math
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from convit_jax.config import check_config, default_config
@@ -40,7 +41,7 @@ class Plan:
         return step * self.batch_size / self.train.slots.epoch_length
 
 
-def make_plan(config: ConfigDict, *, devices: int) -> Plan:
+def make_plan(config: ConfigDict, *, devices: int, device_resizes: bool = False) -> Plan:
     """Checks a config for this number of devices and works it out; reads the lists of images."""
     check_run(config, devices=devices)
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
@@ -62,6 +63,8 @@ def make_plan(config: ConfigDict, *, devices: int) -> Plan:
     batch_size = config.batch_size or min(64, len(indices) // 8 * 8 or len(indices))
     _check_divisible("batch_size", batch_size, devices, config.accumulate)
     eval_batch_size = math.ceil(min(config.eval_batch_size, len(test_indices)) / devices) * devices
+    size, group = model["image_size"], batch_size // devices
+    canvas, eval_canvas = canvas_sides(config.data, size) if device_resizes else (0, 0)
 
     def steps_of(epochs: float) -> int:
         return math.ceil(round(epochs * slots.epoch_length / batch_size, 6))
@@ -76,8 +79,8 @@ def make_plan(config: ConfigDict, *, devices: int) -> Plan:
     eval_at = {steps_of(n * every) for n in range(1, math.ceil(epochs / every))}
     return Plan(
         model=model,
-        train=TrainExample(source, slots, model["image_size"], config.augment.crop),
-        test=EvalExample(held_out, test_indices, model["image_size"], config.data.crop_ratio),
+        train=TrainExample(source, slots, size, config.augment.crop, canvas, group),
+        test=EvalExample(held_out, test_indices, size, config.data.crop_ratio, canvas=eval_canvas),
         epochs=epochs,
         total_steps=total,
         eval_steps=math.ceil(len(test_indices) / eval_batch_size),
@@ -86,6 +89,28 @@ def make_plan(config: ConfigDict, *, devices: int) -> Plan:
         eval_batch_size=eval_batch_size,
         warmup_epochs=epochs / 20 if config.optim.warmup_epochs is None else config.optim.warmup_epochs,
     )
+
+
+def device_resizes(config: ConfigDict) -> bool:
+    """Returns whether the device crops and resizes the images of a config (data.resize)."""
+    if config.data.resize == "auto":
+        return jax.default_backend() != "cpu" and config.augment.crop == "resized"
+    return config.data.resize == "device"
+
+
+def canvas_sides(data: ConfigDict, size: tuple[int, int]) -> tuple[int, int]:
+    """Returns the sides of the canvases of training and of evaluation, which shows less of an image.
+
+    data is config.data, size the (height, width) of the model's images. Raises UserError if data.canvas is too small.
+    """
+    fewest = math.ceil(math.sqrt(data.repeats)) * max(size)
+    side = data.canvas or max(512, fewest)
+    if side < fewest:
+        raise UserError(
+            f"data.canvas is {side}, but {data.repeats} crops of {max(size)} pixels need {fewest}: raise it, or set "
+            "data.resize=host."
+        )
+    return side, max(side * 3 // 4, *size)
 
 
 def model_arguments(config: ConfigDict, num_classes: int) -> dict[str, Any]:
