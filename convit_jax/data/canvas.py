@@ -78,11 +78,11 @@ class CanvasRows:
 
     def _resize(self, canvas: np.ndarray, views: list[View]) -> list[View]:
         """Resizes the views of an image on the host, puts them side by side and returns them as views of the canvas."""
-        h, w = self._size
+        (h, w), image = self._size, Image.fromarray(self._image)
         placed = []
         for number, view in enumerate(views):
             top, left = number // self._columns * h, number % self._columns * w
-            canvas[top : top + h, left : left + w] = show(Image.fromarray(self._image), self._size, view)
+            canvas[top : top + h, left : left + w] = show(image, self._size, view)
             placed.append((Axis(top, h, h), Axis(left, w, w)))
         return placed
 

@@ -21,7 +21,7 @@ from convit_jax.errors import UserError
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # of a closed terminal, and of Slurm's --signal
 STOPPING = (signal.SIGINT, signal.SIGTERM, *WARNINGS)  # the main process saves for them, workers leave them to it
 SHARED_MEMORY = Path("/dev/shm")  # on Linux, where the workers put their batches
-WAITING = 2  # batches that are ready in each worker
+WAITING = 1  # batches that are ready in each worker
 
 
 def batches(

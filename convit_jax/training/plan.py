@@ -41,8 +41,11 @@ class Plan:
         return step * self.batch_size / self.train.slots.epoch_length
 
 
-def make_plan(config: ConfigDict, *, devices: int, device_resizes: bool = False) -> Plan:
-    """Checks a config for this number of devices and works it out; reads the lists of images."""
+def make_plan(config: ConfigDict, *, devices: int, on_device: bool = False) -> Plan:
+    """Checks a config for this number of devices and works it out; reads the lists of images.
+
+    on_device: `device_resizes`, which starts JAX's backend. Without it the host resizes.
+    """
     check_run(config, devices=devices)
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
     indices = training_subset(config, source)
@@ -64,7 +67,7 @@ def make_plan(config: ConfigDict, *, devices: int, device_resizes: bool = False)
     _check_divisible("batch_size", batch_size, devices, config.accumulate)
     eval_batch_size = math.ceil(min(config.eval_batch_size, len(test_indices)) / devices) * devices
     size, group = model["image_size"], batch_size // devices
-    canvas, eval_canvas = canvas_sides(config.data, size) if device_resizes else (0, 0)
+    canvas, eval_canvas = canvas_sides(config.data, size) if on_device else (0, 0)
 
     def steps_of(epochs: float) -> int:
         return math.ceil(round(epochs * slots.epoch_length / batch_size, 6))

@@ -77,7 +77,7 @@ class Training:
         # ---- The images and the teacher ----------------------------------------------------
         phase("reading the lists of images")
         self.plan = distributed.first_then_others(
-            lambda: make_plan(config, devices=self.mesh.size, device_resizes=device_resizes(config))
+            lambda: make_plan(config, devices=self.mesh.size, on_device=device_resizes(config))
         )
         for example in (self.plan.train, self.plan.test):
             if example.source.note:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from convit_jax.errors import UserError
-from convit_jax.training.plan import check_run, make_plan
+from convit_jax.training.plan import canvas_sides, check_run, device_resizes, make_plan
 
 
 def test_steps_epochs_and_evaluations(digits_config):
@@ -90,3 +90,17 @@ def test_a_distilled_run_may_leave_its_teacher_idle_but_no_field(digits_config):
     digits_config.distill.temperature = 3.0
     with pytest.raises(UserError, match=r"distill.temperature is set, which only distill.kind=soft uses"):
         check_run(digits_config, devices=1)
+
+
+def test_canvases_have_room_for_the_crops_of_an_image(digits_config):
+    data = digits_config.data
+    assert canvas_sides(data, (224, 224)) == (512, 384)
+    data.repeats = 3
+    assert canvas_sides(data, (320, 448)) == (896, 672)
+    data.canvas = 500
+    assert canvas_sides(data, (224, 224)) == (500, 375)
+    with pytest.raises(UserError, match=r"data\.canvas is 500, but 3 crops of 256 pixels need 512: .*resize=host"):
+        canvas_sides(data, (256, 256))
+    assert not device_resizes(digits_config)  # on a CPU
+    data.resize = "device"
+    assert device_resizes(digits_config)
