@@ -46,7 +46,7 @@ def compiled_step(config, data, fsdp):
 
 def test_the_collectives_are_those_that_the_mesh_calls_for_and_memory_falls_with_fsdp(digits_config):
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-    found, state_bytes, digits_config.data.canvas = {}, {}, 16
+    found, state_bytes, digits_config.data.canvas = {}, {}, 8
     for data, fsdp, mixup in ((8, 1, 0.0), (4, 2, 0.8)):
         digits_config.augment.mixup = mixup
         step = compiled_step(digits_config, data, fsdp)
