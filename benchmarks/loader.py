@@ -97,7 +97,8 @@ def ours(files, program):
         example = EvalExample(source, np.resize(indices, 10**6), size, 0.875, canvas=canvas)
     else:
         canvas = 0 if program in ("once", "repeats") else CANVAS
-        example = TrainExample(source, Slots(indices, 0, 1 if program == "once" else 3), size, "resized", canvas, BATCH)
+        slots = Slots(indices, 0, 1 if program == "once" else 3)
+        example = TrainExample(source, slots, size, "resized", canvas=canvas, group=BATCH)
     if not program.startswith("worker"):
         for first in itertools.count(0, BATCH):
             example(range(first, first + BATCH))
@@ -109,6 +110,12 @@ def ours(files, program):
             yield BATCH
 
 
+def small_batches(files, rows):
+    """Returns the example for batches of so many rows that the device resizes, three repeats."""
+    slots = Slots(np.arange(len(files)), 0, 3)
+    return TrainExample(InMemory(files), slots, (SIZE, SIZE), "resized", canvas=CANVAS, group=rows)
+
+
 def share(files, rounds=7):
     """Prints the processor time of a training step of ConViT-S, and of resizing its images, a row."""
     import jax
@@ -118,7 +125,7 @@ def share(files, rounds=7):
     from convit_jax.models.variants import abstract_model, initial_params, model_settings
 
     rows, settings = 12, model_settings("convit_small")
-    example = TrainExample(InMemory(files), Slots(np.arange(len(files)), 0, 3), (SIZE, SIZE), "resized", CANVAS, rows)
+    example = small_batches(files, rows)
     batch = jax.device_put({name: example(range(rows))[name] for name in ("canvas", "on", "view")})
     resize = jax.jit(lambda batch: shown_images(batch, (SIZE, SIZE)))
     graphdef, params = abstract_model(settings)[0], initial_params(settings, 0)
@@ -135,7 +142,7 @@ def share(files, rounds=7):
 
 def memory(files):
     """Prints the MB of this process and its two workers, each shared page counted once."""
-    example = TrainExample(InMemory(files), Slots(np.arange(len(files)), 0, 3), (SIZE, SIZE), "resized", CANVAS, 6)
+    example = small_batches(files, 6)
     for step, batch in enumerate(batches(example, batch_size=6, start=0, stop=10_001, workers=2)):
         del batch
         if step in (1_000, 10_000):

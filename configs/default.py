@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from convit_jax.config import Field, make_config
 
+FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+
 FIELDS = {
     "seed": Field(0, "seed of weights, image order and augmentation", "[0, 4294967295]"),
     "epochs": Field(300, "passes over the training images", "(0, inf)"),
@@ -30,7 +32,9 @@ FIELDS = {
     "accumulate": Field(1, "micro-batches per step; more need less memory", "[1, inf)"),
     "init_from": Field(None, "start from these weights: a source of convit_jax.load_pretrained", kind=str),
     # The arguments of convit_jax.create_model; None: the model's own value.
-    "model.name": Field("convit_small", "one of convit_jax.list_models()"),
+    "model.name": Field(
+        "convit_small", "one of convit_jax.list_models(); None: the network of init_from, with its sizes", kind=str
+    ),
     "model.image_size": Field(224, "pixels: a side, (height, width) or HEIGHTxWIDTH", kind=object),
     "model.num_classes": Field(None, "size of the head; None: the number of classes of the data", "[1, inf)", kind=int),
     "model.patch_size": Field(None, "pixels; 16", "[1, inf)", kind=int),
@@ -48,7 +52,10 @@ FIELDS = {
     "model.locality_strength": Field(None, "alpha of the convolutional init; 1", "(-inf, inf)", kind=float),
     "model.gate_init": Field(None, "gating parameter lambda of every head at the start; 1", "(-inf, inf)", kind=float),
     "model.attention": Field(
-        "xla", "cudnn: fused kernel for bfloat16 on NVIDIA GPUs", ("xla", "cudnn"), may_change=True
+        "auto",
+        "cudnn: fused kernel for bfloat16 on NVIDIA GPUs; auto: the faster one, tried at the start",
+        ("auto", "xla", "cudnn"),
+        may_change=True,
     ),
     "model.drop_rate": Field(None, "dropout; 0", "[0, 1)", kind=float),
     "model.attn_drop_rate": Field(
@@ -60,7 +67,9 @@ FIELDS = {
     "model.drop_path_rate": Field(0.1, "stochastic depth of the last block, rising linearly from 0", "[0, 1)"),
     "model.dtype": Field("bfloat16", "dtype of the computation; parameters are float32", ("float32", "bfloat16")),
     "model.remat": Field(False, "recompute blocks in the backward pass to save memory", may_change=True),
-    "model.scan_unroll": Field(1, "number of blocks that the scan unrolls", "[1, inf)", may_change=True),
+    "model.scan_unroll": Field(
+        "auto", "number of blocks that the scan unrolls; auto: all with cudnn, else 1", kind=object, may_change=True
+    ),
     # AdamW and its schedule.
     "optim.lr": Field(5e-4, "peak learning rate for 512 images; multiplied by batch_size / 512", "[0, inf)"),
     "optim.min_lr": Field(1e-5, "learning rate at the end; not multiplied", "[0, inf)"),
@@ -111,9 +120,15 @@ FIELDS = {
     "data.num_classes": Field(None, "keep only the first classes", "[1, inf)", kind=int),
     "data.keep_total_images": Field(False, "multiply epochs by all images / images kept (Table 2)"),
     "data.repeats": Field(3, "repeated augmentation: consecutive copies of each image", "[1, inf)"),
-    "data.crop_ratio": Field(0.875, "evaluation: side of the centre crop / short side of the resized image", "(0, 1]"),
-    "data.mean": Field((0.485, 0.456, 0.406), "mean of red, green and blue, for pixels in 0..1", "(-inf, inf)"),
-    "data.std": Field((0.229, 0.224, 0.225), "standard deviation per channel, same scale", "(0, inf)"),
+    # None in the next four: as the weights of init_from.
+    "data.crop_ratio": Field(
+        0.875, "evaluation: side of the centre crop / short side of the resized image", "(0, 1]", kind=float
+    ),
+    "data.interpolation": Field("bicubic", "Pillow's filter that resizes images", FILTERS, kind=str),
+    "data.mean": Field(
+        (0.485, 0.456, 0.406), "mean of red, green and blue, for pixels in 0..1", "(-inf, inf)", kind=tuple
+    ),
+    "data.std": Field((0.229, 0.224, 0.225), "standard deviation per channel, same scale", "(0, inf)", kind=tuple),
     "data.resize": Field(
         "auto",
         "who crops and resizes: the host; or the device, of images that the host has only decoded; auto: the device "

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/finetune.py --config.data.dir=FOLDER
 
-FOLDER has train/CLASS/*.jpg and val/CLASS/*.jpg. Starts from the published ConViT-Ti, downloaded once; for other
-weights set init_from and model.name. A linear probe: --config.optim.freeze=backbone --config.optim.lr=4e-2
+FOLDER has train/CLASS/*.jpg and val/CLASS/*.jpg. Starts from the published ConViT-Ti, downloaded once, or from any
+other weights: --config.init_from=SOURCE. A linear probe: --config.optim.freeze=backbone --config.optim.lr=4e-2
 """
 
 from configs import default
@@ -14,7 +14,12 @@ def get_config():
     config.epochs = 50
     config.batch_size = None
     config.init_from = "convit_tiny"
-    config.model.name = "convit_tiny"
+    config.model.name = None  # these are as in init_from
+    config.model.image_size = None
+    config.data.crop_ratio = None
+    config.data.interpolation = None
+    config.data.mean = None
+    config.data.std = None
     config.optim.lr = 4e-3  # 5e-4 for a batch of 64
     config.optim.layer_decay = 0.7
     config.optim.min_lr = 1e-6

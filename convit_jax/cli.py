@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from convit_jax.config import ROOT, declared_fields, load_config_file, load_run_config, take_config, take_option
-from convit_jax.errors import UserError, missing_platform, out_of_memory
+from convit_jax.errors import UserError, missing_home, missing_platform, out_of_memory
 from convit_jax.rundir import is_run
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def launch(
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (RuntimeError, AssertionError) as error:  # of JAX
-        message = out_of_memory(error) or missing_platform(error)
+    except (RuntimeError, AssertionError) as error:  # of JAX, or of pathlib
+        message = out_of_memory(error) or missing_platform(error) or missing_home(error)
         if message is None:
             raise
     # Outside of `except`, where the error no longer holds a loader's batch in shared memory.

@@ -186,6 +186,14 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def left_to_weights(config: ConfigDict) -> list[str]:
+    """Returns the names of the fields that are None and therefore as in the weights of init_from."""
+    names = [f"model.{name}" for name in config.model] if config.model.name is None else []
+    names += [f"data.{name}" for name in ("crop_ratio", "interpolation", "mean", "std")]
+    flat = flatten(config)
+    return [name for name in names if flat[name] is None]
+
+
 def may_change() -> frozenset[str]:
     """Returns the names of fields that may differ when a run continues."""
     return frozenset(name for name, field in declared_fields().items() if field.may_change)

@@ -64,7 +64,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if target.suffix in OTHERS:
         raise UserError(
             f"convert writes no {target.suffix}: give a directory or {target.with_suffix(FILE)}, "
-            "which PyTorch and timm load too (docs/pytorch.md has the line that makes a .pth of it)."
+            "which PyTorch and timm load too (docs/checkpoints.md has the line that makes a .pth of it)."
         )
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return

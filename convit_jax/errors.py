@@ -46,6 +46,13 @@ def missing_platform(error: Exception) -> str | None:
     return f'JAX cannot use JAX_PLATFORMS={platforms}: unset it, or install JAX for it, as pip install "jax[cuda12]".'
 
 
+def missing_home(error: Exception) -> str | None:
+    """Returns the message for a path that begins with ~ where that means nothing, or None for another error."""
+    if "home directory" not in str(error):  # pathlib's words
+        return None
+    return "a path begins with ~, but the home directory is unknown: write the path out, or set HOME."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns the end of a message about an unknown name: ", did you mean 'X'?" or "."."""
     close = difflib.get_close_matches(name, list(known), n=1)

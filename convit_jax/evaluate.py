@@ -3,6 +3,7 @@
     python -m convit_jax.evaluate --checkpoint=convit_small --config=configs/convit_s.py --config.data.dir=IMAGENET
     python -m convit_jax.evaluate --checkpoint=runs/convit_s
     python -m convit_jax.evaluate --checkpoint=runs/convit_s --per_class --predictions=predictions.csv
+    python -m convit_jax.evaluate --checkpoint=runs/digits --confusion=confusion.png
     python -m convit_jax.evaluate --checkpoint=runs/convit_s --mask=position_embedding
     python -m convit_jax.evaluate --checkpoint=runs/convit_s --gates=content --gpsa_layers=5
 
@@ -33,6 +34,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("mask", None, ["position_embedding"], "Set it to 0 (Table 5).")
     flags.DEFINE_enum("gates", None, ["position", "content"], "Force sigma(lambda) to 1 or to 0 (Table 6).")
     flags.DEFINE_string("predictions", None, "Write a CSV file: image, label, prediction, probability.")
+    flags.DEFINE_string("confusion", None, "Draw the confusion matrix, of up to 100 classes, into this file.")
     flags.DEFINE_bool("per_class", False, "Print the top-1 of each class.")
     flags.DEFINE_integer("gpsa_layers", None, "Number of leading GPSA layers to change; all by default.")
 
@@ -70,13 +72,21 @@ def main(arguments: list[str]) -> None:
     say(f"{describe_weights(loaded)}\nfrom {loaded.source}, computed in {loaded.settings['dtype']}")
     if changes:
         say(f"Changed for this evaluation: {'; '.join(changes)}")
-    wanted = bool(values.predictions or values.per_class)
+    wanted = bool(values.predictions or values.per_class or values.confusion)
     result, rows = evaluate_weights(config, loaded, params, mesh, predictions=wanted)
+
+    def name(label: int) -> str:
+        return words(loaded.class_name(label))
+
     if values.per_class:
-        say(per_class_table(rows, lambda label: words(loaded.class_name(label))))
+        say(per_class_table(rows, name))
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
     if values.predictions and is_first():
         write_predictions(Path(values.predictions).expanduser(), rows, loaded.class_name)
+    if values.confusion and is_first():
+        from convit_jax.figures.confusion import draw_confusion
+
+        draw_confusion(Path(values.confusion).expanduser(), rows["label"], rows["predicted"], name)
 
 
 def write_predictions(path: Path, rows: "Rows", class_name: Callable[[int], str]) -> None:

@@ -17,7 +17,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
-from convit_jax.config import compare_configs, flatten, may_change
+from convit_jax.config import compare_configs, flatten, left_to_weights, may_change
 from convit_jax.errors import UserError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -157,7 +157,7 @@ def claim_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> No
 def check_same_config(workdir: Path, config: ConfigDict, ignored: Collection[str], option: str) -> None:
     """Raises UserError if a directory, which the flag `option` names, holds a run with another config."""
     saved = flatten(read_json(workdir / "config.json"))
-    if saved and (changed := compare_configs(flatten(config), saved, ignored)):
+    if saved and (changed := compare_configs(flatten(config), saved, {*ignored, *left_to_weights(config)})):
         raise UserError(
             f"{workdir} holds a run with another config ({'; '.join(changed)}): use another {option}, "
             "or the old values to continue that run."

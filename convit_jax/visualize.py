@@ -1,12 +1,13 @@
 """Draw what a network looks at, and what a training sees.
 
     python -m convit_jax.visualize --checkpoint=PATH --image=photo.jpg --output=DIR [--query=ROW,COLUMN]
+    python -m convit_jax.visualize --html --checkpoint=PATH --image=photo.jpg --output=page.html
     python -m convit_jax.visualize --init --config=configs/convit_s.py [--image=photo.jpg] --output=DIR
     python -m convit_jax.visualize --run=RUN --output=DIR
     python -m convit_jax.visualize --augmentations --config=configs/convit_ti.py --output=augmented.png
 
 --init takes --checkpoint too, for that model with the seed of the run. --image is a file, or the number of an
-image in the test split of the run's data or of --config.
+image in the test split of the run's data or of --config. --html writes one page with the attention of every patch.
 """
 
 import re
@@ -27,20 +28,27 @@ if TYPE_CHECKING:
 
 def _define_flags() -> None:
     flags.DEFINE_bool("augmentations", False, "Draw training images after augmentation.")
+    flags.DEFINE_bool("html", False, "Write one page, for a browser, with the attention of every patch.")
     flags.DEFINE_bool("init", False, "Draw the attention of a GPSA layer before training (Fig. 3).")
     flags.DEFINE_string("run", None, "Draw learning curves, gates and non-locality of this run directory.")
     flags.DEFINE_string("image", None, "An image file, or the number of an image of the test split.")
     flags.DEFINE_string("query", None, "ROW,COLUMN of the patch to look from, counted from 0; the centre.")
-    flags.DEFINE_string("output", None, "Directory for the pictures.")
+    flags.DEFINE_list("layers", None, "Numbers of the layers to show, counted from 1, as 1,6,12; all.")
+    flags.DEFINE_string("output", None, "Directory for the pictures; with --html or --augmentations also a file.")
     define_weights()
 
 
 def main(arguments: list[str]) -> None:
     """Draws what the flags ask for and prints the paths."""
     values = flags.FLAGS
-    draw = {"augmentations": visualize_augmentations, "init": visualize_init, "run": visualize_run}
+    draw = {
+        "augmentations": visualize_augmentations,
+        "html": visualize_page,
+        "init": visualize_init,
+        "run": visualize_run,
+    }
     modes = [mode for mode in draw if values[mode].value]
-    if len(modes) > 1 or not (modes or (values.checkpoint and values.image)):
+    if len(modes) > 1 or (modes in ([], ["html"]) and not (values.checkpoint and values.image)):
         raise UserError("give --checkpoint=PATH and --image=IMAGE, or one of --init, --run=DIR and --augmentations.")
     if values.output is None:
         raise UserError("there is no place for the pictures: add --output=DIR.")
@@ -51,13 +59,12 @@ def main(arguments: list[str]) -> None:
 def visualize_augmentations(path: Path) -> list[Path]:
     """Draws training images into a file, or into augmentations.png of a directory."""
     from convit_jax.figures.augmentations import draw_augmentations
-    from convit_jax.training.plan import make_plan
+    from convit_jax.training.plan import follow_weights, make_plan
     from convit_jax.training.preview import preview_augmentation
 
-    if path.is_dir() or not path.suffix:
-        path = path / "augmentations.png"
-    config = required_config()
-    return draw_augmentations(path, *preview_augmentation(config, make_plan(config, devices=1)))
+    config = follow_weights(required_config())
+    pictures = preview_augmentation(config, make_plan(config, devices=1))
+    return draw_augmentations(_as_file(path, "augmentations.png"), *pictures)
 
 
 def visualize_run(directory: Path) -> list[Path]:
@@ -78,27 +85,48 @@ def visualize_attention(directory: Path) -> list[Path]:
     from convit_jax.figures.maps import draw_attention_maps
 
     loaded = load_weights()
-    query = _read_query(loaded.settings)
+    query, numbers = _read_query(loaded.settings), _read_layers(loaded.settings)
     image, normalised = read_image(loaded.settings, loaded.preprocessing)
-    return draw_attention_maps(directory, layer_maps(loaded.model(), normalised, query), image, query)
+    layers = layer_maps(loaded.model(), normalised, query)
+    return draw_attention_maps(directory, {number: layers[number - 1] for number in numbers}, image, query)
+
+
+def visualize_page(path: Path) -> list[Path]:
+    """Writes the page of --html for --checkpoint and --image into a file, or into attention.html of a directory."""
+    from convit_jax.analysis.maps import full_maps
+    from convit_jax.figures.page import write_page
+
+    loaded = load_weights()
+    numbers = _read_layers(loaded.settings)
+    image, normalised = read_image(loaded.settings, loaded.preprocessing)
+    model = loaded.model()
+    layers = full_maps(model, normalised)
+    title = f"Attention of {Path(flags.FLAGS.checkpoint).name}, image {Path(flags.FLAGS.image).name}"
+    wanted = {number: layers[number - 1] for number in numbers}
+    return write_page(_as_file(path, "attention.html"), wanted, image, model.grid, title)
 
 
 def visualize_init(directory: Path) -> list[Path]:
     """Draws the first GPSA layer of --checkpoint's or --config's model before training."""
     from convit_jax.analysis.maps import init_maps
     from convit_jax.figures.maps import draw_init_maps
+    from convit_jax.training.plan import follow_weights
     from convit_jax.weights.preprocess import Preprocessing
 
     if flags.FLAGS.checkpoint:
         loaded, config = load_weights(), flags.FLAGS.config  # the run's, unless --config is given
         settings, how, seed = loaded.settings, loaded.preprocessing, config.seed if config else 0
     else:
-        config = required_config()
-        settings, seed = _config_settings(config), config.seed
-        how = Preprocessing(config.data.crop_ratio, mean=config.data.mean, std=config.data.std)
+        config = follow_weights(required_config())
+        settings, seed, how = _config_settings(config), config.seed, Preprocessing.of_config(config.data)
     query = _read_query(settings)
     image, normalised = read_image(settings, how) if flags.FLAGS.image else (None, None)
     return draw_init_maps(directory, *init_maps(settings, seed, query, normalised), image, query)
+
+
+def _as_file(path: Path, name: str) -> Path:
+    """The file that --output names: `name` in it if it is a directory."""
+    return path / name if path.is_dir() or not path.suffix else path
 
 
 def _config_settings(config: Any) -> dict[str, Any]:
@@ -117,6 +145,15 @@ def _read_query(settings: dict[str, Any]) -> tuple[int, int]:
     if row >= rows or column >= columns:
         raise UserError(f"--query is {flags.FLAGS.query}: give ROW,COLUMN of a patch, 0,0 to {rows - 1},{columns - 1}.")
     return row, column
+
+
+def _read_layers(settings: dict[str, Any]) -> list[int]:
+    """The numbers in --layers, counted from 1, by default all."""
+    numbers, depth = flags.FLAGS.layers, settings["depth"]
+    known = {str(number): number for number in range(1, depth + 1)}
+    if numbers and not {*numbers} <= {*known}:
+        raise UserError(f"--layers is {','.join(numbers)}: give numbers from 1 to {depth}, as 1,{depth}.")
+    return sorted({known[number] for number in numbers or known})
 
 
 def read_image(settings: dict[str, Any], how: "Preprocessing") -> tuple[np.ndarray, np.ndarray]:

@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_python, says
 
-from convit_jax.errors import UserError, out_of_memory
+from convit_jax.errors import UserError, missing_home, out_of_memory
 
 WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
 DIGITS = "--config=configs/digits.py"
@@ -90,6 +91,12 @@ def test_platform_that_jax_does_not_have(monkeypatch):
     assert says("-m", "convit_jax.predict", WEIGHTS, "docs/digits.png").startswith(
         "predict: JAX cannot use JAX_PLATFORMS=cuda"
     )
+
+
+def test_a_path_in_an_unknown_home_directory():
+    with pytest.raises(RuntimeError) as raised:
+        Path("~nobody-of-that-name/runs").expanduser()
+    assert missing_home(raised.value).startswith("a path begins with ~, but the home directory is unknown")
 
 
 def test_closed_error_stream():

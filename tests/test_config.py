@@ -55,11 +55,6 @@ def test_ablations_are_the_rows_of_table_3():
         assert (config.model.conv_init is not False) is conv_init, row
 
 
-def test_fine_tuning_starts_from_weights_of_its_own_model():
-    config = load("finetune")
-    assert config.init_from == config.model.name
-
-
 def test_overrides_have_the_type_of_their_field():
     fields = ["data.mean=(0.1, 0.2, 0.3)", "model.image_size=(16, 8)", "model.qkv_bias=True", "optim.lr=1"]
     fields += ["optim.freeze=6", "batch_size=8", "optim.warmup_epochs=2"]

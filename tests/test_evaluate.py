@@ -65,8 +65,10 @@ def test_images_in_folders(image_folder, lines, tmp_path):
     save_converted(loaded, tmp_path / "w")
     (image_folder / "val/bee/0.jpg").write_bytes(b"not an image")
     data = [f"--config.data.{field}" for field in ("name=folder", f"dir={image_folder}", "workers=0")]
-    what = ["--per_class", f"--predictions={tmp_path}/p.csv", "--config.eval_batch_size=4"]
+    files = [f"--predictions={tmp_path}/p.csv", f"--confusion={tmp_path}/c.png"]
+    what = ["--per_class", *files, "--config.eval_batch_size=4"]
     shown = lines(f"--checkpoint={tmp_path}/w", "--config=configs/convit_ti.py", *data, *what)
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert "bee/0.jpg" in "".join(shown)  # left out, and said
     assert re.fullmatch(r"top-1 \d+\.000  top-5 100\.000  loss \d\.\d{3}  images 5", shown[-1])
     head, *rows = csv.reader((tmp_path / "p.csv").read_text().splitlines())

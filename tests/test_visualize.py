@@ -39,6 +39,11 @@ def test_attention_and_course_of_a_run(trained, visualize, tmp_path):
     paths = visualize(f"--checkpoint={run}", "--image=7", "--query=0,3", f"--output={out}")
     assert paths == both(out, "query", "query_content", "query_position", "class_token")
     assert (out / "query_position.pdf").read_bytes().startswith(b"%PDF")
+    shown = ["--image=7", "--layers=3,1", "--html", f"--output={out}"]
+    assert visualize(f"--checkpoint={run}", *shown) == [f"{out}/attention.html"]
+    page = (out / "attention.html").read_text()
+    assert re.findall(r'"number": (\d)', page) == ["1", "3"]
+    assert not re.search("(src|href)=|://", page)  # needs no network
     paths = visualize(f"--run={run}", f"--output={out}")
     assert paths == both(out, "curves", "nonlocality", "gates")
     (trained / "metrics.jsonl").unlink()
@@ -85,6 +90,8 @@ def test_the_image_is_what_the_network_sees(tmp_path, monkeypatch):
     [
         ((), "give --checkpoint=PATH and --image=IMAGE, or one of"),
         (("--init", "--run=x", "--output=o"), "give --checkpoint=PATH and --image=IMAGE, or one of"),
+        (("--html", "--output=o"), "give --checkpoint=PATH and --image=IMAGE, or one of"),
+        ((WEIGHTS, "--image=1", "--layers=0,5", "--output=o"), "--layers is 0,5: give numbers from 1 to 4, as 1,4."),
         (("--init",), "there is no place for the pictures: add --output=DIR."),
         (("--augmentations", "--output=x.gif.x"), "cannot write the picture x.gif.x (Format 'x' is not"),
         ((WEIGHTS, "--image=nothing.jpg", "--output=o"), "cannot read nothing.jpg"),

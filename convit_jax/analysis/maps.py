@@ -1,10 +1,11 @@
-"""Where each head looks: attention from one patch and from the class token, layer by layer.
+"""Where each head looks, layer by layer: from one patch and from the class token, or from every token.
 
 For GPSA layers the two parts of A = (1 - s) content + s position (ConViT, section 3) and the gates
 s = sigma(lambda) are given separately. Each layer gets its true input.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,6 +35,19 @@ class LayerMaps:
     tokens_tokens: np.ndarray  # from the tokens to the tokens, [T, H, T]
 
 
+@dataclasses.dataclass(frozen=True)
+class FullMaps:
+    """Attention of all tokens in one layer for one image, float32 per head; T as in LayerMaps.
+
+    Position is the outer product of its factors, see models/attention.py.
+    """
+
+    content: np.ndarray  # [H, T + N, T + N]; in plain layers all of the attention
+    gates: np.ndarray | None  # sigma(lambda), [H]; None in plain layers, like the next two
+    rows: np.ndarray | None  # A_y, [H, rows, rows]
+    columns: np.ndarray | None  # A_x, [H, columns, columns]
+
+
 def layer_maps(model: VisionTransformer, image: jax.Array | np.ndarray, query: tuple[int, int]) -> list[LayerMaps]:
     """Returns the attention maps of every layer, for an image float32 [H, W, C], normalised, and a patch.
 
@@ -60,10 +74,29 @@ def layer_maps(model: VisionTransformer, image: jax.Array | np.ndarray, query: t
             tokens_tokens=of_tokens[..., :extra],
         )
 
+    return [LayerMaps(**layer) for layer in _of_layers(model, image, look)]
+
+
+def full_maps(model: VisionTransformer, image: jax.Array | np.ndarray) -> list[FullMaps]:
+    """Returns the attention of all tokens in every layer, for an image as `layer_maps` takes it."""
+
+    def look(attn: SelfAttention | GatedPositionalSelfAttention, x: jax.Array) -> dict[str, jax.Array | None]:
+        if isinstance(attn, SelfAttention):
+            return dict(content=attn.attention_maps(x)[0], gates=None, rows=None, columns=None)
+        rows, columns = attn.positional_factors()
+        return dict(content=attn.content_maps(x)[0], gates=attn.gates(), rows=rows, columns=columns)
+
+    return [FullMaps(**layer) for layer in _of_layers(model, image, look)]
+
+
+def _of_layers(
+    model: VisionTransformer, image: jax.Array | np.ndarray, look: Callable[[Any, jax.Array], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What look(attn, x) returns in every layer, as numpy arrays; x is the layer's input [1, N, D]."""
     return [
-        LayerMaps(**jax.tree.map(lambda values, number=number: values[number], stack))
+        jax.tree.map(lambda values, number=number: values[number], stack)
         for stack in jax.device_get(model.map_attention(jnp.asarray(image)[None], look))
-        for number in range(len(stack["query"]))
+        for number in range(len(jax.tree.leaves(stack)[0]))
     ]
 
 

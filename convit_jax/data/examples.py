@@ -71,7 +71,8 @@ class TrainExample:
     slots: Slots
     size: tuple[int, int]  # (height, width)
     crop: str  # "resized": random resized crop; "pad": the centre, which the device shifts later
-    canvas: int = 0  # side of the canvases from which the device crops and resizes; 0: the host does
+    interpolation: str = "bicubic"  # a Pillow filter
+    canvas: int = 0  # side of the canvases from which the device crops and resizes (bicubic only); 0: the host does
     group: int = 1  # rows that share canvases
 
     def __call__(self, slots: Sequence[int]) -> Batch:
@@ -91,7 +92,7 @@ class TrainExample:
     def rows(self, count: int) -> HostRows | CanvasRows:
         """Returns so many black rows."""
         if not self.canvas:
-            return HostRows(count, self.size)
+            return HostRows(count, self.size, self.interpolation)
         most = self.slots.most_images(self.group)
         return CanvasRows(count, self.size, side=self.canvas, group=self.group, canvases=most)
 

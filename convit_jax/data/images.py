@@ -4,7 +4,9 @@ import contextlib
 import io
 import math
 import os
+import sys
 from collections.abc import Callable
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -39,6 +41,8 @@ LONG = 16  # aspect of views beyond which only what is shown is resized
 AREA = (0.08, 1.0)  # of a random crop, share of the image
 NARROWEST, WIDEST = 3 / 4, 4 / 3  # of a random crop, width / height
 
+_flat: list[str] = []  # the image that was warned of; one stands for all
+
 
 def decode(record: bytes | np.ndarray, name: str) -> Image.Image:
     """Returns the content of an image file, or pixels, as an RGB image; raises UserError if it is damaged.
@@ -48,7 +52,7 @@ def decode(record: bytes | np.ndarray, name: str) -> Image.Image:
     """
     if isinstance(record, np.ndarray):
         return Image.fromarray(record)
-    return _read(record, name, to_rgb)
+    return _read(record, name, lambda image: to_rgb(image, name))
 
 
 def decode_pixels(record: bytes | np.ndarray, name: str) -> np.ndarray:
@@ -58,7 +62,7 @@ def decode_pixels(record: bytes | np.ndarray, name: str) -> np.ndarray:
         if simplejpeg and image.format == "JPEG" and image.mode in ("RGB", "L"):
             with contextlib.suppress(ValueError):  # of a damaged file, which Pillow describes
                 return simplejpeg.decode_jpeg(record)
-        return np.asarray(to_rgb(image))
+        return np.asarray(to_rgb(image, name))
 
     return record if isinstance(record, np.ndarray) else _read(record, name, pixels)
 
@@ -81,17 +85,33 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     return decode(record, str(path))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     """Returns an image in the mode RGB, as `decode` describes."""
     image.load()
     if image.mode == "RGB":
         return image
+    rgb = _converted(image)
+    if image.mode[0] in "IF":
+        _warn_if_flat(rgb, f"{name} (mode {image.mode})")
+    return rgb
+
+
+def _converted(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # not to be clipped
         upper = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
         return Image.fromarray(upper).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:  # converted directly, Pillow warns
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _warn_if_flat(image: Image.Image, name: str) -> None:
+    """Warns once that an image has lost its contrast; the workers of the loader leave that to their main process."""
+    levels = int(np.ptp(np.asarray(image))) + 1
+    if levels < 256 / 10 and not _flat and parent_process() is None:
+        _flat.append(name)
+        words = f"{name} has {levels} of 256 grey levels in 8 bits: rescale such images to the full range."
+        print(f"Warning: {words}", file=sys.stderr, flush=True)
 
 
 def random_resized_crop_box(width: int, height: int, rng: np.random.Generator) -> Box:

@@ -1,7 +1,8 @@
 """Sources of images, and their index: a label, a name and the place of each image, kept on disk between runs.
 
 Listing takes a pass over the data, so the arrays are kept next to the data or, where that is read-only, in
-the user's cache folder. They are memory-mapped: loader workers share them.
+the user's cache folder. They are memory-mapped: loader workers share them. Its name tells the data that an index
+is of, so that changed data take nothing from a run that still reads the old one.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 
 FORMAT = "convit_jax index 3"
+UNUSED = 30 * 86400  # seconds after which an index of other data is removed
 UNUSABLE = (OSError, ValueError, LookupError, TypeError, EOFError)  # what damaged files raise
 
 Arrays = dict[str, np.ndarray]
@@ -72,24 +75,33 @@ def cached_index(
 ) -> Index:
     """Returns an index, built only if it was not kept: mapped from disk, or in memory if it cannot be kept.
 
-    An index of other facts (about the data, for JSON) is replaced. `keep` tells whether arrays are worth keeping.
+    Other facts (about the data, for JSON) have another index. `keep` tells whether arrays are worth keeping.
     """
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    places = [directory / f".convit_jax-{name}-index"]
+    places = [directory / f".convit_jax-{name}-{fingerprint}"]
     with contextlib.suppress(RuntimeError):  # the user has no home directory
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        places.append(cache / f"convit_jax/indices/{key}-{name}")
+        places.append(cache / f"convit_jax/indices/{key}-{name}-{fingerprint}")
     for path in places:
         with contextlib.suppress(*UNUSABLE):
             return _read(path, fingerprint)
-        shutil.rmtree(path, ignore_errors=True)  # damaged, or of other data
+        shutil.rmtree(path, ignore_errors=True)  # damaged
     index = build()
     for path in places if keep(index.arrays) else ():
         with contextlib.suppress(*UNUSABLE):  # read-only or full
+            _remove_unused(path.parent, path.name.removesuffix(fingerprint))
             _write(path, fingerprint, index.arrays)
             return _read(path, fingerprint)
     return index
+
+
+def _remove_unused(folder: Path, prefix: str) -> None:
+    """Removes the indices of other data that were not read for a long time."""
+    for path in folder.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):  # another process removes it
+            if time.time() - path.stat().st_mtime > UNUSED:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(path: Path, fingerprint: str, arrays: Arrays) -> None:
@@ -112,9 +124,11 @@ def _write(path: Path, fingerprint: str, arrays: Arrays) -> None:
 
 
 def _read(path: Path, fingerprint: str) -> Index:
-    """Maps the arrays of a directory; raises if it is damaged or has another fingerprint."""
+    """Maps the arrays of a directory, and marks it as used; raises if it is damaged or has another fingerprint."""
     facts = json.loads((path / "index.json").read_text())
     if facts["format"] != FORMAT or facts["fingerprint"] != fingerprint:
         raise ValueError(f"{path} is not the index of {fingerprint}")
+    with contextlib.suppress(OSError):  # of another user
+        os.utime(path)
     mapped = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in facts["arrays"]}
     return Index({name: np.asarray(array) for name, array in mapped.items()}, path, fingerprint)  # memmaps are slower

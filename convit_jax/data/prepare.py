@@ -71,23 +71,29 @@ def _build(tars: Path, output: Path, file_format: str, allow_incomplete: bool) -
     return builder.data_dir
 
 
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # Path.expanduser raises where there is no home directory
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser("python -m convit_jax.data.prepare", allow_abbrev=False)
-    parser.add_argument("--tars", metavar="DIR", type=Path, required=True, help="folder with both tars")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="TFDS's data directory")
+    parser.add_argument("--tars", metavar="DIR", type=_path, required=True, help="folder with both tars")
+    parser.add_argument("--output", metavar="DIR", type=_path, required=True, help="TFDS's data directory")
     parser.add_argument("--format", choices=("array_record", "tfrecord"), default="array_record")
     parser.add_argument("--allow_incomplete", action="store_true", help="accept a part of ImageNet")
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up, as after Ctrl-C
-    tars, output = args.tars.expanduser(), args.output.expanduser()
     try:
-        _check_tars(tars, args.allow_incomplete)
-        made = _build(tars, output, args.format, args.allow_incomplete)
+        _check_tars(args.tars, args.allow_incomplete)
+        made = _build(args.tars, args.output, args.format, args.allow_incomplete)
     except (UserError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
-    print(f"{made} is ready: python train.py --config=configs/convit_s.py --config.data.dir={output}")
+    except KeyboardInterrupt:
+        print("prepare: interrupted.", file=sys.stderr)
+        return 130
+    print(f"{made} is ready: python train.py --config=configs/convit_s.py --config.data.dir={args.output}")
     return 0
 
 

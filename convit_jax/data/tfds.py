@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 from tqdm import tqdm
 
@@ -113,7 +113,7 @@ def _named(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, IndexError, RuntimeError, DecodeError) as error:
-        reason = str(error).split(";")[0].split("\n")[0].strip()
+        reason = str(error).split(";")[0].split("\n")[0].strip() or type(error).__name__
         raise UserError(f"cannot read the shard {path} ({reason}): if it is damaged, copy it again.") from error
 
 
@@ -131,13 +131,15 @@ def _find_builder(name: str, directory: str | None) -> Any:
 
     given = Path(directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     short = name.split(":")[0].split("/")[0]
+    if not re.fullmatch(r"\w+", short):
+        raise UserError(f"data.name is {name!r}, which names no data set: a path belongs in --config.data.dir.")
     try:
         if (given / "features.json").exists():
             return tfds.builder_from_directory(given)
         root = given.parent if given.name == short else given
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=root)
-    except (OSError, ValueError, ParseError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+    except Exception as error:  # TFDS raises all kinds for damaged files
+        reason = str(error).partition("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
         found = sorted(str(path.parent.relative_to(given)) for path in given.glob(f"{short}/**/features.json"))
         raise UserError(
             f"cannot open the TFDS data set {name!r} ({reason}){nearest(name, KNOWN - {name})} Expected "
@@ -177,4 +179,5 @@ def _find_features(builder: Any) -> tuple[str, str, str | None]:
             f"{builder.data_dir} has {len(images)} images and {len(labels)} class labels per example: "
             "use a data set with one of each."
         )
-    return images[0], labels[0], next((name for name in FILE_NAMES if name in features), None)
+    texts = [name for name in FILE_NAMES if name in features and np.dtype(features[name].np_dtype).kind in "OSU"]
+    return images[0], labels[0], next(iter(texts), None)

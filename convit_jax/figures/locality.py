@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.isotonic import isotonic_regression
 
 from convit_jax.analysis.locality import patch_distances
 from convit_jax.figures.style import save_figure, tidy_axes
@@ -40,12 +41,12 @@ def plot_nonlocality(epochs: Sequence[float], values: np.ndarray, model: Mapping
     for layer in range(layers):
         kind, dashes = ("GPSA", "-") if layer < model["local_up_to_layer"] else ("plain", "--")
         means = values[:, layer].mean(axis=1)
-        axes.plot(epochs, means, ls=dashes, label=f"{layer + 1} {kind}", **_look(layer, layers, epochs))
+        axes.plot(epochs, means, ls=dashes, label=f"layer {layer + 1} ({kind})", **_look(layer, layers, epochs))
     rows, columns = (side // model["patch_size"] for side in model["image_size"])
     axes.axhline(patch_distances((rows, columns)).mean(), color="0.45", lw=1, ls=":", label="uniform")
     axes.set(xlabel="epoch", ylabel=f"non-locality (patches, of {rows} x {columns})", xlim=(0, None), ylim=(0, None))
     tidy_axes(axes)
-    _add_legend(figure, axes, "layer")
+    _label_ends(axes, epochs[-1])
     return figure
 
 
@@ -68,7 +69,9 @@ def plot_gates(epochs: Sequence[float], values: np.ndarray, model: Mapping[str, 
         panels[number - columns].xaxis.set_tick_params(labelbottom=True)
     figure.supxlabel("epoch")
     figure.supylabel("gate $\\sigma(\\lambda)$")
-    _add_legend(figure, panels[0], "head", columns=2 if heads > 10 * rows else 1)
+    handles, labels = panels[0].get_legend_handles_labels()
+    ncols = 2 if heads > 10 * rows else 1
+    figure.legend(handles, labels, title="head", loc="outside right center", ncols=ncols, frameon=False)
     return figure
 
 
@@ -78,7 +81,14 @@ def _look(number: int, count: int, epochs: Sequence[float]) -> dict[str, Any]:
     return {"color": shade, "lw": 1.6, "marker": "o" if len(epochs) <= 12 else None, "ms": 4}
 
 
-def _add_legend(figure: Figure, axes: Axes, title: str, columns: int = 1) -> None:
-    """Puts the legend of one panel to the right of all."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, title=title, loc="outside right center", ncols=columns, frameon=False)
+def _label_ends(axes: Axes, epoch: float) -> None:
+    """Writes the name of each curve beside its end, at this epoch; names move apart until they can be read."""
+    curves = sorted((float(np.asarray(line.get_ydata())[-1]), str(line.get_label()), line) for line in axes.lines)
+    ends = np.array([end for end, _, _ in curves])
+    across = axes.get_yaxis_transform()  # x from 0 to 1, y as the curves
+    apart = 0.055 * axes.get_ylim()[1] * np.arange(len(ends))
+    places = isotonic_regression(ends - apart) + apart  # nearest to the ends
+    for (end, name, line), place in zip(curves, places, strict=True):
+        leader = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.8, "relpos": (0, 0.5)}
+        beside = (1.05, place)
+        axes.annotate(name, (epoch, end), beside, textcoords=across, arrowprops=leader, va="center", fontsize=8)

@@ -30,7 +30,7 @@ TITLES = {
     "class_token": "Attention of the class token",
     "distillation_token": "Attention of the distillation token",
 }
-PAGE = 7.5, 10.5  # inches, at most
+PAGE = 7.5, 10.5  # inches, at most; the other way round for few layers
 GAP, CAPTION = 0.08, 0.2  # between maps and above a map, of the longer side of a map
 
 Query = tuple[int, int] | None
@@ -39,11 +39,11 @@ Row = tuple[str, np.ndarray, Sequence[str]]  # layer, its maps [heads, rows, col
 
 
 def draw_attention_maps(
-    directory: Path, layers: Sequence[LayerMaps], image: np.ndarray, query: tuple[int, int]
+    directory: Path, layers: Mapping[int, LayerMaps], image: np.ndarray, query: tuple[int, int]
 ) -> list[Path]:
-    """Draws the pages of TITLES that a model has, for a uint8 image [H, W, 3] and a patch; returns the paths."""
+    """Draws the pages of TITLES that layers, by number, have for a uint8 image [H, W, 3] and a patch; returns paths."""
     pages: dict[str, list[Row]] = {name: [] for name in TITLES}
-    for number, layer in enumerate(layers, 1):
+    for number, layer in layers.items():
         name, captions = f"layer {number}\nplain", _shares(layer.query_tokens)
         if layer.gates is not None:
             name = f"layer {number}\nGPSA"
@@ -69,15 +69,21 @@ def _shares(attention: np.ndarray) -> list[str]:
 
 
 def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query) -> Figure:
-    """The image, and below it the maps."""
+    """The image, and below it the maps; few layers are beside it."""
     heads, *grid = rows[0][1].shape
     norm = LogNorm(1 / math.prod(grid), 1)
     down, across = _steps(grid)
-    inch = min(1.3 / max(grid), (PAGE[0] - 0.7) / (heads * across), (PAGE[1] - 2.7) / (len(rows) * down))  # a patch
-    height = 0.3 + len(rows) * down * inch
-    figure = Figure(figsize=(max(0.7 + heads * across * inch, 4.0), 2.4 + height), layout="constrained")
+    width, height = heads * across, len(rows) * down  # of the maps, in patches
+    wide = width >= 2 * height
+    page, around = (PAGE[::-1], (3.1, 1.7)) if wide else (PAGE, (0.7, 2.7))  # inches
+    inch = min(1.3 / max(grid), (page[0] - around[0]) / width, (page[1] - around[1]) / height)  # of a patch
+    size = max(around[0] + width * inch, 4.0), max(around[1] + height * inch, 2.6)
+    figure = Figure(figsize=size, layout="constrained")
     add_title(figure, title + (f" (row {query[0]}, column {query[1]})" if query else ""))
-    photo, axes = figure.subplots(2, 1, height_ratios=(1.4, height))
+    if wide:
+        photo, axes = figure.subplots(1, 2, width_ratios=(2.2, size[0] - 2.4))
+    else:
+        photo, axes = figure.subplots(2, 1, height_ratios=(1.4, size[1] - 2.4))
     photo.set_anchor("W")
     _draw_photo(photo, image, grid, query)
     cells = {(n, head): (maps[head], texts[head]) for n, (_, maps, texts) in enumerate(rows) for head in range(heads)}
@@ -101,7 +107,7 @@ def draw_init_maps(
     heads, *grid = next(iter(positions.values())).shape
     norm = LogNorm(1 / math.prod(grid), 1)
     panels = (image is not None) + (content is not None) + len(positions)
-    figure = Figure(figsize=(max(2.8 * panels, 3.4), 0.9 + 2.9 * grid[0] / grid[1]), layout="constrained")
+    figure = Figure(figsize=(max(2.1 * panels, 3.4), 0.9 + 2.1 * grid[0] / grid[1]), layout="constrained")
     add_title(figure, f"{heads} heads of a GPSA layer before training")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     if image is not None:
@@ -147,17 +153,21 @@ def _draw_maps(axes: Axes, cells: Cells, norm: Normalize, query: Query, image: n
         )
         _frame(axes, left, top, query)
     extent = (0, columns * across, rows * down, 0)
-    if image is not None:  # black becomes a light grey
-        faded = Image.fromarray(image).convert("L").resize((8 * width, 8 * height)).point(lambda grey: 204 + grey // 5)
+    if image is not None:
         cell = Image.new("L", (8 * across, 8 * down), 255)
-        cell.paste(faded)
+        cell.paste(faded(image, (height, width)))
         axes.imshow(np.tile(np.asarray(cell), (rows, columns)), cmap="gray", vmin=0, vmax=255, extent=extent)
-    axes.imshow(canvas, cmap=_palette(), norm=norm, extent=extent, interpolation="none")
+    axes.imshow(canvas, cmap=palette(), norm=norm, extent=extent, interpolation="none")
     axes.set(ylim=(rows * down, -max(1, round(CAPTION * max(height, width)))), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def _palette() -> ListedColormap:
+def faded(image: np.ndarray, grid: Sequence[int]) -> Image.Image:
+    """Returns a uint8 image [H, W, 3] as the background of a map: 8 pixels a patch, black is a light grey."""
+    return Image.fromarray(image).convert("L").resize((8 * grid[1], 8 * grid[0])).point(lambda grey: 204 + grey // 5)
+
+
+def palette() -> ListedColormap:
     """Colours that only get darker, for colour-blind readers and grey prints; they fade in from the image behind."""
     colors = colormaps["YlGnBu"](np.linspace(0, 1, 256))
     colors[:, 3] = np.minimum(1, np.linspace(0, 3, 256))
@@ -180,7 +190,7 @@ def _steps(grid: Sequence[int]) -> tuple[int, int]:
 
 def _add_colorbar(figure: Figure, axes: Sequence[Axes], norm: Normalize, label: str) -> None:
     """Adds the horizontal colour bar of maps below them."""
-    colors, shrink = ScalarMappable(norm, _palette()), 0.9 / len(axes)
+    colors, shrink = ScalarMappable(norm, palette()), 0.9 / len(axes)
     bar = figure.colorbar(
         colors, ax=axes, orientation="horizontal", shrink=shrink, aspect=40, format=PercentFormatter(1)
     )

@@ -6,7 +6,7 @@ draws PIECE values from any position of the stream, and the shapes are made on t
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,23 @@ def _is_concrete_threefry(key: jax.Array) -> bool:
 def _in_pieces(draw_piece: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     count = math.prod(shape)
     pieces = [draw_piece(key, np.uint32(start)) for start in range(0, count, PIECE)]  # in parallel
-    return jnp.asarray(np.concatenate(pieces)[:count].reshape(shape))
+    values = _aligned(shape)
+    for part, piece in zip(np.split(values.reshape(-1), range(PIECE, count, PIECE)), pieces, strict=True):
+        part[:] = np.asarray(piece)[: len(part)]
+    return jax.device_put(values)
+
+
+def stacked(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Returns jnp.stack of float32 arrays; outside of a trace on the host, which compiles nothing."""
+    if isinstance(arrays[0], jax.core.Tracer):
+        return jnp.stack(arrays)
+    return jax.device_put(np.stack(arrays, out=_aligned((len(arrays), *arrays[0].shape))))
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty float32 array that jax.device_put takes without a copy on a CPU."""
+    memory = np.empty(4 * math.prod(shape) + 64, np.uint8)
+    return np.ndarray(shape, np.float32, memory, -memory.ctypes.data % 64)
 
 
 @jax.jit

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from convit_jax.errors import UserError, nearest
@@ -133,8 +134,8 @@ def parse_image_size(size: int | str | Sequence[int]) -> tuple[int, int]:
 def _check_settings(s: Settings) -> None:
     for name in ("patch_size", "in_chans", "num_classes", "embed_dim", "num_heads", "depth", "scan_unroll"):
         least = 0 if name == "num_classes" else 1
-        if s[name] < least:
-            raise UserError(f"{name} is {s[name]}: it must be at least {least}.")
+        if not isinstance(s[name], int | np.integer) or s[name] < least:
+            raise UserError(f"{name} is {s[name]!r}: it must be at least {least} and a whole number.")
     height, width = s["image_size"]
     if height < 1 or width < 1 or height % s["patch_size"] or width % s["patch_size"]:
         raise UserError(f"image_size {height} x {width} is not a multiple of patch_size {s['patch_size']}: change one.")

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention
-from convit_jax.models.initializers import trunc_normal
+from convit_jax.models.initializers import stacked, trunc_normal
 from convit_jax.models.kernels import KEEP_PRODUCTS
 from convit_jax.models.layers import Key, Linear, Mlp, PatchEmbed, drop_path, dropout, layer_norm, split_key
 
@@ -364,9 +364,7 @@ def _stack(settings: Settings, numbers: range, key: jax.Array, *, gpsa: bool) ->
     """The blocks with these numbers as one Block whose parameters have a leading axis [L]."""
     keys = [jax.random.fold_in(key, number) for number in numbers]
     blocks = [nnx.split(Block(settings, gpsa=gpsa, rngs=nnx.Rngs(params=key))) for key in keys]
-    traced = isinstance(key, jax.core.Tracer)
-    stacked = jax.tree.map(lambda *leaves: (jnp if traced else np).stack(leaves), *(params for _, params in blocks))
-    return nnx.merge(blocks[0][0], jax.tree.map(jnp.asarray, stacked))
+    return nnx.merge(blocks[0][0], jax.tree.map(lambda *leaves: stacked(leaves), *(params for _, params in blocks)))
 
 
 def patch_grid(settings: Settings) -> tuple[int, int]:

@@ -149,13 +149,13 @@ def check_runs(runs: Sequence[StudyRun]) -> None:
     from convit_jax.models.variants import abstract_model
     from convit_jax.training.distill import load_teacher
     from convit_jax.training.optimizer import frozen_mask
-    from convit_jax.training.plan import make_plan
+    from convit_jax.training.plan import follow_weights, make_plan
     from convit_jax.weights.hub import fetch
 
     different = {str(flatten(run.config) | {"seed": None}): run for run in reversed(runs)}
     for run in different.values():
-        config = run.config
         try:
+            config = follow_weights(run.config)
             plan = make_plan(config, devices=1)
             if config.init_from:
                 fetch(config.init_from)

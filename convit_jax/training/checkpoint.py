@@ -4,15 +4,15 @@ import contextlib
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from orbax.checkpoint import v1 as ocp
 
 from convit_jax.rundir import NO_SPACE, disk_errors
+from convit_jax.training.distributed import is_first, together
+from convit_jax.weights.run import reading
 
 # Each device that holds a copy of an array saves a part of it, unless the part is smaller than this. Every
 # shape of part is a program to compile: hundreds of them for the small arrays of a model.
@@ -50,15 +50,17 @@ class Checkpoints:
         )
 
     def set_aside(self, steps: Sequence[int]) -> None:
-        """Moves damaged checkpoints, with a copy of the log, into a new folder of damaged/; one process only."""
+        """Moves damaged checkpoints, with a copy of the log, into a new folder of damaged/."""
         if not steps:
             return
-        (self.directory.parent / "damaged").mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="checkpoints-", dir=self.directory.parent / "damaged"))
-        for step in steps:
-            os.replace(self.directory / str(step), folder / str(step))
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copy(self.directory.parent / "metrics.jsonl", folder)
+        with together(), disk_errors(self.directory):
+            if is_first():
+                (self.directory.parent / "damaged").mkdir(exist_ok=True)
+                folder = Path(tempfile.mkdtemp(prefix="checkpoints-", dir=self.directory.parent / "damaged"))
+                for step in steps:
+                    os.replace(self.directory / str(step), folder / str(step))
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copy(self.directory.parent / "metrics.jsonl", folder)
         self._orbax = self._open()  # it keeps a list of what is there
 
     @property
@@ -75,10 +77,13 @@ class Checkpoints:
         self._saved = step
 
     def restore(self, step: int, wanted: Any) -> Any:
-        """Returns the tree saved at a step as a tree of ShapeDtypeStruct, with shardings, asks for it."""
-        self._saved = step
-        with _without_traces():
-            return self._orbax.load(step, wanted)
+        """Returns the tree saved at a step as a tree of ShapeDtypeStruct, with shardings, asks for it.
+
+        Raises UserError if it is damaged, on the processes that see it.
+        """
+        self._saved, path = step, self.directory / str(step)
+        with reading(path):
+            return ocp.load(path, wanted)
 
     def wait(self) -> None:
         """Waits until everything is on the disk."""
@@ -100,25 +105,3 @@ class Checkpoints:
                     if os.strerror(code) in str(error):  # TensorStore's errors are text
                         raise OSError(code, os.strerror(code)) from error
                 raise
-
-
-@contextlib.contextmanager
-def _without_traces() -> Iterator[None]:
-    """Drops the traces that TensorStore's threads print for each read that a failed restore leaves behind.
-
-    Several processes keep their error streams: there JAX says that a process was lost.
-    """
-    if jax.process_count() > 1:
-        yield
-        return
-    stream, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    except Exception:
-        time.sleep(3)  # the threads end after the exception
-        raise
-    finally:
-        os.dup2(stream, 2)
-        os.close(stream)
-        os.close(nowhere)

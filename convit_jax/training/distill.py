@@ -73,7 +73,8 @@ def load_teacher(config: ConfigDict, plan: Plan) -> tuple[Teacher | None, dict[s
     names = plan.train.source.class_names[: config.data.num_classes]
     try:
         loaded = load(source, image_size=student["image_size"])
-        loaded = with_behaviour(loaded, dtype=student["dtype"], attention=student["attention"])
+        attention = "xla" if config.model.attention == "auto" else student["attention"]
+        loaded = with_behaviour(loaded, dtype=student["dtype"], attention=attention)
         known = loaded.settings["num_classes"]
         if student["num_classes"] != len(names) or not (loaded.class_names or known == len(names)):
             raise UserError(

@@ -114,8 +114,8 @@ def evaluate_weights(
         },
         "start all processes with the same command, weights and images",
     )
-    size, on_device = loaded.settings["image_size"], device_resizes(config) and how.interpolation == "bicubic"
-    canvas = canvas_sides(config.data, size)[1] if on_device else 0
+    size = loaded.settings["image_size"]
+    canvas = canvas_sides(config.data, size)[1] if device_resizes(config, how.interpolation) else 0
     images = EvalExample(source, indices, size, how.crop_ratio, how.interpolation, canvas)
     count = len(indices)
     batch_size = math.ceil(min(config.eval_batch_size, count) / mesh.size) * mesh.size

@@ -48,6 +48,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
                 batch = put_batch(next(run.batches), run.mesh)
 
             # ---- Step --------------------------------------------------------------------------
+            if step == run.first_step:
+                run.compile_step(batch)
             with jax.transfer_guard("disallow"):  # only put_batch may send anything to the device
                 state, sums = run.steps.train(state, sums, batch)
             del batch  # frees its memory when the step is done, not one step later

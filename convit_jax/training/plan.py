@@ -3,17 +3,19 @@
 import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from convit_jax.config import check_config, default_config
+from convit_jax.config import check_config, default_config, left_to_weights, load_run_config
 from convit_jax.data.examples import EvalExample, Slots, TrainExample
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings
+from convit_jax.weights.pretrained import as_arguments, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,28 @@ class Plan:
     def epoch(self, step: int) -> float:
         """Returns the epochs done after a step."""
         return step * self.batch_size / self.train.slots.epoch_length
+
+
+def follow_weights(config: ConfigDict, run: Path | None = None) -> ConfigDict:
+    """Returns a config with the values of the fields that it leaves to the weights of init_from.
+
+    They come from these weights, or from the directory of a `run` that continues.
+    """
+    names = left_to_weights(config)
+    if not names:
+        return config
+    if not config.init_from:
+        raise UserError(f"init_from is None, but the config takes {names[-1]} from its weights: set init_from.")
+    values: Any
+    if run:
+        values = load_run_config(run)
+    else:
+        loaded = load(config.init_from, image_size=config.model.image_size, num_heads=config.model.num_heads)
+        values = {"model": as_arguments(loaded.settings), "data": dataclasses.asdict(loaded.preprocessing)}
+    config = config.copy_and_resolve_references()
+    for section, _, name in (name.partition(".") for name in names):
+        config[section][name] = values[section].get(name)
+    return config
 
 
 def make_plan(config: ConfigDict, *, devices: int, on_device: bool = False) -> Plan:
@@ -82,8 +106,8 @@ def make_plan(config: ConfigDict, *, devices: int, on_device: bool = False) -> P
     eval_at = {steps_of(n * every) for n in range(1, math.ceil(epochs / every))}
     return Plan(
         model=model,
-        train=TrainExample(source, slots, size, config.augment.crop, canvas, group),
-        test=EvalExample(held_out, test_indices, size, config.data.crop_ratio, canvas=eval_canvas),
+        train=TrainExample(source, slots, size, config.augment.crop, config.data.interpolation, canvas, group),
+        test=EvalExample(held_out, test_indices, size, config.data.crop_ratio, config.data.interpolation, eval_canvas),
         epochs=epochs,
         total_steps=total,
         eval_steps=math.ceil(len(test_indices) / eval_batch_size),
@@ -94,10 +118,14 @@ def make_plan(config: ConfigDict, *, devices: int, on_device: bool = False) -> P
     )
 
 
-def device_resizes(config: ConfigDict) -> bool:
-    """Returns whether the device crops and resizes the images of a config (data.resize)."""
+def device_resizes(config: ConfigDict, interpolation: str) -> bool:
+    """Returns whether the device crops and resizes the images of a config (data.resize), with this Pillow filter."""
     if config.data.resize == "auto":
-        return jax.default_backend() != "cpu" and config.augment.crop == "resized"
+        return jax.default_backend() != "cpu" and config.augment.crop == "resized" and interpolation == "bicubic"
+    if config.data.resize == "device" and interpolation != "bicubic":
+        raise UserError(
+            f"the images are resized with {interpolation}, but data.resize=device is bicubic: set it to host."
+        )
     return config.data.resize == "device"
 
 
@@ -118,7 +146,7 @@ def canvas_sides(data: ConfigDict, size: tuple[int, int]) -> tuple[int, int]:
 
 def model_arguments(config: ConfigDict, num_classes: int) -> dict[str, Any]:
     """Returns the arguments of create_model that config.model sets; num_classes: if it sets none."""
-    given = {name: value for name, value in config.model.items() if value is not None}
+    given = {name: value for name, value in config.model.items() if value not in (None, "auto")}
     return {"num_classes": num_classes, **given}
 
 

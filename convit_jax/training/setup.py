@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import secrets
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,18 @@ from convit_jax.data.loader import check_shared_memory
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.progress import Progress
-from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, wait_for_owner
+from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, read_json, wait_for_owner
 from convit_jax.training import distributed
 from convit_jax.training.attention_log import make_attention_log
+from convit_jax.training.autotune import choose_forms
 from convit_jax.training.checkpoint import Checkpoints
 from convit_jax.training.distill import Teacher, load_teacher
 from convit_jax.training.distributed import check_same, from_first, is_first, phase, say, several, together
 from convit_jax.training.evaluation import our_batches, shared_memory
+from convit_jax.training.memory import memory_caution
 from convit_jax.training.metrics import MetricsLog
 from convit_jax.training.optimizer import make_optimizer, run_schedule
-from convit_jax.training.plan import Plan, device_resizes, make_plan
+from convit_jax.training.plan import Plan, device_resizes, follow_weights, make_plan
 from convit_jax.training.sharding import gather, make_mesh, put_same, replicated, state_shardings
 from convit_jax.training.step import Arrays, State, make_eval_step, make_train_step, new_state, train_metrics
 from convit_jax.training.summary import describe_run, facts
@@ -54,11 +55,13 @@ class Steps:
         shardings = state_shardings(mesh, jax.eval_shape(first, abstract_params))
         self.first = jax.jit(first, out_shardings=shardings)  # of parameters: the content of a checkpoint of step 0
         train = make_train_step(self.graphdef, optimizer, schedule, config, plan.model["num_classes"], whole, teacher)
-        self.train = functools.partial(  # (state, sums, batch) -> (state, sums); donates the state
-            jax.jit(train, donate_argnums=0, out_shardings=(shardings["state"], shardings["metrics"])),
-            seed=jax.device_put(np.uint32(config.seed), replicated(mesh)),
-            teacher_params=put_same(teacher_params, state_shardings(mesh, teacher_params)),
-        )
+        compiled = jax.jit(train, donate_argnums=0, out_shardings=(shardings["state"], shardings["metrics"]))
+        fixed = {
+            "seed": jax.device_put(np.uint32(config.seed), replicated(mesh)),
+            "teacher_params": put_same(teacher_params, state_shardings(mesh, teacher_params)),
+        }
+        self.train = functools.partial(compiled, **fixed)  # (state, sums, batch) -> (state, sums); donates the state
+        self.lower_train = functools.partial(compiled.lower, **fixed)
         evaluate = make_eval_step(self.graphdef, config.data.mean, config.data.std, whole)
         self.evaluate = jax.jit(evaluate, out_shardings=replicated(mesh))
         self.shapes = jax.eval_shape(self.first, abstract_params)  # and shardings of that content
@@ -70,29 +73,36 @@ class Training:
 
     def __init__(self, config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> None:
         """stack: ends the writers, the loader and the lock."""
-        self.config, self.workdir = config, workdir
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
         check_same({"workdir": str(workdir), **distributed.comparable(config)})
+        continues = from_first(bool(checkpoint_steps(workdir)))
+        with together():
+            config = follow_weights(config, workdir if continues else None)
+        self.config, self.workdir = config, workdir
 
-        # ---- The images and the teacher ----------------------------------------------------
+        # ---- The images, the forms and the teacher -----------------------------------------
         phase("reading the lists of images")
-        self.plan = distributed.first_then_others(
-            lambda: make_plan(config, devices=self.mesh.size, on_device=device_resizes(config))
-        )
+        devices, on_device = self.mesh.size, device_resizes(config, config.data.interpolation)
+        self.plan = distributed.first_then_others(lambda: make_plan(config, devices=devices, on_device=on_device))
         for example in (self.plan.train, self.plan.test):
             if example.source.note:
                 say(example.source.note)
+        phase("choosing the form of attention")
+        with together():
+            kept = read_json(workdir / "run.json") if checkpoint_steps(workdir) else None
+        self.plan = choose_forms(config, self.plan, self.mesh.size, from_first(kept))
         if config.distill.teacher:
             phase("reading the teacher")
         with together():
             teacher, teacher_params = load_teacher(config, self.plan)
         check_same(
             {
+                **distributed.comparable(config),
                 "the numbers of images": [len(self.plan.train.slots.indices), len(self.plan.test.indices)],
                 "the digest of the images' classes, labels and names": self.plan.image_lists,
                 "the digest of the teacher's weights": teacher and teacher.facts["weights"],
             },
-            "give all processes the same images and teacher",
+            "give all processes the same images, weights and teacher",
         )
         self.steps = Steps(config, self.plan, self.mesh, teacher, teacher_params)
         del teacher_params  # their memory
@@ -129,8 +139,13 @@ class Training:
         self.batches = our_batches(self.plan.train, self.unreadable, workers, self.plan.batch_size, steps)
         stack.callback(self.batches.close)
         self.attention_log = make_attention_log(self.steps.graphdef, config, self.plan, self.mesh)
-        if self.first_step < self.plan.total_steps:
-            self.progress.say("Compiling the training step ...")
+
+    def compile_step(self, batch: Arrays) -> None:
+        """Compiles the training step for batches of this kind; says so if it needs more memory than there is."""
+        self.progress.say("Compiling the training step ...")
+        compiled = self.steps.lower_train(self.state, self.sums, batch).compile()  # kept for the calls
+        if caution := memory_caution(compiled, self.mesh.local_devices):
+            self.progress.say(f"Caution  {caution}")
 
     def test_batches(self) -> Iterator[Batch]:
         """Starts an evaluation; yields this process's rows."""
@@ -173,16 +188,15 @@ class Training:
                 "raise steps or leave it out, or give another --workdir."
             )
         for step in saved:
+            tree = None  # what was read of another one
             try:
-                tree = self.checkpoints.restore(step, self.steps.shapes)
-            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = textwrap.shorten(str(error), 150)
-                say(f"Caution  cannot read the checkpoint of step {step} ({reason})")
-                if several() or step == saved[-1]:
-                    raise UserError(
-                        f"cannot read {self.checkpoints.directory / str(step)} ({reason}): restore a copy, "
-                        "return to the version of the program that wrote it, or move it away."
-                    ) from error
+                with together():
+                    tree = self.checkpoints.restore(step, self.steps.shapes)
+            except UserError as error:
+                if step == saved[-1]:
+                    words = "restore a copy, return to the version of the program that wrote it, or move it away."
+                    raise type(error)(f"{error}: {words}") from error
+                say(f"Caution  {error}")
             else:
                 self.checkpoints.set_aside([later for later in saved if later > step])
                 say(f"Continuing at step {step}")

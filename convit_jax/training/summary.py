@@ -54,6 +54,8 @@ def facts(config: ConfigDict, plan: Plan, params: Any, mesh: Mesh, teacher: Teac
         "model": config.model.name,
         "image_size": list(plan.model["image_size"]),
         "dtype": plan.model["dtype"],
+        "attention": plan.model["attention"],
+        "scan_unroll": plan.model["scan_unroll"],
         "parameters": count_params(params),
         "macs": macs,
         "flops": 2 * macs,
@@ -109,8 +111,11 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
 
 def _cautions(config: ConfigDict, run: Mapping[str, Any]) -> Iterator[str]:
     """What the user may not want."""
-    if config.model.attention == "cudnn" and not cudnn_available():
+    if run["attention"] == "cudnn" and not cudnn_available():
         yield "XLA computes attention: cudnn needs an NVIDIA GPU, Ampere or later"
+    side = re.search(r"_patch16_(\d+)", config.model.name)
+    if side and [int(side[1])] * 2 != run["image_size"]:
+        yield f"the model's name says {side[1]} px: set model.image_size={side[1]} for images of that size"
     if run["batch_size"] > run["train_images"]:
         yield f"batch_size {run['batch_size']:,} is larger than the {run['train_images']:,} training images: lower it"
     if 0 < run["warmup_steps"] < 1:

@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,23 +91,24 @@ class Pretrained:
 
 
 def from_state_dict(
-    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str, image_size: Any, num_heads: int | None
+    tensors: Mapping[str, np.ndarray], config_file: Path, source: str, image_size: Any, num_heads: int | None
 ) -> Pretrained:
-    """Returns the Pretrained of a state dict with its config.json, ours or timm's, or an empty one.
+    """Returns the Pretrained of a state dict with the config.json beside it, ours or timm's, if there is one.
 
     What timm's lacks is as in the recipe, and 1,000 classes are ImageNet's.
     """
-    if "model" in config:  # ours has every setting
-        settings, how = model_settings("convit_tiny", **config["model"]), config["preprocessing"]
-        class_names = config["class_names"]
-    else:
-        config = {**config, **config.get("pretrained_cfg", {})}
-        settings = infer(tensors, source, image_size=image_size, num_heads=num_heads)
-        how = {ours: config[theirs] for ours, theirs in TIMM.items() if config.get(theirs) is not None}
+    with checked_json(config_file, optional=True) as config:
+        if "model" in config:  # ours has every setting
+            settings, how = model_settings("convit_tiny", **config["model"]), Preprocessing(**config["preprocessing"])
+            return Pretrained(tensors, settings, how, tuple(config["class_names"] or ()) or None, source)
+    settings = infer(tensors, source, image_size=image_size, num_heads=num_heads)
+    with checked_json(config_file, optional=True) as config:
+        config |= config.get("pretrained_cfg", {})
+        given = {ours: config[theirs] for ours, theirs in TIMM.items() if config.get(theirs) is not None}
         if max(settings["image_size"]) <= 32:  # the authors do not resize such images
-            how = {"crop_ratio": 1.0, **how}
-        class_names = config.get("label_names") or (IMAGENET if settings["num_classes"] == len(IMAGENET) else None)
-    return Pretrained(tensors, settings, Preprocessing(**how), tuple(class_names or ()) or None, source)
+            given = {"crop_ratio": 1.0, **given}
+        class_names = config.get("label_names") or (IMAGENET if settings["num_classes"] == len(IMAGENET) else ())
+        return Pretrained(tensors, settings, Preprocessing(**given), tuple(class_names) or None, source)
 
 
 def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
@@ -115,24 +117,33 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
 
     step = which if isinstance(which, int) else find_step(path, which, ema)
     tensors = names.to_state_dict(read_run(path, step, ema))
-    with checked_json(path / "config.json") as config, checked_json(path / "run.json") as run:
-        given = {name: value for name, value in config["model"].items() if value is not None}
-        settings = model_settings(**{"num_classes": run["classes"], **given})
-        how = Preprocessing(**{name: config["data"][name] for name in ("crop_ratio", "mean", "std")})
-        kind = "checkpoint" if which == step else f"{which} checkpoint"
-        source = f"{path} ({kind}, step {step}{', moving average' if ema else ''})"
-        return Pretrained(tensors, settings, how, tuple(run["class_names"]), source)
+    kind = "checkpoint" if which == step else f"{which} checkpoint"
+    source = f"{path} ({kind}, step {step}{', moving average' if ema else ''})"
+    with checked_json(path / "run.json") as run:
+        classes, class_names = run["classes"], tuple(run["class_names"])
+    with checked_json(path / "config.json") as config:
+        given = {name: value for name, value in config["model"].items() if value not in (None, "auto")}
+        settings = model_settings(**{"num_classes": classes, **given})
+        how = Preprocessing.of_config(config["data"])
+        return Pretrained(tensors, settings, how, class_names, source)
 
 
 @contextlib.contextmanager
-def checked_json(path: Path) -> Iterator[dict[str, Any]]:
+def checked_json(path: Path, *, optional: bool = False) -> Iterator[dict[str, Any]]:
     """What a JSON file holds; errors inside that come from its contents become a UserError."""
     with explained(path), damage_explained():
-        yield json.loads(path.read_text())
+        yield {} if optional and not path.exists() else json.loads(path.read_text())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes {name: array} as a .safetensors file, completely or not at all. Raises OSError."""
+    with _safetensors(path, tensors):
+        pass
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Writes a .safetensors file that appears under its name at the end of the context."""
     # save_file takes the memory as it lies, so views must be copied.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with atomic_write(path, "wb") as file:
@@ -140,6 +151,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             save_file(contiguous, file.name, metadata={"format": "pt"})
         except SafetensorError as error:  # of the disk
             raise OSError(errno.EIO, str(error)) from error
+        os.fsync(file.fileno())
+        yield
 
 
 def save_converted(loaded: Pretrained, directory: Path) -> None:
@@ -197,13 +210,13 @@ def _to_json(config: Mapping[str, Any]) -> str:
 def _write_directory(
     directory: Path, weights: str, tensors: Mapping[str, np.ndarray], texts: Mapping[str, str]
 ) -> None:
-    """Writes weights and texts by file name, then removes other FILES; a failed write replaces nothing."""
+    """Writes weights and texts by file name in place of all FILES; a failed write replaces nothing."""
     directory.mkdir(exist_ok=True)
-    with contextlib.ExitStack() as stack:
+    with _safetensors(directory / weights, tensors), contextlib.ExitStack() as stack:
         for name, text in texts.items():
             file = stack.enter_context(atomic_write(directory / name))
             file.write(text)
-            file.flush()  # a full disk shows before the weights are replaced
-        write_safetensors(directory / weights, tensors)
-    for name in FILES - {weights, *texts}:
-        (directory / name).unlink(missing_ok=True)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk shows before anything is replaced
+        for name in FILES:  # a kill from here on leaves no weights, rather than weights with another's config
+            (directory / name).unlink(missing_ok=True)

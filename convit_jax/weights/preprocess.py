@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,11 @@ class Preprocessing:
     interpolation: str = "bicubic"  # a Pillow filter
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, for pixels in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def of_config(cls, data: Mapping[str, Any]) -> "Preprocessing":
+        """Returns that of a config's section `data`, which in older runs lacks a field."""
+        return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data})
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):  # JSON has lists

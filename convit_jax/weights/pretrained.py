@@ -14,7 +14,7 @@ import numpy as np
 
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.initializers import trunc_normal
-from convit_jax.models.variants import parse_image_size
+from convit_jax.models.variants import SIZES, model_settings, parse_image_size
 from convit_jax.models.vit import VisionTransformer, patch_grid
 from convit_jax.rundir import is_run
 from convit_jax.weights.checkpoint_file import read_state_dict
@@ -86,12 +86,7 @@ def load(
     if is_run(path):
         loaded = from_run(path, which, ema)
     elif files := [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]:
-        tensors, config_file = _read_shards(files[0], ema), path / "config.json"
-        if config_file.exists():
-            with checked_json(config_file) as config:
-                loaded = from_state_dict(tensors, config, source, size, num_heads)
-        else:
-            loaded = from_state_dict(tensors, {}, source, size, num_heads)
+        loaded = from_state_dict(_read_shards(files[0], ema), path / "config.json", source, size, num_heads)
     else:
         raise UserError(
             f"{path} is neither a run directory (it has no checkpoints) nor a converted one (it has no "
@@ -147,6 +142,15 @@ def load_into(source: str, settings: Mapping[str, Any], seed: int) -> tuple[dict
             "set model.name, or these fields, to those of the weights."
         )
     return loaded.params(), loaded.changes
+
+
+def as_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns arguments of create_model for a network: a name, and the settings in which the network differs."""
+    family = "convit" if settings["local_up_to_layer"] else "deit"
+    sizes = {size: name for name, size in SIZES.items() if name.startswith(family)}
+    name = sizes.get((settings["embed_dim"], settings["num_heads"]), f"{family}_tiny")
+    own = model_settings(name, num_classes=settings["num_classes"])
+    return {"name": name} | {key: settings[key] for key in own if key not in NO_MATTER and settings[key] != own[key]}
 
 
 def match_classes(names: Sequence[str], loaded: Pretrained) -> tuple[np.ndarray, str | None]:

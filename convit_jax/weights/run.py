@@ -1,5 +1,11 @@
 """Reads the parameters in a run directory. It changes nothing, so the run may still be training."""
 
+import contextlib
+import logging
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +17,12 @@ from convit_jax.rundir import checkpoint_steps, read_metrics
 
 
 def read_run(directory: Path, step: int, ema: bool) -> dict[str, Any]:
-    """Returns the parameters in a run's checkpoint, a nested dict of float32 numpy arrays.
-
-    Each of several processes reads by itself and waits for no other.
-    """
+    """Returns the parameters in a run's checkpoint, a nested dict of float32 numpy arrays."""
     path = (directory / "checkpoints" / str(step)).absolute()
     part = "ema" if ema else "params"
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    alone, me = ocp.Context(), ocp.multihost.process_index()
-    alone.multiprocessing.primary_host, alone.multiprocessing.active_processes = me, {me}
     try:
-        with alone:
+        with reading(path):
             shapes = ocp.metadata(path).metadata
             wanted = jax.tree.map(lambda _: ..., shapes)  # leaves that are not read
             if part in wanted["state"]:
@@ -29,13 +30,48 @@ def read_run(directory: Path, step: int, ema: bool) -> dict[str, Any]:
                     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes["state"][part]
                 )
                 return jax.device_get(ocp.load(path, wanted)["state"][part])
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"cannot read {path} ({reason}): try the other one with which=latest or best.") from error
+    except UserError as error:
+        raise UserError(f"{error}: try the other one with which=latest or best.") from error
     raise UserError(
         f"the run in {directory} kept no moving average of its weights: leave ema out, or train with "
         "--config.optim.ema_decay=0.9999."
     )
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what damage of a checkpoint raises inside into a UserError, without a remedy.
+
+    Each of several processes reads by itself and waits for no other, which may have failed.
+    """
+    context, me = ocp.Context(), ocp.multihost.process_index()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+    try:
+        with context, _without_traces():
+            yield
+    except (jax.errors.JaxRuntimeError, MemoryError):  # of the device, of the host
+        raise
+    except Exception as error:  # Orbax raises all kinds
+        reason = textwrap.shorten(str(error), 150) or type(error).__name__
+        raise UserError(f"cannot read {path} ({reason})") from error
+
+
+@contextlib.contextmanager
+def _without_traces() -> Iterator[None]:
+    """Drops what Python prints of the reads that a failure leaves behind; they end at any time after it."""
+    report, logger = sys.unraisablehook, logging.getLogger("asyncio")
+    level = logger.level
+
+    def report_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others
+    logger.setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    yield
+    sys.unraisablehook = report  # after a failure both stay
+    logger.setLevel(level)
 
 
 def find_step(directory: Path, which: str, ema: bool) -> int:

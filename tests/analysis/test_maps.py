@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from convit_jax import create_model
-from convit_jax.analysis.maps import init_maps, layer_maps
+from convit_jax.analysis.maps import full_maps, init_maps, layer_maps
 from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings
 
@@ -38,6 +38,13 @@ def test_the_parts_add_up_to_the_maps_of_the_model():
         np.testing.assert_allclose(gate * layer.position + (1 - gate) * layer.content, layer.query, atol=1e-6)
         assert np.abs(layer.position - layer.content).max() > 0.05
         assert layer.tokens.shape == (0, 4, 3, 4)
+    for layer, full, maps in zip(layers, full_maps(model, IMAGE), model.attention_maps(IMAGE[None]), strict=True):
+        expected = full.content
+        if layer.gates is not None:
+            position = np.einsum("hyY,hxX->hyxYX", full.rows, full.columns).reshape(4, 12, 12)
+            gate = full.gates[:, None, None]
+            expected = (1 - gate) * full.content + gate * position
+        np.testing.assert_allclose(expected, maps[0], atol=1e-6)
     for layer in layers[2:]:
         assert layer.gates is layer.content is layer.position is None
         total = layer.tokens.sum((-2, -1)) + layer.tokens_tokens.sum(-1)

@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from scipy.stats import ks_2samp, kstest
 from sklearn.datasets import load_sample_image
 
+from convit_jax.data import images
 from convit_jax.data.images import centre_crop, decode, decode_pixels, random_resized_crop_box
 from convit_jax.errors import UserError
 
@@ -72,6 +73,14 @@ def test_every_kind_of_image_decodes_to_uint8_rgb(kind):
     np.testing.assert_array_equal(decode_pixels(record, "a/1.jpg"), pixels)
     assert (pixels.dtype, pixels.shape) == (np.uint8, (4, 6, 3))
     assert np.abs(pixels.astype(int) - colour).max() <= 3
+
+
+def test_a_deep_image_without_contrast_is_reported_once(monkeypatch, capsys):
+    monkeypatch.setattr(images, "_flat", [])
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)[None]
+    for name, pixels in (("full", ramp * 255), ("scan", ramp), ("more", (ramp * 4095).astype(np.uint16))):
+        decode(encoded(Image.fromarray(pixels), "TIFF"), f"{name}.tif")
+    assert capsys.readouterr().err.startswith("Warning: scan.tif (mode F) has 2 of 256 grey levels in 8 bits: rescale")
 
 
 @pytest.mark.parametrize("kind", BROKEN)

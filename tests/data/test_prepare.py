@@ -29,15 +29,16 @@ def tars(tmp_path, monkeypatch):
     ("error", "message"),
     [
         (OSError(28, "No space left on device"), "prepare: [Errno 28] No space left on device"),
+        (KeyboardInterrupt(), "prepare: interrupted."),
         (ImportError("No module named 'tensorflow'"), "pip install -r requirements-prepare.txt"),
     ],
 )
-def test_a_full_disk_and_missing_tensorflow_are_one_line(error, message, tars, monkeypatch, capsys):
+def test_a_full_disk_ctrl_c_and_missing_tensorflow_are_one_line(error, message, tars, monkeypatch, capsys):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(tensorflow_datasets, "builder", fail)
-    assert prepare.main([f"--tars={tars}", f"--output={tars}"]) == 1
+    assert prepare.main([f"--tars={tars}", f"--output={tars}"]) in (1, 130)
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

@@ -138,6 +138,7 @@ def rewrite(file, change):
         ("imagenet2012", move("imagenet2012", "x"), r"features\.json, found none\. Set.*data\.prepare.*name=folder"),
         ("imagenette", None, r"imagenette/VERSION/features\.json, found imagenette/160px-v2/1\.0\.0\."),
         ("imagenet2012:4.0.0", None, r"found imagenet2012/5\.1\.0\."),
+        ("/data/imagenet", None, r"data.name is '/data/imagenet', .*: a path belongs in --config\.data\.dir\.$"),
         ("digit", None, r"'digit' \(.*\), did you mean 'digits'\? Expected "),
         ("imagenet", None, r"'imagenet' \(.*\), did you mean 'imagenet2012'\? Expected "),
         ("imagenet2012", rewrite("dataset_info.json", lambda data: data.replace(b'"train"', b'"x"')), "no train split"),
@@ -171,10 +172,11 @@ def test_the_supervised_label_is_chosen_and_other_kinds_of_data_sets_are_refused
     whole = json.loads((folder / "features.json").read_text())
     features = whole["featuresDict"]["features"]
     features["coarse"], features["mask"] = features["label"], features["image"]
+    features["id"] = features["label"]  # an integer, which is no name
     (folder / "features.json").write_text(json.dumps(whole))
-    assert len(TfdsImages("cifar10", root, "train").labels) == 20
+    assert re.fullmatch(r"airplane/\d{8}", TfdsImages("cifar10", root, "train").name(0))
     info = json.loads((folder / "dataset_info.json").read_text())
     del info["supervisedKeys"]
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="has 2 images and 2 class labels"):
+    with pytest.raises(UserError, match="has 2 images and 3 class labels"):
         TfdsImages("cifar10", root, "train")

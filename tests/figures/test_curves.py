@@ -64,10 +64,16 @@ def test_locality_of_every_layer_and_head_by_epoch(tmp_path, monkeypatch):
     curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     np.testing.assert_allclose(np.array(curves.pop("uniform"))[:, 1], patch_distances((2, 3)).mean())
     assert curves == {
-        "1 GPSA": [[1, 1.5], [2, 2.5]],
-        "2 GPSA": [[1, 3.5], [2, 3.5]],
-        "3 plain": [[1, 5.5], [2, 5.5]],
+        "layer 1 (GPSA)": [[1, 1.5], [2, 2.5]],
+        "layer 2 (GPSA)": [[1, 3.5], [2, 3.5]],
+        "layer 3 (plain)": [[1, 5.5], [2, 5.5]],
     }
+    ends = {text.get_text(): text.xy for text in axes.texts}
+    assert ends == {"uniform": (2, pytest.approx(patch_distances((2, 3)).mean()))} | {
+        name: tuple(points[-1]) for name, points in curves.items()
+    }
+    places = sorted(text.xyann[1] for text in axes.texts)
+    assert np.diff(places).min() > 0.05 * axes.get_ylim()[1]  # also where curves end together
     panels = drawn["gates"].axes
     assert [axes.get_title() for axes in panels] == ["layer 1", "layer 2"]
     heads = {line.get_label(): line.get_ydata().tolist() for line in panels[1].lines}

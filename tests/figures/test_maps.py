@@ -51,7 +51,7 @@ def texts(axes):
 
 def test_a_page_per_kind_of_map(pages, tmp_path):
     layers = [layer(0), layer(10), layer(20, tokens=2, gated=False)]
-    maps.draw_attention_maps(tmp_path, layers, PIXELS, QUERY)
+    maps.draw_attention_maps(tmp_path, dict(zip((1, 4, 9), layers, strict=True)), PIXELS, QUERY)
     expected = {
         "query": [each.query for each in layers],
         "query_content": [each.content for each in layers[:2]],
@@ -77,11 +77,16 @@ def test_a_page_per_kind_of_map(pages, tmp_path):
     assert [words.split()[1] for words in texts(axes)[:4]] == ["0.12", "0.25", "1.00", "0.00"]
     assert texts(axes)[-1] == "cls 0.25 dist 0.25"
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels == ["layer 1\nGPSA", "layer 2\nGPSA", "layer 3\nplain"]
+    assert labels == ["layer 1\nGPSA", "layer 4\nGPSA", "layer 9\nplain"]
     pages.clear()
-    maps.draw_attention_maps(tmp_path, [layer(0, tokens=1, gated=False)] * 12, PIXELS, QUERY)
+    maps.draw_attention_maps(tmp_path, dict.fromkeys(range(12), layer(0, tokens=1, gated=False)), PIXELS, QUERY)
     assert list(pages) == ["query", "class_token"]
     assert pages["query"].get_figheight() <= maps.PAGE[1] + 1e-6
+    pages.clear()
+    maps.draw_attention_maps(tmp_path, {12: layer(0, gated=False)}, PIXELS, QUERY)
+    photo, axes, _ = pages["query"].axes
+    assert photo.get_position().x1 < axes.get_position().x0  # beside each other
+    assert pages["query"].get_figwidth() <= maps.PAGE[1] + 1e-6
 
 
 def test_heads_before_training_stand_as_the_pixels_of_a_filter(pages, tmp_path):

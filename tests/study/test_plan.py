@@ -32,7 +32,7 @@ def by_row(source):
 
 @pytest.mark.parametrize("file", list(STUDIES))
 def test_studies_of_the_repository(file):
-    text, docs = ((ROOT / path).read_text() for path in (f"studies/{file}", "docs/studies.md"))
+    text, docs = ((ROOT / path).read_text() for path in (f"studies/{file}", "docs/experiments.md"))
     assert f"python -m convit_jax.study studies/{file}:" in text
     for name, runs in STUDIES[file].items():
         study = read_study(f"studies/{file}:{name}")

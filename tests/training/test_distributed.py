@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -124,7 +125,7 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
             assert all(process.poll() is None for process in processes), ends(processes)
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        processes[1].send_signal(signal.SIGTERM)
+        processes[1].send_signal(signal.SIGUSR1)  # passed on as SIGTERM
         (status, output, errors), other = ends(processes)
     assert (status, errors) == (0, ""), errors
     assert other == (0, "", "")  # process 1 writes nothing
@@ -136,7 +137,10 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
     assert 4 < step < STEPS
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == step
 
-    # ---- The same run goes on; the flags overrule Slurm, here an interactive job -----------------
+    # ---- The same run goes on, without a damaged checkpoint; the flags overrule Slurm's job ------
+    damaged = shutil.copytree(run / f"checkpoints/{step}", run / f"checkpoints/{step + 1}")
+    for file in damaged.glob("state/ocdbt.process_1/d/*"):
+        os.truncate(file, 0)
     script = tmp_path / "worker"
     script.write_text(WORKER.replace("@ROOT@", str(ROOT)))
     command = [script, f"--checkpoint={run}", "--which=latest", "--heartbeat_timeout=5"]
@@ -144,7 +148,8 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
         (status, output, errors), (other_status, nothing, other_errors) = ends(processes)
     assert (bool(status), bool(other_status), nothing) == (True, True, ""), errors
     assert "GPUs of a process: all" in output  # not Slurm's SLURM_LOCALID, one GPU of eight
-    assert f"Continuing at step {step}" in output
+    assert re.search(rf"cannot read {damaged} \(.*\)\nContinuing at step {step}\n", output)
+    assert [path.name for path in sorted(run.glob("damaged/*/*"))] == [str(step + 1), "metrics.jsonl"]
     assert_same(saved(run), saved(tmp_path / "one"), atol=2e-5, rtol=1e-4)
     one, last = (read_metrics(path / "metrics.jsonl")[-1] for path in (tmp_path / "one", run))
     for name in ("nonlocality", "gates"):

@@ -1,15 +1,17 @@
 """What a run learns, logs and leaves behind, and what stops it."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 from conftest import assert_same, run_train, saved
 
+from configs import finetune
 from convit_jax.data import loader
 from convit_jax.errors import UserError
 from convit_jax.rundir import read_metrics
-from convit_jax.training import setup
+from convit_jax.training import memory, setup
 from convit_jax.training.loop import train
 from convit_jax.weights.pretrained import load
 
@@ -51,14 +53,22 @@ def test_what_a_run_leaves_behind(tmp_path):
         assert f"  {name} " in summary
 
 
-def test_a_linear_probe_of_a_run_changes_its_head_alone(digits_config, trained, tmp_path):
-    start = load(trained).params()
-    digits_config.init_from, digits_config.optim.freeze, digits_config.steps = str(trained), "backbone", 2
-    digits_config.batch_size, digits_config.optim.layer_decay = None, 0.7
-    train(digits_config, tmp_path / "probe")
-    end = saved(tmp_path / "probe")["state"]["params"]
-    assert (start.pop("head")["kernel"] != end.pop("head")["kernel"]).all()
-    assert_same(start, end)
+def test_a_linear_probe_of_a_run_is_of_its_network_and_changes_the_head_alone(trained, tmp_path, capsys):
+    start = load(trained)
+    config = finetune.get_config()
+    config.data.name, config.mesh.data = "digits", 1
+    config.init_from, config.optim.freeze, config.steps = str(trained), "backbone", 2
+    train(config, tmp_path / "probe")
+    end = load(tmp_path / "probe")
+    assert end.preprocessing == start.preprocessing
+    params = start.params(), end.params()
+    head, trained_head = (each.pop("head")["kernel"] for each in params)
+    assert (head != trained_head).all()
+    assert_same(*params)
+    shutil.rmtree(trained)  # the run goes on without them
+    config.steps = 3
+    train(config, tmp_path / "probe")
+    assert "Continuing at step 2" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(digits_config, tmp_path):
@@ -120,3 +130,21 @@ def test_a_run_needs_shared_memory_for_training_and_evaluation_together(digits_c
     monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
     with pytest.raises(UserError, match=r"the workers of the loaders need .* lower data\.workers"):
         train(digits_config, tmp_path / "run")
+
+
+def test_a_step_that_needs_more_memory_than_is_free_is_said(digits_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "free_host_memory", lambda: 1e6)
+    digits_config.steps = 1
+    train(digits_config, tmp_path)
+    (caution,) = [line for line in capsys.readouterr().out.splitlines() if "Caution" in line]
+    assert "GiB are free: lower batch_size, raise accumulate, or set model.remat=True" in caution
+
+
+def test_a_limit_of_a_container_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    limits = {"max": "1000", "current": "700", "stat": "anon 600\ninactive_file 50"}
+    for name, text in limits.items():
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    assert memory.free_host_memory() == 350
+    (tmp_path / "memory.max").write_text("max\n")
+    assert 1e6 < memory.free_host_memory() < float("inf")

@@ -1,10 +1,25 @@
 """What a config amounts to, and which configs are refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import convit_jax
+from configs import finetune
 from convit_jax.errors import UserError
-from convit_jax.training.plan import canvas_sides, check_run, device_resizes, make_plan
+from convit_jax.models.variants import model_settings
+from convit_jax.training.plan import (
+    canvas_sides,
+    check_run,
+    device_resizes,
+    follow_weights,
+    make_plan,
+    model_arguments,
+)
+from convit_jax.weights import pretrained
+
+GOLDEN = Path(__file__).parents[1] / "golden/convit_golden.safetensors"
 
 
 def test_steps_epochs_and_evaluations(digits_config):
@@ -58,6 +73,27 @@ def test_batches_and_warm_up_fit_the_data_and_the_run(digits_config):
         make_plan(digits_config, devices=3)
 
 
+def test_what_the_config_leaves_to_the_weights():
+    config = finetune.get_config()
+    config.init_from = str(GOLDEN)
+    of_weights = pretrained.load(GOLDEN).settings
+    followed = follow_weights(config)
+    assert model_settings(**model_arguments(followed, 10)) == of_weights | {"drop_path_rate": 0.1, "dtype": "bfloat16"}
+    assert (config.model.name, followed.model.name, followed.data.mean[0]) == (None, "convit_tiny", 0.485)
+    config.model.image_size, config.data.mean = 384, (0.5, 0.5, 0.5)  # what is set counts
+    followed = follow_weights(config)
+    assert (followed.model.image_size, followed.data.mean, followed.data.crop_ratio) == (384, (0.5, 0.5, 0.5), 0.875)
+    config.init_from = None
+    with pytest.raises(UserError, match=r"init_from is None, but the config takes data\.std from its weights"):
+        follow_weights(config)
+
+
+@pytest.mark.parametrize("name", convit_jax.list_models())
+def test_a_network_is_named_as_in_the_paper(name):
+    settings = model_settings(name, image_size=384, num_classes=3)
+    assert pretrained.as_arguments(settings) == {"name": name, "image_size": (384, 384)}
+
+
 @pytest.mark.parametrize(
     ("field", "value", "devices", "message"),
     [
@@ -101,6 +137,8 @@ def test_canvases_have_room_for_the_crops_of_an_image(digits_config):
     assert canvas_sides(data, (224, 224)) == (500, 375)
     with pytest.raises(UserError, match=r"data\.canvas is 500, but 3 crops of 256 pixels need 512: .*resize=host"):
         canvas_sides(data, (256, 256))
-    assert not device_resizes(digits_config)  # on a CPU
+    assert not device_resizes(digits_config, "bicubic")  # on a CPU
     data.resize = "device"
-    assert device_resizes(digits_config)
+    assert device_resizes(digits_config, "bicubic")
+    with pytest.raises(UserError, match=r"resized with bilinear, but data\.resize=device is bicubic"):
+        device_resizes(digits_config, "bilinear")

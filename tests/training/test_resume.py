@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_an_earlier_one(trained, digits_co
     digits_config.steps = latest + 1
     train(digits_config, trained)
     said = capsys.readouterr().out
-    assert re.search(rf"cannot read the checkpoint of step {latest} \(.*\)\nContinuing at step {latest - 1}\n", said)
+    assert re.search(rf"cannot read {checkpoints}/{latest} \(.*\)\nContinuing at step {latest - 1}\n", said)
     assert max(checkpoint_steps(trained)) == latest + 1
     assert [path.name for path in sorted(trained.glob("damaged/*/*"))] == [str(latest), "metrics.jsonl"]
     for step in checkpoint_steps(trained):

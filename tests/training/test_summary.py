@@ -50,12 +50,13 @@ def test_attention_without_cudnn_is_said(digits_config, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "caution"),
     [
+        ({"model.name": "convit_tiny_patch16_384"}, "the model's name says 384 px: set model.image_size=384"),
         ({"batch_size": 1440}, "batch_size 1,440 is larger than the 1,437 training images: lower it"),
         ({"optim.warmup_epochs": 0.05}, "the warm-up is shorter than one step: raise optim.warmup_epochs, or lower"),
         ({"optim.warmup_epochs": 1.0}, "the warm-up takes 18 steps, but the run only 12: lower optim.warmup_epochs"),
     ],
 )
-def test_a_batch_or_warm_up_that_does_not_fit_is_said(digits_config, fields, caution):
+def test_a_size_batch_or_warm_up_that_does_not_fit_is_said(digits_config, fields, caution):
     assert not any("Caution" in line for line in describe(digits_config)[0])
     digits_config.update_from_flattened_dict(fields)
     (found,) = [line for line in describe(digits_config)[0] if "Caution" in line]

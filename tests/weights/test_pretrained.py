@@ -65,14 +65,27 @@ def test_safetensors_gets_the_numbers_of_every_kind_of_array(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_a_directory_is_replaced_whole_or_not_at_all(golden, tmp_path, monkeypatch):
+def test_a_directory_never_holds_weights_with_the_config_of_others(golden, tmp_path, monkeypatch):
     save_converted(golden, tmp_path / "w")
     save_converted(pretrained.load(GOLDEN, num_classes=2), tmp_path / "w")
-    monkeypatch.setattr(os, "replace", None)
-    with pytest.raises(TypeError):
-        save_converted(golden, tmp_path / "w")
+    replace = os.replace
+
+    def killed(source, target):
+        if target.suffix == ".safetensors":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", None)  # a full disk
+        with pytest.raises(TypeError):
+            save_converted(golden, tmp_path / "w")
     assert pretrained.load(tmp_path / "w").settings["num_classes"] == 2
     assert {path.name for path in (tmp_path / "w").iterdir()} == {"config.json", "weights.safetensors"}
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_converted(golden, tmp_path / "w")
+    with pytest.raises(UserError, match=r"has no weights\.safetensors"):
+        pretrained.load(tmp_path / "w")
 
 
 def test_a_new_head_and_larger_images(golden):
@@ -125,7 +138,11 @@ def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
     (tmp_path / "json").mkdir()
     save_converted(golden, tmp_path / "json/w")
     (tmp_path / "json/w/config.json").write_text('{"model": {}}')
+    (tmp_path / "hub").mkdir()
+    write_safetensors(tmp_path / "hub/model.safetensors", {"head.weight": np.ones((2, 2))})
+    (tmp_path / "hub/config.json").write_text("{}")
     for source, options, message in (
+        (tmp_path / "hub", {}, r"^(?!.*config\.json).*hub"),
         ("convit_tinny", {}, r"no file or directory convit_tinny, .* did you mean 'convit_tiny'"),
         (tmp_path, {}, "neither a run directory"),
         (GOLDEN, {"image_size": 50}, "image_size 50 x 50 is not a multiple of patch_size 8"),
@@ -205,6 +222,9 @@ def test_best_and_latest_of_a_run_and_its_average(golden, tmp_path):
         head_bias(which="newest")
     with pytest.raises(UserError, match=r"cannot read .*checkpoints/7 .*: try the other one"):
         head_bias(which=7)
+    (tmp_path / "run/run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^cannot read [^:]*/run\.json: it is damaged"):
+        head_bias()
 
 
 def test_a_run_that_lacks_something(golden, tmp_path):

@@ -1,0 +1,126 @@
+"""README.md and docs/: every command can be typed as it stands, every Python snippet runs, every link leads somewhere.
+
+docs/python.md has a test of its own, test_python_page.py.
+"""
+
+import argparse
+import pickle
+import re
+import runpy
+import shlex
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import convit_jax
+from convit_jax import cli
+from convit_jax.config import load_config
+from convit_jax.study import plan
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WHOLE = {"--config=...": "--config=configs/convit_s.py", " ...": "", "\\\n": " "}  # what a page leaves out
+ADDED = ["--config=configs/convit_s.py"]  # stands for the command to which a table adds flags
+
+
+class Parsed(Exception):
+    """The flags of a command are right."""
+
+
+def code(page):
+    """The lines of a page's blocks of code, and the code inside its text, unless it is of an earlier commit."""
+    text = re.sub(r"^```(python|bibtex)\n.*?^```", "", page.read_text(), flags=re.S | re.M)
+    for part, whole in WHOLE.items():
+        text = text.replace(part, whole)
+    text = re.sub(r"(`[^`]+`|^    .*)[, ]+at\s+commit", "", text, flags=re.M)
+    return re.findall(r"^    (?! )(.*)", text, re.M) + re.findall(r"`([^`\n]+)`", text)
+
+
+def commands(page):
+    """The commands of this project on a page, as lists of words: ["train.py", "--config=configs/convit_s.py"]."""
+    for line in code(page):
+        words = shlex.split(line, comments=True)
+        if "python" in words:
+            words = words[words.index("python") + 1 :]
+            yield words[1:] if words[0] == "-m" else words
+        elif words and re.fullmatch("convit-[a-z]+", words[0]):
+            name = words[0].removeprefix("convit-")
+            yield ["train.py" if name == "train" else f"convit_jax.{name}", *words[1:]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_can_be_typed(page, monkeypatch):
+    def launch(name, main, *, define=lambda: None, config=None, arguments="", processes=False, **others):
+        cli._parse(sys.argv, [cli._define_processes, define] if processes else [define], config, arguments)
+        raise Parsed
+
+    def parse_args(parser, *given):
+        assert not parser.parse_known_args(*given)[1]
+        raise Parsed
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "launch", launch)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    for words in commands(page):
+        monkeypatch.setattr(sys, "argv", words)
+        run = runpy.run_path if words[0].endswith(".py") else runpy.run_module
+        if words[1:]:  # a command without arguments has no flags to check, and benchmarks.eager no parser
+            with pytest.raises(Parsed):
+                run(words[0], run_name="__main__")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_of_a_config_exists(page):
+    for line in code(page):
+        if re.match("--config[.=]", line):
+            load_config([*ADDED, *(word for word in shlex.split(line) if re.match("--config[.=]", word))])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall("^#+ (.*)", file.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def snippet(page, number=0):
+    """One of the Python snippets of a page."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)[number]
+
+
+def test_the_readme_goes_from_a_photo_to_labels(trained, image_folder, monkeypatch, capsys):
+    monkeypatch.chdir(image_folder / "val/ant")
+    run = snippet("README.md").replace("convit_small", str(trained))
+    exec(run.replace("cat.jpg", "0.jpg").replace("dog.jpg", "1.jpg"), {})
+    assert re.search(r"^\['\d', '\d'\]$", capsys.readouterr().out, re.M)
+
+
+def test_the_script_for_cifar10_makes_an_image_folder(tmp_path, monkeypatch):
+    from convit_jax.data.sources import ImageFolder
+
+    source = tmp_path / "cifar-10-batches-py"
+    source.mkdir()
+    (source / "batches.meta").write_bytes(pickle.dumps({"label_names": ["cat", "dog"]}))
+    for name in ("data_batch_1", "data_batch_2", "test_batch"):
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), np.uint8)
+        (source / name).write_bytes(pickle.dumps({b"labels": [0, 1, 0, 1], b"data": pixels}))
+    monkeypatch.chdir(tmp_path)
+    exec(snippet("docs/data.md"), {})
+    train, test = (ImageFolder("CIFAR10", split) for split in ("train", "test"))
+    assert (len(train.labels), len(test.labels), train.class_names) == (8, 4, ("cat", "dog"))
+
+
+def test_the_plan_of_experiments_is_a_study(tmp_path):
+    (tmp_path / "mine.py").write_text(snippet("docs/experiments.md"))
+    assert len(plan.read_study(str(tmp_path / "mine.py"), []).runs) == 9
+
+
+def test_weights_load_for_other_classes_and_sizes():
+    golden = ROOT / "tests/golden/convit_golden.safetensors"
+    names = {"convit_jax": convit_jax}
+    exec(snippet("docs/checkpoints.md").replace("convit_small", str(golden)).replace("384", "64"), names)
+    assert names["model"].head.kernel.shape[-1] == 10
