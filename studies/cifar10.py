@@ -46,17 +46,7 @@ FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)
 
 def fine_tuning():
     """Fine-tuning and a linear probe with configs/finetune.py against training from scratch on twice as many images."""
-    tuned = {
-        "init_from": PRETRAINED,
-        "optim.lr": 4e-3,
-        "model.image_size": 32,
-        "model.patch_size": 4,
-        "augment.crop": "pad",
-        "data.crop_ratio": 1.0,
-        "data.mean": (0.4914, 0.4822, 0.4465),
-        "data.std": (0.2470, 0.2435, 0.2616),
-        "data.workers": 0,
-    }
+    tuned = {"init_from": PRETRAINED, "optim.lr": 4e-3, "augment.crop": "pad", "data.workers": 0}
     probe = tuned | {"optim.freeze": "backbone", "optim.lr": 4e-2}
     rows = {
         "from scratch": (CONFIG, {"epochs": 2}),
