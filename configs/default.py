@@ -65,7 +65,11 @@ FIELDS = {
         kind=float,
     ),
     "model.drop_path_rate": Field(0.1, "stochastic depth of the last block, rising linearly from 0", "[0, 1)"),
-    "model.dtype": Field("bfloat16", "dtype of the computation; parameters are float32", ("float32", "bfloat16")),
+    "model.dtype": Field(
+        "bfloat16",
+        "dtype of the computation; parameters are float32; auto: bfloat16, on a CPU float32",
+        ("float32", "bfloat16", "auto"),
+    ),
     "model.remat": Field(False, "recompute blocks in the backward pass to save memory", may_change=True),
     "model.scan_unroll": Field(
         "auto", "number of blocks that the scan unrolls; auto: all with cudnn, else 1", kind=object, may_change=True

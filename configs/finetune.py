@@ -14,6 +14,7 @@ def get_config():
     config.epochs = 50
     config.batch_size = None
     config.init_from = "convit_tiny"
+    config.model.dtype = "auto"
     config.model.name = None  # these are as in init_from
     config.model.image_size = None
     config.data.crop_ratio = None

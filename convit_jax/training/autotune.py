@@ -24,8 +24,10 @@ TOLERANCE = 0.03  # of relative errors; rounding to bfloat16 gives 0.007
 
 def choose_forms(config: ConfigDict, plan: Plan, devices: int, kept: dict[str, Any] | None) -> Plan:
     """Returns the plan with what "auto" means here; kept: run.json of a run that continues, whose forms stay."""
-    auto = [name for name in ("attention", "scan_unroll") if config.model[name] == "auto"]
+    auto = [name for name in ("dtype", "attention", "scan_unroll") if config.model[name] == "auto"]
     model = plan.model | {name: kept[name] for name in auto if kept and name in kept}  # plan.model has defaults
+    if kept is None and "dtype" in auto and jax.default_backend() != "cpu":
+        model["dtype"] = "bfloat16"
     if kept is None and auto and all(from_all(kernels.cudnn_available())):
         if "attention" in auto and model["dtype"] == "bfloat16":
             model["attention"] = _fastest(model, plan.batch_size // devices // config.accumulate)

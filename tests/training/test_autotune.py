@@ -91,3 +91,14 @@ def test_a_run_that_continues_keeps_its_forms(digits_config, trained):
     assert forms(digits_config, {}) == ("xla", 1)  # begun by a version without this choice
     digits_config.model.update(attention="xla", scan_unroll=2)
     assert forms(digits_config, kept) == ("xla", 2)
+
+
+def test_a_dtype_left_open_is_that_of_the_device(digits_config, monkeypatch):
+    def dtype(kept=None):
+        return choose_forms(digits_config, make_plan(digits_config, devices=1), 1, kept).model["dtype"]
+
+    digits_config.model.update(dtype="auto", attention="xla", scan_unroll=1)
+    assert dtype() == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert dtype() == "bfloat16"
+    assert dtype(kept={"dtype": "float32"}) == "float32"
