@@ -20,10 +20,16 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check the path.") from error
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: it is damaged ({error}).") from error
     except MemoryError as error:
         raise UserError(f"cannot read {path}: not enough memory.") from error
+    except Exception as error:  # libraries do not document what they raise for a damaged file
+        reason = f"{type(error).__name__}: {printable(str(error))}"
+        raise UserError(f"cannot read {path}: it is damaged ({reason}): download or save it again.") from error
+
+
+def printable(text: str) -> str:
+    """Returns text from a file as it may be printed: short and ASCII only."""
+    return ascii(text if len(text) <= 100 else f"{text[:97]}...")[1:-1]
 
 
 def out_of_memory(error: Exception) -> str | None:

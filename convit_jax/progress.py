@@ -1,10 +1,10 @@
 """The progress display of every command: a live bar in a terminal, plain lines in a file."""
 
+import io
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -59,33 +59,22 @@ class Progress:
             self._bar = None
 
 
-class Lasting:
-    """An output stream that drops what is written after its reader has gone, as `| head` or a closed terminal."""
+class Lasting(io.FileIO):
+    """An output that drops what is written after its reader has gone, as `| head` or a closed terminal."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Writes, or drops, a text."""
-        self._unless_gone(self._stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flushes the stream."""
-        self._unless_gone(self._stream.flush)
-
-    def _unless_gone(self, function: Callable[..., Any], *arguments: str) -> None:
+    def write(self, data: Any, /) -> int:
+        """Writes, or drops, bytes."""
         try:
-            function(*arguments)
+            return super().write(data)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return super().write(data)
 
 
 def outlive_readers() -> None:
     """Lets the process go on without output when the readers of its output streams have gone, or were never there."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        setattr(sys, name, Lasting(stream))
+        stream = getattr(sys, name)
+        number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
+        output = io.BufferedWriter(Lasting(number, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(output, errors="backslashreplace", line_buffering=True))

@@ -30,6 +30,7 @@ from convit_jax import cli
 from convit_jax.rundir import checkpoint_steps
 
 ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests/golden"
 SPEEDS = ("images_per_second", "data_wait", "mfu")  # fields of metrics.jsonl that depend on the clock
 QUICK = os.environ["XLA_FLAGS"]  # for processes that tests start; here there are eight devices beside it
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
@@ -127,9 +128,24 @@ def image_folder(tmp_path):
 @pytest.fixture
 def tfds_data(tmp_path):
     """A fresh copy of tests/golden/tfds.tar.gz: array_record/ and tfrecord/, each a TFDS data directory."""
-    with tarfile.open(ROOT / "tests/golden/tfds.tar.gz") as archive:
+    with tarfile.open(GOLDEN / "tfds.tar.gz") as archive:
         archive.extractall(tmp_path / "tfds", filter="data")
     return tmp_path / "tfds"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The authors' small network with its weights."""
+    from convit_jax.weights import pretrained
+
+    return pretrained.load(GOLDEN / "convit_golden.safetensors")
+
+
+@pytest.fixture(scope="session")
+def original():
+    """What the authors' code computed from that network, by name, and "images" [3, 48, 48, 3]."""
+    with np.load(GOLDEN / "convit_golden_io.npz") as file:
+        return {**file, "images": file["images_nchw"].transpose(0, 2, 3, 1)}
 
 
 @pytest.fixture

@@ -43,13 +43,6 @@ def test_the_plain_network_differs_only_in_the_position():
     assert sizes["plain"] == sizes["convit"]
 
 
-def test_a_form_is_a_setting_of_our_models_only():
-    for form, settings in model.FORMS.items():
-        model_settings("convit_tiny", dtype="bfloat16", **settings)
-        assert model.is_known(f"other-convit+{form}")
-        assert not model.is_known(f"timm-convit+{form}")
-
-
 def test_failed_and_late_programs_do_not_stop_the_others():
     answer = json.dumps({"images_per_second": 5.0})
     scripts = {
@@ -107,5 +100,5 @@ def test_the_loader_gives_a_rate(monkeypatch):
     monkeypatch.setattr(loader, "SIZE", 16)
     file = io.BytesIO()
     Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(file, "JPEG")
-    for program in ("pillow", "repeats"):
+    for program in ("pillow", "repeats", "device", "evaluate_device"):
         assert loader.rate(program, [file.getvalue()] * 3, 0.01) > 0

@@ -26,7 +26,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
         (f"evaluate {WEIGHTS}", "this needs a config: add --config="),
         (f"evaluate {WEIGHTS} {DIGITS} --gpsa_layers=2", "--gpsa_layers needs --gates"),
         (f"evaluate {DIGITS} --batch_size=8", "there is no flag --batch_size, did you mean --config.batch_size?"),
-        (f"evaluate {DIGITS} --config.epoch=8", "the config has no field 'epoch', did you mean 'epochs'"),
         (f"evaluate {WEIGHTS} photo.jpg", "expected only flags, such as --config.epochs=10, got photo.jpg"),
         (f"evaluate {WEIGHTS} --image_size=3x4x5", "image_size is '3x4x5': give a side"),
         (f"predict {WEIGHTS}", "give at least one IMAGE"),
@@ -34,7 +33,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
         (f"export {WEIGHTS} --platforms=cpu,gpu x", "there is no platform 'gpu': choose from cpu"),
         (f"export {WEIGHTS}", "expected OUTPUT, got nothing"),
         (f"export {WEIGHTS} m.onnx", "export writes StableHLO, not .onnx: name it m.stablehlo."),
-        ("train --config.batch_size=many", "flag --config.batch_size=many: invalid literal for int()"),
         ("train --config=configs/ablations.py:x", "there is no ablation 'x'"),
         ("train --epochs=3", "there is no flag --epochs, did you mean --config.epochs?"),
     ],
@@ -67,18 +65,14 @@ def test_installed_commands_run_in_any_directory(tmp_path):
     for script in PROJECT["project"]["scripts"]:
         done = run(script.removeprefix("convit-"), "--help")
         assert (done.returncode, "--helpfull" in done.stdout) == (0, True), done.stderr
+        if script not in ("convit-train", "convit-study"):
+            assert {"--image_size:", "--heads:"} <= {*done.stdout.split()}
     listed = run("study", "digits:models", "--list")
     assert "recipes/train.py --config=configs/digits.py" in listed.stdout, listed.stderr
     refused = run("train", "--config=convit_x")
     assert refused.stderr.startswith("train.py: there is no file 'convit_x', did you mean 'convit_s'? The files are:")
     refused = run("train", "--config=ablations:e", "--config.data.name=digits", "--config.data.std=(1.0,1.0)")
     assert "data.std is (1.0, 1.0): give 3 numbers" in refused.stderr
-
-
-def test_help_shows_the_flags_of_a_command():
-    done = run_python("-m", "convit_jax.evaluate", "--help")
-    for flag in ("--checkpoint:", "--config:", "--which:", "--heads:"):
-        assert flag in done.stdout
 
 
 def test_a_mistake_is_one_sentence(tmp_path):

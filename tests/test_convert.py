@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_same, run_python
+from conftest import GOLDEN, ROOT, assert_same, run_python
 
 from convit_jax.convert import check_target
 from convit_jax.errors import UserError
@@ -15,17 +15,14 @@ from convit_jax.weights import pretrained
 from convit_jax.weights.formats import write_safetensors
 from convit_jax.weights.names import state_dict_shapes
 
-GOLDEN = ROOT / "tests/golden"
 
-
-def test_a_training_checkpoint_becomes_a_directory_and_goes_back(tmp_path, run_here):
+def test_a_training_checkpoint_becomes_a_directory_and_goes_back(golden, tmp_path, run_here):
     done = run_python("-m", "convit_jax.convert", GOLDEN / "convit_golden_training.pth", tmp_path / "weights")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ConViT: 58,246 parameters (float32), 4 blocks, 3 of them GPSA, 4 heads,")
     assert done.stderr == ""
     run_here("convert", tmp_path / "weights", tmp_path / "back.safetensors")
-    back = pretrained.load(tmp_path / "back.safetensors").tensors
-    assert_same(back, pretrained.load(GOLDEN / "convit_golden.pth").tensors)
+    assert_same(pretrained.load(tmp_path / "back.safetensors").tensors, golden.tensors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.safetensors", "weights"]
 
 
@@ -39,7 +36,7 @@ def test_a_new_head_larger_images_and_heads_that_a_file_cannot_tell(tmp_path, ru
     assert done.stdout.endswith("cannot tell that the model has 4 heads: load it with --heads=4.\n")
 
 
-def test_a_directory_for_timm_names_the_model_its_sizes_and_its_preprocessing(tmp_path, run_here):
+def test_a_directory_for_timm_names_the_model_its_sizes_and_its_preprocessing(golden, tmp_path, run_here):
     run_here("convert", GOLDEN / "convit_golden.pth", tmp_path / "timm", "--for=timm")
     config = json.loads((tmp_path / "timm/config.json").read_text())
     sizes = {"img_size": [48, 48], "patch_size": 8, "embed_dim": 8, "depth": 4, "num_heads": 4, "mlp_ratio": 4.0}
@@ -50,8 +47,7 @@ def test_a_directory_for_timm_names_the_model_its_sizes_and_its_preprocessing(tm
     run_here("convert", GOLDEN / "convit_golden.pth", tmp_path / "timm", "--overwrite", "--num_classes=3")
     assert {path.name for path in (tmp_path / "timm").iterdir()} == {"weights.safetensors", "config.json"}
     run_here("convert", GOLDEN / "convit_golden.pth", tmp_path / "timm", "--overwrite", "--for=timm")
-    back = pretrained.load(tmp_path / "timm")
-    assert_same({**back.tensors}, {**pretrained.load(GOLDEN / "convit_golden.pth").tensors})
+    assert_same({**pretrained.load(tmp_path / "timm").tensors}, {**golden.tensors})
     with pytest.raises(UserError, match=r"--for=timm writes a directory: name it .*/a\."):
         run_here("convert", GOLDEN / "convit_golden.pth", tmp_path / "a.safetensors", "--for=timm")
 

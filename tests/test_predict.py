@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from conftest import run_python
 from PIL import Image
 
 from convit_jax import predict
@@ -23,9 +23,8 @@ NAMES = ("n01440764", "n02123045", *"cdefghij")
 
 
 @pytest.fixture
-def weights(tmp_path):
-    loaded = pretrained.load(ROOT / "tests/golden/convit_golden.pth")
-    save_converted(dataclasses.replace(loaded, class_names=NAMES), tmp_path / "w")
+def weights(golden, tmp_path):
+    save_converted(dataclasses.replace(golden, class_names=NAMES), tmp_path / "w")
     return tmp_path / "w"
 
 
@@ -78,9 +77,8 @@ def test_files_folders_and_patterns(image_folder):
 @pytest.mark.parametrize(
     "behaviour", [{"dtype": "float32"}, {"dtype": "bfloat16", "attention": "cudnn", "scan_unroll": 3}]
 )
-def test_an_exported_network_gives_the_same_logits_at_any_batch_size(behaviour, xla_for_cudnn):
-    loaded = pretrained.load(ROOT / "tests/golden/convit_golden.pth")
-    loaded = pretrained.with_behaviour(loaded, **behaviour)
+def test_an_exported_network_gives_the_same_logits_at_any_batch_size(behaviour, golden, xla_for_cudnn):
+    loaded = pretrained.with_behaviour(golden, **behaviour)
     exported = jax.export.deserialize(export(loaded, ["cpu", "cuda"]).serialize())
     assert exported.platforms == ("cpu", "cuda")
     model, how = loaded.model(), loaded.preprocessing

@@ -3,20 +3,19 @@
 Only the tensors of the state dict are read. `torch_pickle` explains why a hostile .pth does no harm.
 """
 
-import contextlib
 import functools
 import io
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import IO, Any
 
 import numpy as np
 import safetensors
 
-from convit_jax.errors import UserError, explained
-from convit_jax.weights.torch_pickle import ELEMENTS, Storage, Tensor, damaged, kind_of, shown, unpickle
+from convit_jax.errors import UserError, explained, printable
+from convit_jax.weights.torch_pickle import ELEMENTS, Storage, Tensor, damaged, kind_of, unpickle
 
 PLACES = ("model", "state_dict", "model_state_dict")  # where checkpoints keep the model's state dict
 EMA_PLACES = ("model_ema", "state_dict_ema")  # of the authors' and of timm's training
@@ -36,7 +35,7 @@ def read_state_dict(path: str | os.PathLike[str], *, ema: bool = False) -> dict[
     stderr says what else was left out. Dtypes are the file's, also bfloat16 and float8.
     """
     # Without a buffer, read() makes no second copy.
-    with explained(path), open(path, "rb", buffering=0) as file, damage_explained():
+    with explained(path), open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         tree, read_storage = _open(file, size)
         tensors = _find_state_dict(tree, ema)
@@ -47,17 +46,6 @@ def read_state_dict(path: str | os.PathLike[str], *, ema: bool = False) -> dict[
             if isinstance(tensor, Tensor):
                 tensors[name] = tensor.array(read_once(tensor.storage))
     return tensors
-
-
-@contextlib.contextmanager
-def damage_explained() -> Iterator[None]:
-    """Turns whatever a library raises while it reads a file into a UserError."""
-    try:
-        yield
-    except (UserError, OSError, MemoryError):
-        raise
-    except Exception as error:  # zipfile, pickletools and safetensors do not document what they raise
-        raise damaged(f"{type(error).__name__}: {shown(str(error))}") from error
 
 
 def _open(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
@@ -121,7 +109,7 @@ def _only_weights(entries: dict[Any, Any]) -> dict[str, Any]:
         )
     counters = [name for name in tensors if name.rpartition(".")[2] in COUNTERS]
     if left_out := [*map(str, others), *counters]:
-        print(f"Left out of the state dict: {shown(', '.join(left_out))}", file=sys.stderr)
+        print(f"Left out of the state dict: {printable(', '.join(left_out))}", file=sys.stderr)
     prefixes = {name.removesuffix(NETWORK) for name in filter(_is_network, tensors)}
     if len(prefixes) > 1:
         names = ", ".join(sorted(prefixes))
@@ -134,7 +122,7 @@ def _described(tree: Any) -> str:
     """What an object holds: "'epoch' (int), 'model' (timm.models.convit.ConVit)"."""
     if not isinstance(tree, dict):
         return f"one {kind_of(tree)}"
-    entries = [f"'{shown(str(name))}' ({kind_of(value)})" for name, value in list(tree.items())[:8]]
+    entries = [f"'{printable(str(name))}' ({kind_of(value)})" for name, value in list(tree.items())[:8]]
     return ", ".join(entries) + (f" and {len(tree) - 8} more" if len(tree) > 8 else "") or "nothing"
 
 
@@ -179,7 +167,7 @@ def _open_zip(file: IO[bytes], size: int) -> tuple[Any, StorageReader]:
     def read_storage(storage: Storage) -> bytes:
         name = f"{root}data/{storage.key}"
         if name not in members or members[name].file_size != storage.nbytes:
-            raise damaged(f"storage {shown(storage.key)} has not {storage.nbytes:,} bytes")
+            raise damaged(f"storage {printable(storage.key)} has not {storage.nbytes:,} bytes")
         return archive.read(name)  # checks the CRC-32
 
     return unpickle(io.BytesIO(archive.read(pickles[0])))[0], read_storage
@@ -203,5 +191,5 @@ def _open_stream(file: IO[bytes]) -> tuple[Any, StorageReader]:
         places[key] = place + 8
         place += 8 + storage.nbytes
         if count * storage.dtype.itemsize != storage.nbytes or place > len(data):
-            raise damaged(f"cut off in storage {shown(key)}")
+            raise damaged(f"cut off in storage {printable(key)}")
     return tree, lambda storage: memoryview(data)[places[storage.key] :][: storage.nbytes]

@@ -27,7 +27,6 @@ from convit_jax.models.vit import VisionTransformer
 from convit_jax.rundir import atomic_write
 from convit_jax.weights import names
 from convit_jax.weights.architecture import infer
-from convit_jax.weights.checkpoint_file import damage_explained
 from convit_jax.weights.preprocess import Preprocess, Preprocessing
 
 TIMM = {"crop_ratio": "crop_pct", "interpolation": "interpolation", "mean": "mean", "std": "std"}  # its names
@@ -131,7 +130,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
 @contextlib.contextmanager
 def checked_json(path: Path, *, optional: bool = False) -> Iterator[dict[str, Any]]:
     """What a JSON file holds; errors inside that come from its contents become a UserError."""
-    with explained(path), damage_explained():
+    with explained(path):
         yield {} if optional and not path.exists() else json.loads(path.read_text())
 
 

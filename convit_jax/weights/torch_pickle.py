@@ -14,7 +14,7 @@ from typing import IO, Any
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with NumPy)
 import numpy as np
 
-from convit_jax.errors import UserError
+from convit_jax.errors import UserError, printable
 
 # fmt: off
 ELEMENTS = (  # PyTorch's name, which is NumPy's too; PyTorch's storage class; safetensors' code
@@ -36,14 +36,9 @@ def damaged(reason: str) -> UserError:
     return UserError(f"it is damaged ({reason}): download or save it again.")
 
 
-def shown(text: str) -> str:
-    """Text from the file as it may be printed: short and ASCII only."""
-    return ascii(text if len(text) <= 100 else f"{text[:97]}...")[1:-1]
-
-
 def kind_of(value: Any) -> str:
     if isinstance(value, Unknown):
-        return shown(f"{value.module}.{value.name}")
+        return printable(f"{value.module}.{value.name}")
     return "dictionary" if isinstance(value, dict) else type(value).__name__
 
 
@@ -84,7 +79,7 @@ class Tensor:
             raise damaged("its pickle has a tensor with wrong properties")
         span = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         if self.nbytes and (self.offset + span + 1) * self.dtype.itemsize > self.storage.nbytes:
-            raise damaged(f"a tensor of shape {shown(str(self.shape))} reaches beyond its storage")
+            raise damaged(f"a tensor of shape {printable(str(self.shape))} reaches beyond its storage")
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +127,7 @@ def unpickle(stream: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
             case "BINPERSID":
                 storage = _storage(taken[0])
                 if storages.setdefault(storage.key, storage) != storage:
-                    raise damaged(f"its pickle describes storage {shown(storage.key)} in two ways")
+                    raise damaged(f"its pickle describes storage {printable(storage.key)} in two ways")
                 stack.append(storage)
             case name:
                 stack.append(_result(name, argument, taken))
@@ -221,10 +216,6 @@ def _tensor_v3(
     return Tensor(storage, dtype, offset, shape, strides)
 
 
-def _parameter(data: Any, _grad: Any, _hooks: Any, _state: Any = None) -> Any:
-    return data
-
-
 def _tensor_of_type(function: Any, kind: Any, arguments: Any, _state: Any) -> Any:
     """A tensor with attributes, or of a class that is not known here."""
     return kind if isinstance(kind, Unknown) else _result("REDUCE", None, [function, arguments])
@@ -234,8 +225,8 @@ NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): lambda: {},
     ("torch._utils", "_rebuild_tensor_v2"): _tensor_v2,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._utils", "_rebuild_parameter"): lambda data, _grad, _hooks: data,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, _grad, _hooks, _state: data,
     ("torch._tensor", "_rebuild_from_type_v2"): _tensor_of_type,
     ("torch", "Tensor"): Tensor,
     ("torch._tensor", "Tensor"): Tensor,

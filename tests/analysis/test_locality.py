@@ -4,13 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 from flax import nnx
 
-from convit_jax import create_model, load_pretrained
+from convit_jax import create_model
 from convit_jax.analysis import locality
-
-GOLDEN = ROOT / "tests/golden"
 
 
 def untrained(heads, image_size):
@@ -32,31 +29,22 @@ def test_a_new_model_on_14_x_14_patches_has_the_values_of_the_formula(heads, pos
     np.testing.assert_allclose(measure(nnx.split(model)[1]).mean(1), [positional, 7.281], atol=0.0005)
 
 
-@pytest.fixture(scope="module")
-def golden():
-    """(the authors' small network with its weights, images NHWC, what they computed from them)."""
-    with np.load(GOLDEN / "convit_golden_io.npz") as reference:
-        reference = dict(reference)
-    model = load_pretrained(GOLDEN / "convit_golden.safetensors")
-    return model, jnp.asarray(reference["images_nchw"].transpose(0, 2, 3, 1)), reference
-
-
-def test_it_is_that_of_the_maps_of_the_original(golden):
-    model, images, reference = golden
+def test_it_is_that_of_the_maps_of_the_original(golden, original):
+    model, images = golden.model(), original["images"]
     y, x = np.divmod(np.arange(36), 6)
     distances = np.sqrt((y[:, None] - y) ** 2 + (x[:, None] - x) ** 2)
     found = locality.nonlocality(model, images)
     assert found.shape == (4, 4)
     for block in range(3):
-        expected = np.einsum("bhnm,nm->bh", reference[f"gpsa_attention_{block}"], distances).mean(0) / 36
+        expected = np.einsum("bhnm,nm->bh", original[f"gpsa_attention_{block}"], distances).mean(0) / 36
         np.testing.assert_allclose(found[block], expected, rtol=1e-5)
     plain = np.asarray(model.attention_maps(images)[3])[:, :, 1:, 1:]
     plain = plain / plain.sum(-1, keepdims=True)
     np.testing.assert_allclose(found[3], np.einsum("bhnm,nm->bh", plain, distances).mean(0) / 36, rtol=1e-5)
 
 
-def test_as_logged_every_block_sees_the_raw_patch_embedding(golden):
-    model, images, _ = golden
+def test_as_logged_every_block_sees_the_raw_patch_embedding(golden, original):
+    model, images = golden.model(), jnp.asarray(original["images"])
     raw = model.patch_embed(images)
     found = locality.nonlocality(model, images, as_logged=True)
     distances = locality.patch_distances(model.grid)
@@ -65,8 +53,8 @@ def test_as_logged_every_block_sees_the_raw_patch_embedding(golden):
         np.testing.assert_allclose(of_heads, np.einsum("hnm,nm->h", maps, distances) / 36, rtol=1e-5)
 
 
-def test_images_that_do_not_count_change_nothing(golden):
-    model, images, _ = golden
+def test_images_that_do_not_count_change_nothing(golden, original):
+    model, images = golden.model(), jnp.asarray(original["images"])
     some, other = (
         locality.nonlocality(model, each, valid=jnp.array([True, False, True]))
         for each in (images, images.at[1].multiply(9))

@@ -71,12 +71,9 @@ def test_a_change_reaches_every_run_and_its_command(make_study, tmp_path):
     ("entries", "keys", "sentence"),
     [
         ([{}], {"titel": ""}, r"cannot read the plan .*/mine.py \(TypeError: .*'titel'\): .* lists all keys"),
-        ([{"colum": 1}], {}, r"cannot read the plan .*/mine.py \(TypeError: .*'colum'\)"),
         ([{}, {}], {}, "two runs have the same row, column and seed"),
         ([{}], {"baseline": "b"}, r"baseline \['b'\]: choose from \[None, 'a'\]"),
-        ([{}], {"metrics": ["top2"]}, r"metrics \['top2'\]: choose from"),
         ([{"overrides": {"optim.lrr": 1}}], {}, "the config has no field 'optim.lrr'"),
-        ([{"overrides": {"epochs": "many"}}], {}, "flag --config.epochs"),
     ],
 )
 def test_a_mistake_in_a_study_is_named(entries, keys, sentence, make_study, monkeypatch):
@@ -88,11 +85,9 @@ def test_a_mistake_in_a_study_is_named(entries, keys, sentence, make_study, monk
 @pytest.mark.parametrize(
     ("source", "changes", "sentence"),
     [
-        ("studies/digit.py", [], "there is no file 'studies/digit.py', did you mean 'studies/digits.py'?"),
         ("studies/digits.py", [], "say which study of the file, as FILE.py:NAME; it has models, sample_eff"),
         ("README.md", [], "cannot read the plan README.md ("),
         ("studies/digits.py:models", ["--config.seed=1"], "--config.seed is not possible here"),
-        ("studies/digits.py:models", ["--config.epochs"], "flag --config.epochs"),
     ],
 )
 def test_a_mistake_in_the_command_is_named(source, changes, sentence, monkeypatch):
@@ -107,25 +102,17 @@ def test_a_part_of_a_study_or_a_sentence(monkeypatch):
     part = select_runs(study, row=["0.01", "no GPSA"], column=["0", "5"], seed=["1"])
     assert [run.name for run in part] == ["no-gpsa-0-seed1", "locality-strength-0.01-5-seed1"]
     assert select_runs(study, row=None, column=None, seed=None) == list(study.runs)
-    for wanted, sentence in (
-        (
-            {"row": ["no-GPSA"]},
-            "the study has no row 'no-GPSA', did you mean 'no GPSA'? The rows are: no GPSA, 0.01, 0.1, 1.",
-        ),
-        ({"seed": ["5"]}, "the study has no seed '5'. The seeds are: 0, 1, 2, 3, 4."),
-        ({"row": ["1"], "column": ["0"]}, "the study has no run with these rows, columns and seeds: see --list."),
-    ):
-        with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
-            select_runs(study, **wanted)
+    no_row = "the study has no row 'no-GPSA', did you mean 'no GPSA'? The rows are: no GPSA, 0.01, 0.1, 1."
+    with pytest.raises(UserError, match=f"^{re.escape(no_row)}$"):
+        select_runs(study, row=["no-GPSA"])
+    with pytest.raises(UserError, match="the study has no run with these rows, columns and seeds: see --list"):
+        select_runs(study, row=["1"], column=["0"])
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         ({"model.num_heads": 7}, "num_heads 7"),
-        ({"data.sampling_ratio": 0.001}, "data.sampling_ratio 0.001"),
-        ({"data.name": "folder"}, "data.dir"),
-        ({"data.num_classes": 11}, "data.num_classes is 11"),
         ({"init_from": "none.pth"}, "none.pth"),
         ({"optim.frozen": ("gates",)}, "optim.frozen has 'gates'"),
         ({"distill.teacher": str(GOLDEN), "data.num_classes": 9}, str(GOLDEN)),

@@ -19,10 +19,13 @@ def describe(config):
     return describe_run(config, run, Path("run")).splitlines(), run
 
 
-def test_the_peak_of_the_rate_is_that_of_the_runs_own_steps(digits_config):
+def test_changed_fields_come_first_and_the_peak_of_the_rate_is_that_of_the_runs_own_steps(digits_config):
     digits_config.steps, digits_config.epochs = None, 100
     digits_config.optim.warmup_epochs = 5.0
     lines, run = describe(digits_config)
+    fields = lines[0].removeprefix("Config ").split()  # those that differ from the default
+    assert {"model.name=convit_tiny", "data.mean=[0.305,0.305,0.305]", "epochs=100"} <= {*fields}
+    assert "augment.num_ops=2" not in fields
     assert "Rate     0.001242 at most, with 5 epochs of warm-up" in lines
     cosine = 1e-5 + 0.5 * (0.00125 - 1e-5) * (1 + np.cos(np.pi * 5 / 100))
     assert run["peak_learning_rate"] == pytest.approx(cosine, rel=1e-3)
@@ -30,13 +33,6 @@ def test_the_peak_of_the_rate_is_that_of_the_runs_own_steps(digits_config):
     digits_config.optim.schedule_per = "epoch"
     digits_config.epochs = 2  # both at warmup_lr: the original's schedule is an epoch late
     assert describe(digits_config)[1]["peak_learning_rate"] == pytest.approx(1e-6)
-
-
-def test_fields_that_differ_from_the_default_come_first(digits_config):
-    first = describe(digits_config)[0][0].split()
-    assert first[0] == "Config"
-    assert {"model.name=convit_tiny", "data.mean=[0.305,0.305,0.305]", "epochs=2"} <= {*first}
-    assert "augment.num_ops=2" not in first
 
 
 def test_attention_without_cudnn_is_said(digits_config, monkeypatch):

@@ -11,7 +11,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import GOLDEN, ROOT
 from forgery import call, named, program, rebuilt, save_torch, storage, torch_zip, value
 
 from convit_jax.errors import UserError
@@ -19,7 +19,6 @@ from convit_jax.weights import checkpoint_file
 from convit_jax.weights.checkpoint_file import MAGIC, read_state_dict
 from convit_jax.weights.torch_pickle import ELEMENTS
 
-GOLDEN = ROOT / "tests/golden"
 KINDS = ("kinds_zip.pth", "kinds_zip_protocol_5.pth", "kinds_stream.pth")
 FOUR = np.arange(4, dtype=np.float32)
 
@@ -217,7 +216,6 @@ CALLED_OFTEN = b"(" + b"N" * 60_000 + b"tq\1" + named("torch._utils._rebuild_par
 PICKLES = {
     "a deep key": (b"}" + DEEP + b"Ns", "not a plain value"),
     "a deep member": (b"\x8f(" + DEEP + b"\x90", "it holds one builtins.set"),
-    "a deep frozen member": (b"(" + DEEP + b"\x91", "it holds one builtins.set"),
     "a doubled key": (DOUBLED + b"}h\0Ns", "not a plain value"),
     "a deep key through OrderedDict": (named("collections.OrderedDict") + b"]]" + DEEP + b"aNaa\x85R", "damaged"),
     "a deep key through a parameter": (
@@ -226,7 +224,6 @@ PICKLES = {
         rebuilt(0, (4,), (1,), name="torch._utils._rebuild_tensor_v3")[:-2] + DEEP + b"tR", "unknown type"),
     "a deep storage": (b"(" + value("storage") + named("torch.FloatStorage") + DEEP + b"NK\4tQ", "not a storage"),
     "long numbers as keys": (value({k * (2**61 - 1): 0 for k in range(1, 9)}), "not a plain value"),
-    "a key that cannot be one": (b"}]Ns", "not a plain value"),
     "a long tuple for many calls": (CALLED_OFTEN, "damaged"),
     "calls in calls": (
         named("torch._tensor._rebuild_from_type_v2") + b"q\0" + b"(h\0N" * 30_000 + b")" + b"Nt" * 30_000 + b"R",
@@ -235,17 +232,11 @@ PICKLES = {
     "a memo index of 2**31": (b"Nr\0\0\0\x80", "it holds one NoneType"),
     "a function that changes": (
         named("torch._utils._rebuild_tensor_v2") + b"N}" + value("__defaults__") + value((1,)) + b"s\x86b", "BUILD as"),
-    "a tensor that changes": (GOOD + value({"shape": (2,)}) + b"b", "BUILD as"),
-    "a dtype that changes": (named("torch.float32") + value((3, ">", None)) + b"b", "BUILD as"),
     "a text of 4 GB": (b"X\xff\xff\xff\xffabc", "damaged"),
     "a bytearray of 2**40": (b"\x96\0\0\0\0\0\1\0\0", "damaged"),
-    "a number of 2 GB": (b"\x8b\xff\xff\xff\x7f", "damaged"),
     "an instance": (b"(ios\nsystem\n", "INST as PyTorch never does"),
-    "an object": (b"(cos\nsystem\no", "OBJ as"),
-    "an extension": (b"\x82\1", "EXT1 as"),
     "nothing": (b"", "damaged"),
     "under a mark": (b"K\1(\x85", "damaged"),
-    "a memo of nothing": (b"h\7", "damaged"),
     "a deep name": (DEEP + b"K\2\x93", "STACK_GLOBAL as"),
     "unprintable": (named("a.\x1b[31m"), r"it holds one a.\\x1b\[31m"),
 }  # fmt: skip
@@ -253,11 +244,9 @@ PICKLES = {
 
 TENSORS = {
     "too long": (rebuilt(0, (5,), (1,)), r"shape \(5,\) reaches beyond its storage"),
-    "strides": (rebuilt(0, (4,), (2,)), "reaches beyond"),
     "negative size": (rebuilt(0, (-1,), (1,)), "wrong properties"),
     "negative stride": (rebuilt(3, (4,), (-1,)), "wrong properties"),
     "text in a size": (rebuilt(0, ("a", 2**33), (1, 1)), "wrong properties"),  # math.prod would make 8 GB
-    "a list for a shape": (rebuilt(0, [4], [1]), "wrong properties"),
     "a size of 2**70": (rebuilt(0, (2**70,), (0,)), "wrong properties"),
     "a stride missing": (rebuilt(0, (2, 2), (1,)), "damaged"),
     "65 dimensions": (rebuilt(0, (1,) * 65, (1,) * 65), "wrong properties"),
@@ -271,7 +260,6 @@ TENSORS = {
     "storage elsewhere": (rebuilt(0, (4,), (1,), of=storage(4, "../x")), r"storage ../x has not 16 bytes"),
     "storage of no type": (rebuilt(0, (4,), (1,), of=storage(4, kind="torch.QInt8Storage")), "unknown type"),
     "not a storage": (rebuilt(0, (4,), (1,), of=b"(" + value("module") + b"NNNNtQ"), "is not a storage"),
-    "no identity": (rebuilt(0, (4,), (1,), of=b"K\1Q"), "is not a storage"),
     "of no type": (call("torch._tensor._rebuild_from_type_v2", 1, 2, (), {}), "REDUCE as"),
 }  # fmt: skip
 
@@ -318,8 +306,6 @@ FILES = {
     "damaged numbers": (WHOLE.replace(FOUR.tobytes(), bytes(16)), "Bad CRC-32 for file 'archive/data/0'"),
     "damaged pickle": (WHOLE.replace(b"FloatStorage", b"floatStorage"), "Bad CRC-32 for file"),
     "too long": (WHOLE.replace(b"\x10\0\0\0\x10\0\0\0", b"\xff\xff\xff\x7f" * 2), "larger than the file"),
-    "no directory": (WHOLE[:-22], "damaged"),
-    "nothing": (b"", "neither a PyTorch checkpoint"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "LFS pointer.* lfs pull"),
     "html": (b"\n<!DOCTYPE html><html><title>404</title></html>", "perhaps a web page"),
     "text pickle": (b"cos\nsystem\n(S'touch ran'\ntR.", "neither a PyTorch checkpoint"),
@@ -353,11 +339,6 @@ def test_files_cut_off_anywhere(refused, name):
     data = (GOLDEN / name).read_bytes()
     for place in (1, 2, 7, 8, 9, 30, *range(100, len(data), len(data) // 12), len(data) - 20, len(data) - 1):
         refused(data[:place], "cut off|damaged|neither")
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read .*none\.pth \(No such file or directory\): check the path"):
-        read_state_dict(tmp_path / "none.pth")
 
 
 # ---- safetensors -----------------------------------------------------------------------------

@@ -26,8 +26,12 @@ from convit_jax.errors import UserError  # noqa: E402
 from convit_jax.weights.checkpoint_file import read_state_dict  # noqa: E402
 
 SECONDS, BYTES = 10, 2**28
-INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, *(ord(code.code) for code in pickletools.opcodes))
-NUMBERS = (0, 1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
+INTERESTING = [bytes([ord(code.code)]) for code in pickletools.opcodes]
+INTERESTING += [
+    number.to_bytes(width, "little")
+    for width in (1, 2, 4, 8)
+    for number in (0, 1, 2 ** (8 * width - 1) - 1, 2 ** (8 * width - 1), 2 ** (8 * width) - 1)
+]
 
 
 def valid_files():
@@ -42,53 +46,32 @@ def valid_files():
 def mutate(data, files, rng):
     """The bytes of a file after a few changes; of most zip files only the pickle, with correct checksums."""
     if not data.startswith(b"PK") or rng.random() < 0.2:
-        return mutate_bytes(data, files, rng)
+        return b"".join(splice(single(data), files, rng))
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
     program = members.pop("data.pkl")
-    program = mutate_bytes(program, files, rng) if rng.random() < 0.5 else mutate_program(program, rng)
-    return torch_zip(program, **members)
-
-
-def mutate_bytes(data, files, rng):
-    data = bytearray(data)
-    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
-        at, length = rng.randrange(len(data) or 1), rng.choice((1, 4, 8, 50, 200))
-        kind = rng.randrange(7)
-        if kind == 0:
-            data[at : at + 1] = bytes([rng.choice(INTERESTING)])
-        elif kind == 1:
-            del data[at : at + length]
-        elif kind == 2:
-            data[at:at] = bytes(rng.choice(INTERESTING) for _ in range(length % 10))
-        elif kind == 3:
-            width = rng.choice((2, 4, 8))
-            data[at : at + width] = (rng.choice(NUMBERS) % 2 ** (8 * width)).to_bytes(width, "little")
-        elif kind == 4:
-            other = rng.choice(files)
-            start = rng.randrange(len(other))
-            data[at : at + rng.choice((0, length))] = other[start : start + length]
-        elif kind == 5 and rng.random() < 0.3:
-            del data[at:]
-        elif digits := [i for i, byte in enumerate(data) if 0x30 <= byte <= 0x39]:
-            data[rng.choice(digits)] = rng.choice(b"0123456789-,]")
-    return bytes(data)
-
-
-def mutate_program(program, rng):
-    """A pickle in which a few instructions were repeated, dropped or exchanged."""
     starts = [position for _, _, position in pickletools.genops(program)]
-    parts = [program[a:b] for a, b in itertools.pairwise([*starts, len(program)])]
-    for _ in range(rng.choice((1, 1, 2, 5))):
-        at, length = rng.randrange(len(parts) - 1), rng.choice((0, 1, 1, 3, 12))
-        other = rng.randrange(len(parts))
-        if rng.random() < 0.5:  # the same instruction with other arguments
-            other = rng.choice([i for i, part in enumerate(parts) if part[:1] == parts[at][:1]])
-        if rng.random() < 0.25 and len(parts) > length + 2:
-            del parts[at : at + length]
-        else:
-            parts[at : at + rng.choice((0, length))] = parts[other : other + max(length, 1)]
-    return b"".join(parts)
+    instructions = [program[a:b] for a, b in itertools.pairwise([*starts, len(program)])]
+    parts = rng.choice((single(program), instructions))
+    return torch_zip(b"".join(splice(parts, files, rng)), **members)
+
+
+def single(data):
+    return [data[at : at + 1] for at in range(len(data))]
+
+
+def splice(parts, files, rng):
+    """Bytes or instructions of which a few stretches were dropped, repeated or replaced."""
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        source = rng.choice((parts, parts, single(rng.choice(files)), [rng.choice(INTERESTING)], []))
+        at, start = rng.randrange(len(parts) or 1), rng.randrange(len(source) or 1)
+        dropped, taken = (rng.choice((0, 1, 1, 1, 4, 50)) for _ in range(2))
+        alike = [place for place, part in enumerate(source) if parts and part[:1] == parts[at][:1]]
+        if alike and rng.random() < 0.5:  # the same instruction with other arguments
+            start = rng.choice(alike)
+        end = len(parts) if rng.random() < 0.05 else at + dropped
+        parts = parts[:at] + source[start : start + taken] + parts[end:]
+    return parts
 
 
 def main(count, seed):

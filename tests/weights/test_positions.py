@@ -5,11 +5,11 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import GOLDEN
 
 from convit_jax.weights.positions import bicubic_matrix, resize_pos_embed
 
-CASES = json.loads((ROOT / "tests/golden/pos_embed_resize.json").read_text())
+CASES = json.loads((GOLDEN / "pos_embed_resize.json").read_text())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['old']}-{case['new']}")

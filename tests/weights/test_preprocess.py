@@ -2,19 +2,16 @@
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 import convit_jax
 from convit_jax.errors import UserError
 
-GOLDEN = ROOT / "tests/golden/convit_golden.safetensors"
 
-
-def test_a_path_a_picture_and_pixels_give_the_same_input(tmp_path):
+def test_a_path_a_picture_and_pixels_give_the_same_input(golden, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
-    model = convit_jax.load_pretrained(GOLDEN)
+    model = golden.model()
     images = model.preprocess([tmp_path / "photo.png", Image.fromarray(pixels), pixels, str(tmp_path / "photo.png")])
     assert (images.shape, images.dtype) == ((4, 48, 48, 3), np.float32)
     for image in images:

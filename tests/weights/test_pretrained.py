@@ -9,7 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT, assert_same, saved
+from conftest import GOLDEN, assert_same, saved
 from forgery import save_torch
 from orbax.checkpoint import v1 as ocp
 
@@ -22,12 +22,7 @@ from convit_jax.weights.checkpoint_file import read_state_dict
 from convit_jax.weights.formats import save_converted, write_safetensors
 from convit_jax.weights.preprocess import Preprocessing
 
-GOLDEN = ROOT / "tests/golden/convit_golden.safetensors"
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return pretrained.load(GOLDEN)
+WEIGHTS = GOLDEN / "convit_golden.safetensors"
 
 
 @pytest.fixture
@@ -67,7 +62,7 @@ def test_safetensors_gets_the_numbers_of_every_kind_of_array(tmp_path):
 
 def test_a_directory_never_holds_weights_with_the_config_of_others(golden, tmp_path, monkeypatch):
     save_converted(golden, tmp_path / "w")
-    save_converted(pretrained.load(GOLDEN, num_classes=2), tmp_path / "w")
+    save_converted(pretrained.load(WEIGHTS, num_classes=2), tmp_path / "w")
     replace = os.replace
 
     def killed(source, target):
@@ -89,24 +84,24 @@ def test_a_directory_never_holds_weights_with_the_config_of_others(golden, tmp_p
 
 
 def test_a_new_head_and_larger_images(golden):
-    loaded = pretrained.load(GOLDEN, num_classes=3, image_size=(48, 64), seed=5)
+    loaded = pretrained.load(WEIGHTS, num_classes=3, image_size=(48, 64), seed=5)
     assert loaded.tensors["head.weight"].shape == (3, 32)
     assert loaded.tensors["pos_embed"].shape == (1, 48, 32)
     assert loaded.changes == ("new head for 3 classes", "position embedding resized from 6 x 6 to 6 x 8 patches")
-    again = pretrained.load(GOLDEN, num_classes=3, seed=5).tensors["head.weight"]
-    other = pretrained.load(GOLDEN, num_classes=3, seed=6).tensors["head.weight"]
+    again = pretrained.load(WEIGHTS, num_classes=3, seed=5).tensors["head.weight"]
+    other = pretrained.load(WEIGHTS, num_classes=3, seed=6).tensors["head.weight"]
     np.testing.assert_array_equal(loaded.tensors["head.weight"], again)
     assert (again != other).any()
     assert 0.01 < again.std() < 0.03
-    model = convit_jax.load_pretrained(GOLDEN, num_classes=3, image_size=(48, 64), dtype="bfloat16")
+    model = convit_jax.load_pretrained(WEIGHTS, num_classes=3, image_size=(48, 64), dtype="bfloat16")
     assert model(np.zeros((2, 48, 64, 3), np.float32)).shape == (2, 3)
-    assert pretrained.load(GOLDEN, num_classes=10).changes == ()
+    assert pretrained.load(WEIGHTS, num_classes=10).changes == ()
 
 
 def test_weights_without_a_head_take_a_new_one(golden, tmp_path):
-    headless = pretrained.load(GOLDEN, num_classes=0)
+    headless = pretrained.load(WEIGHTS, num_classes=0)
     write_safetensors(tmp_path / "backbone.safetensors", headless.tensors)
-    model, whole = (convit_jax.load_pretrained(path) for path in (tmp_path / "backbone.safetensors", GOLDEN))
+    model, whole = (convit_jax.load_pretrained(path) for path in (tmp_path / "backbone.safetensors", WEIGHTS))
     images = np.ones((1, 48, 48, 3), np.float32)
     np.testing.assert_allclose(model(images), whole.features(images), atol=1e-6)
     assert convit_jax.load_pretrained(tmp_path / "backbone.safetensors", num_classes=3)(images).shape == (1, 3)
@@ -122,13 +117,12 @@ def test_shards_are_read_by_their_index(golden, tmp_path):
     assert_same({**pretrained.load(tmp_path).tensors}, {**golden.tensors})
 
 
-def test_float32_does_without_the_kernel_that_does_not_take_it():
-    loaded = pretrained.load(GOLDEN)
-    faster = pretrained.with_behaviour(loaded, dtype="bfloat16", attention="cudnn")
+def test_float32_does_without_the_kernel_that_does_not_take_it(golden):
+    faster = pretrained.with_behaviour(golden, dtype="bfloat16", attention="cudnn")
     assert faster.settings["attention"] == "cudnn"
     assert pretrained.with_behaviour(faster, dtype="float32").settings["attention"] == "xla"
     with pytest.raises(UserError, match=r"attention.*cudnn.*float32"):
-        pretrained.with_behaviour(loaded, attention="cudnn")
+        pretrained.with_behaviour(golden, attention="cudnn")
 
 
 def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
@@ -145,10 +139,10 @@ def test_mistakes_are_said_in_a_sentence(golden, tmp_path):
         (tmp_path / "hub", {}, r"^(?!.*config\.json).*hub"),
         ("convit_tinny", {}, r"no file or directory convit_tinny, .* did you mean 'convit_tiny'"),
         (tmp_path, {}, "neither a run directory"),
-        (GOLDEN, {"image_size": 50}, "image_size 50 x 50 is not a multiple of patch_size 8"),
-        (GOLDEN, {"num_classes": -1}, "num_classes is -1: it must be at least 0"),
-        (GOLDEN, {"dtyp": "bfloat16"}, "no setting 'dtyp', did you mean 'dtype'"),
-        (GOLDEN, {"dtype": "float16"}, "choose float32 or bfloat16"),
+        (WEIGHTS, {"image_size": 50}, "image_size 50 x 50 is not a multiple of patch_size 8"),
+        (WEIGHTS, {"num_classes": -1}, "num_classes is -1: it must be at least 0"),
+        (WEIGHTS, {"dtyp": "bfloat16"}, "no setting 'dtyp', did you mean 'dtype'"),
+        (WEIGHTS, {"dtype": "float16"}, "choose float32 or bfloat16"),
         (tmp_path / "broken.pth", {}, r"do not fit .*missing: blocks.2.norm1.bias; unexpected: other"),
         (tmp_path / "json/w", {}, r"cannot read .*config.json: it is damaged \(KeyError: 'preprocessing'"),
         (tmp_path / "w", {"ema": True}, "no state dict under 'model_ema'"),
@@ -237,17 +231,17 @@ def test_a_run_that_lacks_something(golden, tmp_path):
 
 
 def test_a_training_starts_from_weights(golden, golden_config, tmp_path, capsys, monkeypatch):
-    golden_config.init_from = str(GOLDEN)
+    golden_config.init_from = str(WEIGHTS)
     golden_config.optim.lr = golden_config.optim.min_lr = golden_config.optim.warmup_lr = 0.0
     golden_config.model.image_size = 40
     compared = {}
     monkeypatch.setattr(setup, "check_same", lambda facts, *_: compared.update(facts))
     train(golden_config, tmp_path)
-    resized = pretrained.load(GOLDEN, image_size=40)
+    resized = pretrained.load(WEIGHTS, image_size=40)
     assert compared["the digest of the weights of init_from"] == pretrained.fingerprint(resized.params())
     assert_same(saved(tmp_path)["state"]["params"], resized.params())
     said = "position embedding resized from 6 x 6 to 5 x 5 patches"
-    assert f"Starting from {GOLDEN}; {said}\n" in capsys.readouterr().out
+    assert f"Starting from {WEIGHTS}; {said}\n" in capsys.readouterr().out
     train(golden_config, tmp_path)  # goes on with the run, not from the weights again
     printed = capsys.readouterr().out
     assert "Continuing at step 1" in printed
@@ -268,7 +262,7 @@ def test_weights_that_cannot_be_used_stop_a_training_before_anything_is_written(
     data = bytearray((tmp_path / "damaged.pth").read_bytes())
     data[data.index(golden.tensors["head.weight"].tobytes()) + 1000] ^= 1
     (tmp_path / "damaged.pth").write_bytes(data)
-    golden_config.init_from, golden_config.model.depth = str(tmp_path / "damaged.pth" if damaged else GOLDEN), 5
+    golden_config.init_from, golden_config.model.depth = str(tmp_path / "damaged.pth" if damaged else WEIGHTS), 5
     with pytest.raises(UserError, match=message):
         train(golden_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
