@@ -139,7 +139,7 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
 
     # ---- The same run goes on, without a damaged checkpoint; the flags overrule Slurm's job ------
     damaged = shutil.copytree(run / f"checkpoints/{step}", run / f"checkpoints/{step + 1}")
-    for file in damaged.glob("state/ocdbt.process_1/d/*"):
+    for file in damaged.glob("state/ocdbt.process_0/d/*"):
         os.truncate(file, 0)
     script = tmp_path / "worker"
     script.write_text(WORKER.replace("@ROOT@", str(ROOT)))
