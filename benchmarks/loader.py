@@ -1,15 +1,21 @@
-"""Compares how fast one core makes training images with plain Pillow and with timm's transform.
+"""Compares how fast one core makes images: the host resizes, or only decodes; plain Pillow; timm's transform.
 
     python -m benchmarks.loader --images=DIR [--peer=PYTHON] [--seconds=10] [--rounds=3]
+    python -m benchmarks.loader --images=DIR --measure=share     # of a ConViT-S training step that is resizing
+    python -m benchmarks.loader --images=DIR --measure=memory    # of two workers after 1,000 and 10,000 small batches
 
 DIR holds JPEG photos at any depth, as ImageNet's. Every program reads the same photos from memory in its own
-process, and the programs take turns; medians over the rounds. The ratios count: rates move with the machine.
+process, and the programs take turns; medians over the rounds. The ratios count: rates move with the machine. A second
+is one of processor time, or of time for programs with worker processes.
 PYTHON is an interpreter with PyTorch and timm.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
@@ -19,20 +25,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from convit_jax.data.examples import Slots, TrainExample
+from convit_jax.data.examples import EvalExample, Slots, TrainExample
 from convit_jax.data.images import random_resized_crop_box
 from convit_jax.data.loader import batches
 
-SIZE, BATCH = 224, 96
+SIZE, BATCH, CANVAS = 224, 96, 512
 PROGRAMS = {
     "pillow": "plain Pillow: decode, crop, bicubic",
-    "once": "ours, no repeats",
-    "repeats": "ours, three repeats",
-    "worker1": "ours, three repeats, one worker process",
-    "worker2": "ours, three repeats, two worker processes",
+    "once": "host resizes, no repeats",
+    "repeats": "host resizes, three repeats",
+    "device": "device resizes, three repeats",
+    "worker1": "device resizes, three repeats, one worker process",
+    "worker2": "device resizes, three repeats, two worker processes",
+    "evaluate": "host resizes, evaluation",
+    "evaluate_device": "device resizes, evaluation",
     "timm": "timm: decode, crop, flip, RandAugment, tensor, normalise",
 }
-RATIOS = [("repeats", "pillow"), ("repeats", "timm"), ("worker2", "worker1")]
+RATIOS = [
+    *(("repeats", "pillow"), ("repeats", "timm"), ("device", "timm"), ("device", "repeats")),
+    *(("evaluate_device", "evaluate"), ("worker2", "worker1")),
+]
 TIMM = """
 import io, sys, time
 from pathlib import Path
@@ -46,12 +58,12 @@ size, seconds = int(sys.argv[1]), float(sys.argv[2])
 policy = "rand-m9-mstd0.5-inc1"
 transform = create_transform(size, is_training=True, interpolation="bicubic", auto_augment=policy)
 files = [path.read_bytes() for path in map(Path, sys.stdin.read().split("\\n"))]
-done, began = 0, time.perf_counter()
-while time.perf_counter() - began < seconds:
+done, began = 0, time.process_time()
+while time.process_time() - began < seconds:
     try: transform(Image.open(io.BytesIO(files[done % len(files)])).convert("RGB"))
     except ValueError: pass  # posterize to 0 bits, which Pillow refuses
     done += 1
-print(done / (time.perf_counter() - began))
+print(done / (time.process_time() - began))
 """
 
 
@@ -77,34 +89,78 @@ def pillow(files):
             yield 1
 
 
-def ours(files, repeats, workers):
+def ours(files, program):
     """Yields BATCH after each batch, made in this thread or in worker processes."""
-    slots = Slots(np.arange(len(files)), 0, repeats)
-    example = TrainExample(InMemory(files), slots, (SIZE, SIZE), "resized")
-    if not workers:
-        step = 0
-        while True:
-            example(range(step * BATCH, (step + 1) * BATCH))
-            step += 1
+    source, indices, size = InMemory(files), np.arange(len(files)), (SIZE, SIZE)
+    if program.startswith("evaluate"):
+        canvas = CANVAS * 3 // 4 if program == "evaluate_device" else 0
+        example = EvalExample(source, np.resize(indices, 10**6), size, 0.875, canvas=canvas)
+    else:
+        canvas = 0 if program in ("once", "repeats") else CANVAS
+        slots = Slots(indices, 0, 1 if program == "once" else 3)
+        example = TrainExample(source, slots, size, "resized", canvas=canvas, group=BATCH)
+    if not program.startswith("worker"):
+        for first in itertools.count(0, BATCH):
+            example(range(first, first + BATCH))
             yield BATCH
-    stream = batches(example, batch_size=BATCH, start=0, stop=10**6, workers=workers)
+    stream = batches(example, batch_size=BATCH, start=0, stop=10**6, workers=int(program[-1]))
     with contextlib.closing(stream):
         for batch in stream:
             del batch  # its shared memory, before the stream is closed
             yield BATCH
 
 
+def small_batches(files, rows):
+    """Returns the example for batches of so many rows that the device resizes, three repeats."""
+    slots = Slots(np.arange(len(files)), 0, 3)
+    return TrainExample(InMemory(files), slots, (SIZE, SIZE), "resized", canvas=CANVAS, group=rows)
+
+
+def share(files, rounds=7):
+    """Prints the processor time of a training step of ConViT-S, and of resizing its images, a row."""
+    import jax
+
+    from benchmarks.model_jax import make_training
+    from convit_jax.data.resize import shown_images
+    from convit_jax.models.variants import abstract_model, initial_params, model_settings
+
+    rows, settings = 12, model_settings("convit_small")
+    example = small_batches(files, rows)
+    batch = jax.device_put({name: example(range(rows))[name] for name in ("canvas", "on", "view")})
+    resize = jax.jit(lambda batch: shown_images(batch, (SIZE, SIZE)))
+    graphdef, params = abstract_model(settings)[0], initial_params(settings, 0)
+    step, _ = make_training(graphdef, params, jax.random.normal(jax.random.key(0), (rows, SIZE, SIZE, 3)))
+    times = {"resizing": [], "step": []}
+    for call, measured in [(lambda: resize(batch), times["resizing"]), (step, times["step"])] * (1 + rounds):
+        began = time.process_time()
+        jax.block_until_ready(call())
+        measured.append((time.process_time() - began) / rows)
+    resizing, whole = (1e3 * statistics.median(values[1:]) for values in times.values())  # the first compiles
+    shares = [a / b for a, b in zip(*times.values(), strict=True)][1:]
+    print(f"{resizing:.1f} of {whole:.0f} ms a row: {min(shares):.1%} to {max(shares):.1%}")
+
+
+def memory(files):
+    """Prints the MB of this process and its two workers, each shared page counted once."""
+    example = small_batches(files, 6)
+    for step, batch in enumerate(batches(example, batch_size=6, start=0, stop=10_001, workers=2)):
+        del batch
+        if step in (1_000, 10_000):
+            processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+            lines = [Path(f"/proc/{pid}/smaps_rollup").read_text().split("\nPss:")[1] for pid in processes]
+            print(f"{sum(int(line.split()[0]) for line in lines) / 1e3:.0f} MB after {step:,} batches", flush=True)
+
+
 def rate(program, files, seconds):
-    """Returns the images/s of a program, after eight items to warm up."""
-    workers = int(program[-1]) if program.startswith("worker") else 0
-    stream = pillow(files) if program == "pillow" else ours(files, 1 if program == "once" else 3, workers)
-    with contextlib.closing(stream):
-        for _ in range(8):
+    """Returns the images/s of a program, after some items to warm up."""
+    with contextlib.closing(pillow(files) if program == "pillow" else ours(files, program)) as stream:
+        for _ in range(4):
             next(stream)
-        done, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds:
+        clock = time.perf_counter if program.startswith("worker") else time.process_time
+        done, began = 0, clock()
+        while clock() - began < seconds:
             done += next(stream)
-        return done / (time.perf_counter() - began)
+        return done / (clock() - began)
 
 
 def run_alone(program, paths, seconds, peer):
@@ -122,6 +178,7 @@ def main():
     parser.add_argument("--peer", help="a Python with PyTorch and timm, to compare with")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", choices=["share", "memory"], help="what else to measure")
     parser.add_argument("--program", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.program:
@@ -131,17 +188,22 @@ def main():
     paths = sorted(str(p) for p in Path(options.images).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
     if not options.images or not paths:
         parser.error("--images must be a folder of JPEG photos")
+    if options.measure:
+        {"share": share, "memory": memory}[options.measure]([Path(path).read_bytes() for path in paths])
+        return
     rates = {name: [] for name in PROGRAMS if name != "timm" or options.peer}
     for _ in range(options.rounds):
         for name in rates:
             rates[name].append(run_alone(name, paths, options.seconds, options.peer))
+            print(f"{rates[name][-1]:8.0f} images/s  {PROGRAMS[name]}", flush=True)
     print(f"{len(paths)} photos to {SIZE} x {SIZE}, {options.rounds} rounds of {options.seconds:g} s")
     for name in rates:
         print(f"{statistics.median(rates[name]):8.0f} images/s  {PROGRAMS[name]}")
     for a, b in RATIOS:
         if a in rates and b in rates:
-            ratio = statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True))
-            print(f"{ratio:8.2f} x  {PROGRAMS[a]} / {PROGRAMS[b]}")
+            ratios = [x / y for x, y in zip(rates[a], rates[b], strict=True)]
+            spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+            print(f"{statistics.median(ratios):8.2f} x {spread}  {PROGRAMS[a]} / {PROGRAMS[b]}")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,21 @@ FIELDS = {
         (0.485, 0.456, 0.406), "mean of red, green and blue, for pixels in 0..1", "(-inf, inf)", kind=tuple
     ),
     "data.std": Field((0.229, 0.224, 0.225), "standard deviation per channel, same scale", "(0, inf)", kind=tuple),
+    "data.resize": Field(
+        "auto",
+        "who crops and resizes: the host; or the device, of images that the host has only decoded; auto: the device "
+        "if it is not a CPU and augment.crop is resized; changes pixels by at most 2 of 255",
+        ("auto", "host", "device"),
+        may_change=True,
+    ),
+    "data.canvas": Field(
+        None,
+        "with resize = device: side in pixels of the squares that carry images; the host resizes those that do not "
+        "fit; None: 512, or what `repeats` crops need if that is more",
+        "[1, inf)",
+        kind=int,
+        may_change=True,
+    ),
     "data.max_unreadable": Field(
         10,
         "unreadable images allowed: replaced in training, skipped in evaluation",

@@ -3,9 +3,10 @@
 python -m convit_jax.study studies/cifar10.py:sample_efficiency --config.data.dir=CIFAR10
 # or :models, :ablations, :locality; :distillation, whose teacher is the largest ConViT of :models;
 # without a GPU :sample_efficiency_cpu and :ablations_cpu, a narrower model, fewer images, no mixing
+# :fine_tuning_cpu, on five classes, from a network trained on the other five (docs/results.md)
 """
 
-from studies import ablations, chosen, sample_efficiency, small_plans, small_rows
+from studies import ablations, chosen, over_fractions, sample_efficiency, small_plans, small_rows
 
 CONFIG = "configs/cifar10.py"  # patches of 4: a grid of 8 x 8
 RANDOM = {"data.subset_rule": "random"}  # seeds then differ in their images too
@@ -36,9 +37,31 @@ CPU = RANDOM | {  # 100,000 images, ten minutes on a core
     "augment.cutmix": 0.0,
 }
 LONG = CPU | {"epochs": 6, "eval_every": 1.0}  # with fewer, DeiT does not overfit larger parts
+SHORT = CPU | {"epochs": 1, "eval_every": 1.0}  # 25,000 images of five classes
 TEACHER = "runs/cifar10_models/runs/convit-b+-seed0"
+PRETRAINED = "runs/cifar10_five"  # a run of configs/cifar10.py on the other five classes
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)
+
+
+def fine_tuning():
+    """Fine-tuning and a linear probe with configs/finetune.py against training from scratch on twice as many images."""
+    tuned = {"init_from": PRETRAINED, "optim.lr": 4e-3, "augment.crop": "pad", "data.workers": 0}
+    probe = tuned | {"optim.freeze": "backbone", "optim.lr": 4e-2}
+    rows = {
+        "from scratch": (CONFIG, {"epochs": 2}),
+        "fine-tuned": ("configs/finetune.py", tuned),
+        "linear probe": ("configs/finetune.py", probe),
+    }
+    return dict(
+        title="Fine-tuning on five classes of CIFAR-10",
+        question="A network trained on the other five classes against training from scratch on twice as many images.",
+        rows="training",
+        columns="fraction of each class",
+        scale="fraction",
+        baseline="from scratch",
+        runs=over_fractions(rows, {0.01: 0.01, 0.1: 0.1}, SEEDS, SHORT, {}),
+    )
 
 
 def get_plan(name=""):
@@ -49,6 +72,7 @@ def get_plan(name=""):
         {
             **small_plans("CIFAR-10", CONFIG, GPU, SEEDS, FRACTIONS, **sizes, teacher=TEACHER),
             "sample_efficiency_cpu": sample_efficiency("CIFAR-10", rows, FRACTIONS[:3], SEEDS, LONG),
+            "fine_tuning_cpu": fine_tuning(),
             "ablations_cpu": ablations("CIFAR-10", letters, {"10%": 0.1}, SEEDS, CPU),
         },
     )

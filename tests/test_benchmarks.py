@@ -100,5 +100,5 @@ def test_the_loader_gives_a_rate(monkeypatch):
     monkeypatch.setattr(loader, "SIZE", 16)
     file = io.BytesIO()
     Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(file, "JPEG")
-    for program in ("pillow", "repeats"):
+    for program in ("pillow", "repeats", "device", "evaluate_device"):
         assert loader.rate(program, [file.getvalue()] * 3, 0.01) > 0

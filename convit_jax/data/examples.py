@@ -5,17 +5,21 @@ pure function of (seed, slot). A run therefore continues exactly from any step, 
 workers, and several processes can share the rows of a step.
 
 The arrays of a batch are "image" uint8 [n, height, width, 3], "label" int32 [n] and "unreadable" int64 [n], the
-index of the image that could not be read, or -1; in evaluation also "valid" bool [n].
+index of the image that could not be read, or -1; in evaluation also "valid" bool [n]. If the device crops and resizes,
+those of canvas.py replace "image".
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from convit_jax.data.images import centre_crop, crop_resize, decode, random_resized_crop_box
+from convit_jax.data.canvas import CanvasRows, HostRows
+from convit_jax.data.images import Axis, View, centre_view, decode, decode_pixels, random_resized_crop_box
 from convit_jax.data.index import Source
 from convit_jax.errors import UserError
 
@@ -47,6 +51,11 @@ class Slots:
         epoch, position = divmod(slot, self.epoch_length)
         return int(self.indices[_order(len(self.indices), self.seed, epoch)[position // self.repeats]])
 
+    def most_images(self, count: int) -> int:
+        """Returns the largest number of images in so many neighbouring slots; at the end of an epoch one may be cut."""
+        ends = math.ceil((count - 1) / self.epoch_length) if self.epoch_length % self.repeats else 0
+        return min(count, 1 + math.ceil((count - 1) / self.repeats) + ends)
+
 
 @functools.lru_cache(maxsize=3)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -63,33 +72,44 @@ class TrainExample:
     size: tuple[int, int]  # (height, width)
     crop: str  # "resized": random resized crop; "pad": the centre, which the device shifts later
     interpolation: str = "bicubic"  # a Pillow filter
+    canvas: int = 0  # side of the canvases from which the device crops and resizes (bicubic only); 0: the host does
+    group: int = 1  # rows that share canvases
 
     def __call__(self, slots: Sequence[int]) -> Batch:
         """Returns one row for each slot; raises UserError if `TRIES` images in a row are unreadable."""
-        batch = _black(len(slots), self.size)
+        batch, rows = _no_labels(len(slots)), self.rows(len(slots))
         wanted = None
         for row, slot in enumerate(slots):
             index = self.slots.example(slot)
             if index != wanted:  # the repeats of an image are neighbours: decode it once
                 wanted = index
                 image, shown = self._readable(wanted)
-            if self.crop == "resized":
-                rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
-                box = random_resized_crop_box(*image.size, rng)
-                batch["image"][row] = crop_resize(image, self.size, box, self.interpolation)
-            else:
-                batch["image"][row] = centre_crop(image, self.size, 1.0, self.interpolation)
+            rows.put(row, image, self._view(_size(image), slot))
             batch["label"][row] = self.source.labels[shown]
             batch["unreadable"][row] = -1 if shown == wanted else wanted
-        return batch
+        return batch | rows.arrays()
 
-    def _readable(self, wanted: int) -> tuple[Image.Image, int]:
+    def rows(self, count: int) -> HostRows | CanvasRows:
+        """Returns so many black rows."""
+        if not self.canvas:
+            return HostRows(count, self.size, self.interpolation)
+        most = self.slots.most_images(self.group)
+        return CanvasRows(count, self.size, side=self.canvas, group=self.group, canvases=most)
+
+    def _view(self, image_size: tuple[int, int], slot: int) -> View:
+        if self.crop == "pad":
+            return centre_view(image_size, self.size, 1.0)
+        rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
+        left, top, right, bottom = random_resized_crop_box(*image_size, rng)
+        return Axis(top, bottom - top, self.size[0]), Axis(left, right - left, self.size[1])
+
+    def _readable(self, wanted: int) -> tuple[Any, int]:
         """The image `wanted`, or the first readable one after it in the subset, and its index."""
         subset = self.slots.indices
         positions = np.searchsorted(subset, wanted) + np.arange(TRIES)
         for index in subset[positions % len(subset)].tolist():
             try:
-                return _read(self.source, index), index
+                return _read(self.source, index, pixels=self.canvas > 0), index
             except UserError as error:
                 reason = error
         raise reason
@@ -107,22 +127,29 @@ class EvalExample:
     size: tuple[int, int]  # (height, width)
     crop_ratio: float  # share of the resized image's short side that is shown
     interpolation: str = "bicubic"  # a Pillow filter
+    canvas: int = 0  # side of the canvases from which the device crops and resizes (bicubic only); 0: the host does
 
     def __call__(self, slots: Sequence[int]) -> Batch:
         """Returns one row for each slot."""
-        batch = _black(len(slots), self.size) | {"valid": np.zeros(len(slots), bool)}
+        batch, rows = _no_labels(len(slots)) | {"valid": np.zeros(len(slots), bool)}, self.rows(len(slots))
         for row, slot in enumerate(slots):
             if slot >= len(self.indices):
                 break
             index = int(self.indices[slot])
             try:
-                image = _read(self.source, index)
-                batch["image"][row] = centre_crop(image, self.size, self.crop_ratio, self.interpolation)
+                image = _read(self.source, index, pixels=self.canvas > 0)
+                rows.put(row, image, centre_view(_size(image), self.size, self.crop_ratio))
                 batch["label"][row] = self.source.labels[index]
                 batch["valid"][row] = True
             except UserError:
                 batch["unreadable"][row] = index
-        return batch
+        return batch | rows.arrays()
+
+    def rows(self, count: int) -> HostRows | CanvasRows:
+        """Returns so many black rows."""
+        if not self.canvas:
+            return HostRows(count, self.size, self.interpolation)
+        return CanvasRows(count, self.size, side=self.canvas, group=1, canvases=1)
 
 
 class Unreadable:
@@ -131,10 +158,13 @@ class Unreadable:
     def __init__(self, source: Source, limit: int, say: Callable[[str], None]) -> None:
         self.source, self.limit, self.say = source, limit, say
         self.seen: set[int] = set()  # indices
+        self.rows = self.too_large = 0  # rows so far, and those whose image did not fit on a canvas
 
     def take(self, batch: Batch) -> Batch:
-        """Returns a batch without "unreadable"; raises UserError if more than `limit` images are unreadable."""
+        """Returns a batch without its remarks; raises UserError if more than `limit` images are unreadable."""
         batch = dict(batch)
+        self.rows += len(batch["label"])
+        self.too_large += int(batch.pop("too_large", np.False_).sum())
         for index in sorted({*batch.pop("unreadable").tolist()} - {-1} - self.seen):
             self.seen.add(index)
             try:
@@ -148,14 +178,15 @@ class Unreadable:
         return batch
 
 
-def _read(source: Source, index: int) -> Image.Image:
-    return decode(source[index], source.name(index))
+def _read(source: Source, index: int, *, pixels: bool = False) -> Any:
+    """An image, or its pixels as an array."""
+    return (decode_pixels if pixels else decode)(source[index], source.name(index))
 
 
-def _black(rows: int, size: tuple[int, int]) -> Batch:
-    """A batch of black images with label 0."""
-    return {
-        "image": np.zeros((rows, *size, 3), np.uint8),
-        "label": np.zeros(rows, np.int32),
-        "unreadable": np.full(rows, -1, np.int64),
-    }
+def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(width, height) of an image, or of its pixels."""
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+
+
+def _no_labels(rows: int) -> Batch:
+    return {"label": np.zeros(rows, np.int32), "unreadable": np.full(rows, -1, np.int64)}

@@ -21,6 +21,7 @@ from convit_jax.errors import UserError
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # of a closed terminal, and of Slurm's --signal
 STOPPING = (signal.SIGINT, signal.SIGTERM, *WARNINGS)  # the main process saves for them, workers leave them to it
 SHARED_MEMORY = Path("/dev/shm")  # on Linux, where the workers put their batches
+WAITING = 1  # batches that are ready in each worker
 
 
 def batches(
@@ -48,7 +49,7 @@ def batches(
     dataset = grain.MapDataset.range(stop).map(rows)[start:].to_iter_dataset(options)
     if workers:
         flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which a notebook never parses
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=WAITING)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_init_worker)
     iterator = iter(dataset)
     try:
@@ -69,14 +70,19 @@ def batches(
         gc.collect()  # Grain keeps the last batches, and their shared memory, in reference cycles
 
 
-def check_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Raises UserError if the workers' batches of this size do not fit into the shared memory that is free."""
-    needed = (3 * workers + 1) * batch_bytes  # two wait and one is made in each worker, one is on its way to the device
-    free = shutil.disk_usage(SHARED_MEMORY).free if workers and SHARED_MEMORY.exists() else needed
+def batches_at_once(workers: int) -> int:
+    """Returns how many batches are in shared memory: WAITING and a new one in each worker, one on its way from them."""
+    return (WAITING + 1) * workers + 1 if workers else 0
+
+
+def check_shared_memory(needed: int) -> None:
+    """Raises UserError if so many bytes of shared memory are not free."""
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else needed
     if needed > free:
         raise UserError(
-            f"{workers} workers need {needed >> 20:,} MiB of shared memory, but {SHARED_MEMORY} has {free >> 20:,} MiB "
-            "free: start the container with a larger --shm-size, or lower data.workers (0 needs none)."
+            f"the workers of the loaders need {needed >> 20:,} MiB of shared memory, but {SHARED_MEMORY} has "
+            f"{free >> 20:,} MiB free: start the container with a larger --shm-size, lower data.workers (0 needs "
+            "none), or set data.resize=host."
         )
 
 

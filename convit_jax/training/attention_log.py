@@ -5,6 +5,7 @@ by class. They do not depend on the batch size, the devices or the processes.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ def make_attention_log(
     images = len(plan.test.indices)
     wanted = config.locality.images
     count = min(-(-images // 100), 64) if wanted is None else min(wanted, images)
-    batch = put_batch(spread_images(plan.test, count, mesh.size), mesh) if count else None
+    batch = put_batch(spread_images(replace(plan.test, canvas=0), count, mesh.size), mesh) if count else None
     whole = gather(mesh)
 
     def measure(params: Any, batch: Arrays | None) -> Arrays:

@@ -13,12 +13,13 @@ from ml_collections import ConfigDict
 
 from convit_jax.data.examples import Batch, EvalExample, TrainExample, Unreadable
 from convit_jax.data.index import Source
-from convit_jax.data.loader import batches, check_shared_memory
+from convit_jax.data.loader import batches, batches_at_once, check_shared_memory
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select
 from convit_jax.progress import Progress
 from convit_jax.training import distributed
 from convit_jax.training.distributed import phase, say
+from convit_jax.training.plan import canvas_sides, device_resizes
 from convit_jax.training.sharding import put_batch, put_same, replicated
 from convit_jax.training.step import Arrays, make_eval_step
 from convit_jax.weights.formats import Pretrained
@@ -64,19 +65,28 @@ def our_batches(
     example: TrainExample | EvalExample, unreadable: Unreadable, workers: int, batch_size: int, steps: range
 ) -> Generator[Batch, None, None]:
     """Yields this process's rows of the batches of some steps; close it to end the loader."""
-    workers = min(workers, len(steps) // 4)  # starting them takes seconds
-    check_shared_memory(batch_size // jax.process_count() * math.prod(example.size) * 3, workers)
     rows = batches(
         example,
         batch_size=batch_size,
         start=steps.start,
         stop=steps.stop,
-        workers=workers,
+        workers=_useful(workers, steps),
         process=jax.process_index(),
         processes=jax.process_count(),
     )
     with contextlib.closing(rows):
         yield from map(unreadable.take, rows)
+
+
+def shared_memory(example: TrainExample | EvalExample, workers: int, batch_size: int, steps: range) -> int:
+    """Returns the bytes of shared memory that `our_batches` needs at most."""
+    arrays = example.rows(batch_size // jax.process_count()).arrays()
+    return batches_at_once(_useful(workers, steps)) * sum(array.nbytes for array in arrays.values())
+
+
+def _useful(workers: int, steps: range) -> int:
+    """The number of workers that are worth starting, which takes seconds."""
+    return min(workers, len(steps) // 4)
 
 
 def evaluate_weights(
@@ -104,13 +114,17 @@ def evaluate_weights(
         },
         "start all processes with the same command, weights and images",
     )
-    images = EvalExample(source, indices, loaded.settings["image_size"], how.crop_ratio, how.interpolation)
+    size = loaded.settings["image_size"]
+    canvas = canvas_sides(config.data, size)[1] if device_resizes(config, how.interpolation) else 0
+    images = EvalExample(source, indices, size, how.crop_ratio, how.interpolation, canvas)
     count = len(indices)
     batch_size = math.ceil(min(config.eval_batch_size, count) / mesh.size) * mesh.size
     say(f"{count:,} images of {len(labels)} classes in batches of {batch_size}; {how}")
     tell = say if distributed.is_first() else distributed.warn
     unreadable = Unreadable(source, config.data.max_unreadable, tell)
-    rows = our_batches(images, unreadable, config.data.workers, batch_size, range(math.ceil(count / batch_size)))
+    workers, steps = config.data.workers, range(math.ceil(count / batch_size))
+    check_shared_memory(shared_memory(images, workers, batch_size, steps))
+    rows = our_batches(images, unreadable, workers, batch_size, steps)
     progress = Progress("images", count, every=0.1, enabled=distributed.is_first())
 
     def relabelled() -> Iterator[Batch]:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from convit_jax.config import check_config, default_config, left_to_weights, load_run_config
@@ -64,8 +65,11 @@ def follow_weights(config: ConfigDict, run: Path | None = None) -> ConfigDict:
     return config
 
 
-def make_plan(config: ConfigDict, *, devices: int) -> Plan:
-    """Checks a config for this number of devices and works it out; reads the lists of images."""
+def make_plan(config: ConfigDict, *, devices: int, on_device: bool = False) -> Plan:
+    """Checks a config for this number of devices and works it out; reads the lists of images.
+
+    on_device: `device_resizes`, which starts JAX's backend. Without it the host resizes.
+    """
     check_run(config, devices=devices)
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
     indices = training_subset(config, source)
@@ -86,6 +90,8 @@ def make_plan(config: ConfigDict, *, devices: int) -> Plan:
     batch_size = config.batch_size or min(64, len(indices) // 8 * 8 or len(indices))
     _check_divisible("batch_size", batch_size, devices, config.accumulate)
     eval_batch_size = math.ceil(min(config.eval_batch_size, len(test_indices)) / devices) * devices
+    size, group = model["image_size"], batch_size // devices
+    canvas, eval_canvas = canvas_sides(config.data, size) if on_device else (0, 0)
 
     def steps_of(epochs: float) -> int:
         return math.ceil(round(epochs * slots.epoch_length / batch_size, 6))
@@ -100,10 +106,8 @@ def make_plan(config: ConfigDict, *, devices: int) -> Plan:
     eval_at = {steps_of(n * every) for n in range(1, math.ceil(epochs / every))}
     return Plan(
         model=model,
-        train=TrainExample(source, slots, model["image_size"], config.augment.crop, config.data.interpolation),
-        test=EvalExample(
-            held_out, test_indices, model["image_size"], config.data.crop_ratio, config.data.interpolation
-        ),
+        train=TrainExample(source, slots, size, config.augment.crop, config.data.interpolation, canvas, group),
+        test=EvalExample(held_out, test_indices, size, config.data.crop_ratio, config.data.interpolation, eval_canvas),
         epochs=epochs,
         total_steps=total,
         eval_steps=math.ceil(len(test_indices) / eval_batch_size),
@@ -112,6 +116,32 @@ def make_plan(config: ConfigDict, *, devices: int) -> Plan:
         eval_batch_size=eval_batch_size,
         warmup_epochs=epochs / 20 if config.optim.warmup_epochs is None else config.optim.warmup_epochs,
     )
+
+
+def device_resizes(config: ConfigDict, interpolation: str) -> bool:
+    """Returns whether the device crops and resizes the images of a config (data.resize), with this Pillow filter."""
+    if config.data.resize == "auto":
+        return jax.default_backend() != "cpu" and config.augment.crop == "resized" and interpolation == "bicubic"
+    if config.data.resize == "device" and interpolation != "bicubic":
+        raise UserError(
+            f"the images are resized with {interpolation}, but data.resize=device is bicubic: set it to host."
+        )
+    return config.data.resize == "device"
+
+
+def canvas_sides(data: ConfigDict, size: tuple[int, int]) -> tuple[int, int]:
+    """Returns the sides of the canvases of training and of evaluation, which shows less of an image.
+
+    data is config.data, size the (height, width) of the model's images. Raises UserError if data.canvas is too small.
+    """
+    fewest = math.ceil(math.sqrt(data.repeats)) * max(size)
+    side = data.canvas or max(512, fewest)
+    if side < fewest:
+        raise UserError(
+            f"data.canvas is {side}, but {data.repeats} crops of {max(size)} pixels need {fewest}: raise it, or set "
+            "data.resize=host."
+        )
+    return side, max(side * 3 // 4, *size)
 
 
 def model_arguments(config: ConfigDict, num_classes: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from convit_jax.data.examples import Batch, Unreadable
+from convit_jax.data.loader import check_shared_memory
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.progress import Progress
@@ -24,11 +25,11 @@ from convit_jax.training.autotune import choose_forms
 from convit_jax.training.checkpoint import Checkpoints
 from convit_jax.training.distill import Teacher, load_teacher
 from convit_jax.training.distributed import check_same, from_first, is_first, phase, say, several, together
-from convit_jax.training.evaluation import our_batches
+from convit_jax.training.evaluation import our_batches, shared_memory
 from convit_jax.training.memory import memory_caution
 from convit_jax.training.metrics import MetricsLog
 from convit_jax.training.optimizer import make_optimizer, run_schedule
-from convit_jax.training.plan import Plan, follow_weights, make_plan
+from convit_jax.training.plan import Plan, device_resizes, follow_weights, make_plan
 from convit_jax.training.sharding import gather, make_mesh, put_same, replicated, state_shardings
 from convit_jax.training.step import Arrays, State, make_eval_step, make_train_step, new_state, train_metrics
 from convit_jax.training.summary import describe_run, facts
@@ -81,7 +82,8 @@ class Training:
 
         # ---- The images, the forms and the teacher -----------------------------------------
         phase("reading the lists of images")
-        self.plan = distributed.first_then_others(lambda: make_plan(config, devices=self.mesh.size))
+        devices, on_device = self.mesh.size, device_resizes(config, config.data.interpolation)
+        self.plan = distributed.first_then_others(lambda: make_plan(config, devices=devices, on_device=on_device))
         for example in (self.plan.train, self.plan.test):
             if example.source.note:
                 say(example.source.note)
@@ -129,8 +131,12 @@ class Training:
         tell = self.progress.say if is_first() else distributed.warn
         self.unreadable = Unreadable(self.plan.train.source, config.data.max_unreadable, tell)
         self._unreadable_test = Unreadable(self.plan.test.source, config.data.max_unreadable, tell)
-        steps = range(self.first_step, self.plan.total_steps)
-        self.batches = our_batches(self.plan.train, self.unreadable, config.data.workers, self.plan.batch_size, steps)
+        workers, steps = config.data.workers, range(self.first_step, self.plan.total_steps)
+        check_shared_memory(
+            shared_memory(self.plan.train, workers, self.plan.batch_size, steps)
+            + shared_memory(self.plan.test, workers, self.plan.eval_batch_size, range(self.plan.eval_steps))
+        )
+        self.batches = our_batches(self.plan.train, self.unreadable, workers, self.plan.batch_size, steps)
         stack.callback(self.batches.close)
         self.attention_log = make_attention_log(self.steps.graphdef, config, self.plan, self.mesh)
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from convit_jax.data.augment import augment, normalize
 from convit_jax.data.mixup import mix_batch
+from convit_jax.data.resize import shown_images
 from convit_jax.training.distill import Teacher
 from convit_jax.training.optimizer import Schedule, detach_backbone
 
@@ -64,8 +65,9 @@ def make_train_step(
 ) -> Callable[..., tuple[State, Arrays]]:
     """Returns step(state, metrics, batch, seed, teacher_params=None) -> (state, metrics), to be compiled.
 
-    batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}. seed: uint32 [], an argument so that runs that
-    differ in it alone share a compiled program. whole: gathers sharded parameters (sharding.gather).
+    batch: {"image": uint8 [B, H, W, 3], "label": int32 [B]}, or canvases in place of "image" (data/canvas.py). seed:
+    uint32 [], an argument so that runs that differ in it alone share a compiled program. whole: gathers sharded
+    parameters (sharding.gather).
     """
 
     def loss_fn(
@@ -88,9 +90,12 @@ def make_train_step(
         state: State, metrics: Arrays, batch: Arrays, seed: jax.Array, teacher_params: Any = None
     ) -> tuple[State, Arrays]:
         number, params = state["step"], state["params"]
+        image_size = nnx.merge(graphdef, params).image_size
         keys = step_keys(seed, number)
-        with jax.named_scope("augmentation"):  # scopes name the parts in profiles
-            images, targets = augmented(batch, keys, config, num_classes)
+        with jax.named_scope("resizing"):  # scopes name the parts in profiles
+            shown = {"image": shown_images(batch, image_size), "label": batch["label"]}
+        with jax.named_scope("augmentation"):
+            images, targets = augmented(shown, keys, config, num_classes)
         (loss, sums), grads = grad_fn(params, images, targets, keys[2], teacher_params)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state["opt_state"], params)
@@ -150,7 +155,8 @@ def make_eval_step(
     """
 
     def step(params: Any, batch: Arrays) -> Arrays:
-        logits = nnx.merge(graphdef, whole(params))(normalize(batch["image"], tuple(mean), tuple(std)))
+        model = nnx.merge(graphdef, whole(params))
+        logits = model(normalize(shown_images(batch, model.image_size), tuple(mean), tuple(std)))
         label, valid = batch["label"], batch["valid"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))

@@ -12,7 +12,7 @@ from scipy.stats import ks_2samp, kstest
 from sklearn.datasets import load_sample_image
 
 from convit_jax.data import images
-from convit_jax.data.images import centre_crop, decode, random_resized_crop_box
+from convit_jax.data.images import centre_crop, decode, decode_pixels, random_resized_crop_box
 from convit_jax.errors import UserError
 
 
@@ -68,7 +68,9 @@ BROKEN = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_image_decodes_to_uint8_rgb(kind):
     image, file_format, settings, colour = KINDS[kind]
-    pixels = np.asarray(decode(encoded(image, file_format, **settings), "a/1.jpg"))
+    record = encoded(image, file_format, **settings)
+    pixels = np.asarray(decode(record, "a/1.jpg"))
+    np.testing.assert_array_equal(decode_pixels(record, "a/1.jpg"), pixels)
     assert (pixels.dtype, pixels.shape) == (np.uint8, (4, 6, 3))
     assert np.abs(pixels.astype(int) - colour).max() <= 3
 
@@ -87,8 +89,9 @@ def test_a_damaged_file_is_refused_by_name(kind, monkeypatch):
     if kind == "bomb":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     message = rf"the image dog/7\.jpg \([^<>]*{reason}[^<>]*\): replace or remove the file\.$"
-    with pytest.raises(UserError, match=message):
-        decode(record, "dog/7.jpg")
+    for read in (decode, decode_pixels):
+        with pytest.raises(UserError, match=message):
+            read(record, "dog/7.jpg")
 
 
 def test_random_crops_have_the_areas_aspects_and_places_of_the_definition():

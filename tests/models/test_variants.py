@@ -101,6 +101,7 @@ BFLOAT16 = {"attention": "cudnn", "dtype": "bfloat16"}
         ("convit_tiny", {"drop_path_rate": 1.0}, "drop_path_rate is 1.0: give a probability"),
         ("convit_tiny", {"dtype": "float16"}, "choose float32 or bfloat16"),
         ("convit_tiny", {"depth": 0}, "depth is 0: it must be at least 1"),
+        ("convit_tiny", {"scan_unroll": "all"}, "scan_unroll is .all.: it must be at least 1 and a whole number"),
         ("convit_tiny", {"attention": "flash"}, "attention is 'flash': choose xla or cudnn"),
         ("convit_tiny", {"attention": "cudnn"}, "takes bfloat16, but dtype is float32"),
         ("convit_tiny", {**BFLOAT16, "embed_dim": 36}, "but heads have 9"),

@@ -109,6 +109,7 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
     config.steps, config.log_every, config.model.drop_path_rate, config.augment.mixup = STEPS, 1, 0.2, 0.8
     config.model.depth, config.model.local_up_to_layer, config.mesh.data, config.mesh.fsdp = 2, 1, 2, 2
     train(config, tmp_path / "one")
+    config.data.resize, config.data.canvas = "device", 16
 
     # ---- Slurm starts both, and stops one --------------------------------------------------------
     run = tmp_path / "two"

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import assert_same, run_train, saved
 
 from configs import finetune
+from convit_jax.data import loader
 from convit_jax.errors import UserError
 from convit_jax.rundir import read_metrics
 from convit_jax.training import memory, setup
@@ -119,6 +121,15 @@ def test_unreadable_images_are_named_and_counted_until_there_are_too_many(
     with pytest.raises(UserError, match=r"bee/3\.jpg .* than data\.max_unreadable=0 allows"):
         train(config, tmp_path / "too many")
     assert not list((tmp_path / "too many/checkpoints").glob("[4-9]*"))
+
+
+def test_a_run_needs_shared_memory_for_training_and_evaluation_together(digits_config, monkeypatch, tmp_path):
+    digits_config.data.workers, digits_config.eval_batch_size, digits_config.steps = 2, 80, 20
+    free = 6 * 80 * 8 * 8 * 3  # training takes five batches, evaluation three
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
+    with pytest.raises(UserError, match=r"the workers of the loaders need .* lower data\.workers"):
+        train(digits_config, tmp_path / "run")
 
 
 def test_a_step_that_needs_more_memory_than_is_free_is_said(digits_config, tmp_path, capsys, monkeypatch):

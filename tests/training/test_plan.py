@@ -9,7 +9,14 @@ import convit_jax
 from configs import finetune
 from convit_jax.errors import UserError
 from convit_jax.models.variants import model_settings
-from convit_jax.training.plan import check_run, follow_weights, make_plan, model_arguments
+from convit_jax.training.plan import (
+    canvas_sides,
+    check_run,
+    device_resizes,
+    follow_weights,
+    make_plan,
+    model_arguments,
+)
 from convit_jax.weights import pretrained
 
 GOLDEN = Path(__file__).parents[1] / "golden/convit_golden.safetensors"
@@ -114,3 +121,19 @@ def test_a_distilled_run_may_leave_its_teacher_idle_but_no_field(digits_config):
     digits_config.distill.temperature = 3.0
     with pytest.raises(UserError, match=r"distill.temperature is set, which only distill.kind=soft uses"):
         check_run(digits_config, devices=1)
+
+
+def test_canvases_have_room_for_the_crops_of_an_image(digits_config):
+    data = digits_config.data
+    assert canvas_sides(data, (224, 224)) == (512, 384)
+    data.repeats = 3
+    assert canvas_sides(data, (320, 448)) == (896, 672)
+    data.canvas = 500
+    assert canvas_sides(data, (224, 224)) == (500, 375)
+    with pytest.raises(UserError, match=r"data\.canvas is 500, but 3 crops of 256 pixels need 512: .*resize=host"):
+        canvas_sides(data, (256, 256))
+    assert not device_resizes(digits_config, "bicubic")  # on a CPU
+    data.resize = "device"
+    assert device_resizes(digits_config, "bicubic")
+    with pytest.raises(UserError, match=r"resized with bilinear, but data\.resize=device is bicubic"):
+        device_resizes(digits_config, "bilinear")

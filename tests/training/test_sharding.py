@@ -26,6 +26,7 @@ def test_a_run_on_one_device_continues_on_eight_as_if_it_had_stayed(digits_confi
     train(recipe, moved)
     recipe.steps, recipe.mesh.data, recipe.mesh.fsdp = 6, 2, 4
     recipe.model.scan_unroll = 2  # which fixes a layout
+    recipe.data.resize, recipe.data.canvas = "device", 16
     train(recipe, moved)
     assert_same(saved(whole), saved(moved), atol=2e-5, rtol=1e-4)
     for line, other in zip(*(read_metrics(run / "metrics.jsonl")[-2:] for run in (whole, moved)), strict=True):
@@ -37,7 +38,7 @@ def test_a_run_on_one_device_continues_on_eight_as_if_it_had_stayed(digits_confi
 def compiled_step(config, data, fsdp):
     """The training step of a run on a mesh."""
     mesh = make_mesh(data, fsdp)
-    plan = make_plan(config, devices=mesh.size)
+    plan = make_plan(config, devices=mesh.size, on_device=True)
     steps, batch = Steps(config, plan, mesh), put_batch(plan.train(range(config.batch_size)), mesh)
     lowered = steps.train.func.lower(steps.shapes["state"], steps.shapes["metrics"], batch, **steps.train.keywords)
     return lowered.compile()
@@ -45,7 +46,7 @@ def compiled_step(config, data, fsdp):
 
 def test_the_collectives_are_those_that_the_mesh_calls_for_and_memory_falls_with_fsdp(digits_config):
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-    found, state_bytes = {}, {}
+    found, state_bytes, digits_config.data.canvas = {}, {}, 8
     for data, fsdp, mixup in ((8, 1, 0.0), (4, 2, 0.8)):
         digits_config.augment.mixup = mixup
         step = compiled_step(digits_config, data, fsdp)

@@ -1,0 +1,98 @@
+"""Rows of a batch: images that the host crops and resizes, or canvases from which the device does (resize.py).
+
+The arrays of the second kind are "canvas" uint8 [groups, canvases, side, side, 3], "on" int32 [n] and "view"
+int32 [n, 2, 4]. The n rows are divided into groups of neighbours, one for each device, which has the canvases of its
+rows. A row shows a view (`images.View`) of the canvas number `on` of its group. "too_large" bool [n] marks the
+rows whose image does not fit on a canvas: the host has resized them.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from convit_jax.data.images import Axis, View, is_long, show
+
+
+class HostRows:
+    """Rows that the host crops and resizes to size (height, width); black at first."""
+
+    def __init__(self, rows: int, size: tuple[int, int], interpolation: str = "bicubic") -> None:
+        self._images = np.zeros((rows, *size, 3), np.uint8)
+        self._size, self._interpolation = size, interpolation
+
+    def put(self, row: int, image: Image.Image, view: View) -> None:
+        """Shows a view of an image in a row."""
+        self._images[row] = show(image, self._size, view, self._interpolation)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns "image"."""
+        return {"image": self._images}
+
+
+class CanvasRows:
+    """Rows that the device crops and resizes; black at first. Rows with the same image share a canvas."""
+
+    def __init__(self, rows: int, size: tuple[int, int], *, side: int, group: int, canvases: int) -> None:
+        """group: rows of a group; canvases: of a group, for the largest number of images in it."""
+        black = [Axis(0, length, length) for length in size]
+        self._canvas = np.zeros((rows // group, canvases, side, side, 3), np.uint8)
+        self._on = np.zeros(rows, np.int32)
+        self._view = np.tile(np.array(black, np.int32), (rows, 1, 1))
+        self._too_large = np.zeros(rows, bool)
+        self._size, self._group, self._columns = size, group, side // size[1]
+        self._room = side // size[0] * self._columns  # images of this size on one canvas
+        self._used = [0] * (rows // group)  # canvases
+        self._image = np.zeros(0)
+        self._waiting: list[tuple[int, View]] = []  # rows with this image
+
+    def put(self, row: int, image: np.ndarray, view: View) -> None:
+        """Shows a view of an image, uint8 [height, width, 3], in a row; rows come in ascending order."""
+        if image is not self._image or row % self._group == 0 or len(self._waiting) == self._room:
+            self._place()
+        self._image = image
+        self._waiting.append((row, view))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns "canvas", "on", "view" and "too_large", after the last row."""
+        self._place()
+        return {"canvas": self._canvas, "on": self._on, "view": self._view, "too_large": self._too_large}
+
+    def _place(self) -> None:
+        """Puts what the waiting rows need of their image on the next canvas."""
+        if not self._waiting:
+            return
+        rows, views = [row for row, _ in self._waiting], [view for _, view in self._waiting]
+        group = rows[0] // self._group
+        canvas = self._canvas[group, self._used[group]]
+        (top, bottom), (left, right) = (_needed([view[n] for view in views], self._size[n]) for n in range(2))
+        if max(bottom - top, right - left) > len(canvas) or any(map(is_long, views)):
+            self._too_large[rows] = True
+            views = self._resize(canvas, views)
+        else:
+            canvas[: bottom - top, : right - left] = self._image[top:bottom, left:right]
+            views = [(y._replace(start=y.start - top), x._replace(start=x.start - left)) for y, x in views]
+        self._on[rows], self._view[rows] = self._used[group], views
+        self._used[group] += 1
+        self._waiting.clear()
+
+    def _resize(self, canvas: np.ndarray, views: list[View]) -> list[View]:
+        """Resizes the views of an image on the host, puts them side by side and returns them as views of the canvas."""
+        (h, w), image = self._size, Image.fromarray(self._image)
+        placed = []
+        for number, view in enumerate(views):
+            top, left = number // self._columns * h, number % self._columns * w
+            canvas[top : top + h, left : left + w] = show(image, self._size, view)
+            placed.append((Axis(top, h, h), Axis(left, w, w)))
+        return placed
+
+
+def _needed(axes: list[Axis], shown: int) -> tuple[int, int]:
+    """The pixels [begin, end) of an image that are needed to show so many pixels of all of these."""
+    begins, ends = [], []
+    for start, length, resized, first in axes:
+        scale = length / resized
+        reach = 2 * max(scale, 1)  # of the bicubic filter
+        begins.append(start + max(0, math.floor((first + 0.5) * scale - reach)))
+        ends.append(start + min(length, math.ceil((first + shown - 0.5) * scale + reach)))
+    return min(begins), max(ends)
