@@ -76,8 +76,7 @@ def test_a_change_reaches_every_run_and_its_command(make_study, tmp_path):
         ([{"overrides": {"optim.lrr": 1}}], {}, "the config has no field 'optim.lrr'"),
     ],
 )
-def test_a_mistake_in_a_study_is_named(entries, keys, sentence, make_study, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_mistake_in_a_study_is_named(entries, keys, sentence, make_study):
     with pytest.raises(UserError, match=sentence):
         make_study(*entries, **keys)
 
@@ -90,14 +89,12 @@ def test_a_mistake_in_a_study_is_named(entries, keys, sentence, make_study, monk
         ("studies/digits.py:models", ["--config.seed=1"], "--config.seed is not possible here"),
     ],
 )
-def test_a_mistake_in_the_command_is_named(source, changes, sentence, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_mistake_in_the_command_is_named(source, changes, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         read_study(source, changes)
 
 
-def test_a_part_of_a_study_or_a_sentence(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_part_of_a_study_or_a_sentence():
     study = read_study("studies/digits.py:locality")
     part = select_runs(study, row=["0.01", "no GPSA"], column=["0", "5"], seed=["1"])
     assert [run.name for run in part] == ["no-gpsa-0-seed1", "locality-strength-0.01-5-seed1"]
