@@ -28,7 +28,7 @@ from convit_jax.rundir import read_metrics
 from convit_jax.training import evaluation, setup
 from convit_jax.training.autotune import choose_forms
 from convit_jax.training.loop import train
-from convit_jax.training.plan import make_plan
+from convit_jax.training.plan import follow_weights, make_plan
 from convit_jax.training.sharding import make_mesh, put_batch
 
 TITLES = {"loop": "the whole training loop", "step": "the bare jitted step"}
@@ -71,6 +71,7 @@ def step_rates(config):
     """Returns the images/s of each window of the step alone."""
     setup.use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(1, 1)
+    config = follow_weights(config)
     plan = choose_forms(config, make_plan(config, devices=1), 1, None)
     steps = setup.Steps(config, plan, mesh)
     tree = steps.first(initial_params(plan.model, config.seed))

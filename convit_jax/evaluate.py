@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> None:
     """Evaluates what the flags describe."""
     from convit_jax.analysis.interventions import force_gates, mask_position_embedding
     from convit_jax.data.class_names import words
+    from convit_jax.figures.style import check_picture
     from convit_jax.training.distributed import is_first, phase, say, several, together
     from convit_jax.training.evaluation import evaluate_weights
     from convit_jax.training.setup import use_compilation_cache
@@ -53,6 +54,8 @@ def main(arguments: list[str]) -> None:
     values = flags.FLAGS
     phase("reading the weights")
     with together():
+        if values.confusion:
+            check_picture(Path(values.confusion))
         loaded = load_weights(needs_head=True)
         params, changes = loaded.params(), []
         if values.mask:

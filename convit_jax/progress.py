@@ -1,5 +1,6 @@
 """The progress display of every command: a live bar in a terminal, plain lines in a file."""
 
+import contextlib
 import io
 import os
 import sys
@@ -64,11 +65,11 @@ class Lasting(io.FileIO):
 
     def write(self, data: Any, /) -> int:
         """Writes, or drops, bytes."""
-        try:
-            return super().write(data)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return super().write(data)
+        with contextlib.suppress(OSError):
+            if (written := super().write(data)) is not None:  # None: it cannot take more now, and must not block
+                return written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        return super().write(data)
 
 
 def outlive_readers() -> None:

@@ -20,7 +20,11 @@ from convit_jax.config import load_config
 from convit_jax.study import plan
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-WHOLE = {"--config=...": "--config=configs/convit_s.py", " ...": "", "\\\n": " "}  # what a page leaves out
+WHOLE = {
+    "--config=...": "--config=configs/convit_s.py",
+    "train.py ...": "train.py",
+    "\\\n": " ",
+}  # what a page leaves out
 ADDED = ["--config=configs/convit_s.py"]  # stands for the command to which a table adds flags
 
 
@@ -73,7 +77,7 @@ def test_every_command_can_be_typed(page, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_of_a_config_exists(page):
     for line in code(page):
-        if re.match("--config[.=]", line):
+        if re.match("--config[.=]", line) and "FIELD" not in line:
             load_config([*ADDED, *(word for word in shlex.split(line) if re.match("--config[.=]", word))])
 
 

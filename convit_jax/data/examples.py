@@ -24,6 +24,7 @@ from convit_jax.data.index import Source
 from convit_jax.errors import UserError
 
 TRIES = 10  # images tried in place of an unreadable one before the run fails
+MANY = 1000  # rows, to judge whether images fit on their canvases
 
 Batch = dict[str, np.ndarray]
 
@@ -159,12 +160,16 @@ class Unreadable:
         self.source, self.limit, self.say = source, limit, say
         self.seen: set[int] = set()  # indices
         self.rows = self.too_large = 0  # rows so far, and those whose image did not fit on a canvas
+        self._warned = False
 
     def take(self, batch: Batch) -> Batch:
         """Returns a batch without its remarks; raises UserError if more than `limit` images are unreadable."""
         batch = dict(batch)
         self.rows += len(batch["label"])
         self.too_large += int(batch.pop("too_large", np.False_).sum())
+        if not self._warned and 2 * self.too_large > self.rows > MANY:
+            self._warned = True
+            self.say("Most images are too large for their canvas: set data.resize=host, or raise data.canvas.")
         for index in sorted({*batch.pop("unreadable").tolist()} - {-1} - self.seen):
             self.seen.add(index)
             try:

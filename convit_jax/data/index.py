@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 
 FORMAT = "convit_jax index 3"
-UNUSED = 30 * 86400  # seconds after which an index of other data is removed
 UNUSABLE = (OSError, ValueError, LookupError, TypeError, EOFError)  # what damaged files raise
 
 Arrays = dict[str, np.ndarray]
@@ -84,24 +82,17 @@ def cached_index(
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         places.append(cache / f"convit_jax/indices/{key}-{name}-{fingerprint}")
     for path in places:
-        with contextlib.suppress(*UNUSABLE):
+        try:
             return _read(path, fingerprint)
-        shutil.rmtree(path, ignore_errors=True)  # damaged
+        except UNUSABLE as error:
+            if isinstance(error, FileNotFoundError) or not isinstance(error, OSError):  # missing or damaged
+                shutil.rmtree(path, ignore_errors=True)
     index = build()
     for path in places if keep(index.arrays) else ():
         with contextlib.suppress(*UNUSABLE):  # read-only or full
-            _remove_unused(path.parent, path.name.removesuffix(fingerprint))
             _write(path, fingerprint, index.arrays)
             return _read(path, fingerprint)
     return index
-
-
-def _remove_unused(folder: Path, prefix: str) -> None:
-    """Removes the indices of other data that were not read for a long time."""
-    for path in folder.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):  # another process removes it
-            if time.time() - path.stat().st_mtime > UNUSED:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(path: Path, fingerprint: str, arrays: Arrays) -> None:
@@ -124,11 +115,9 @@ def _write(path: Path, fingerprint: str, arrays: Arrays) -> None:
 
 
 def _read(path: Path, fingerprint: str) -> Index:
-    """Maps the arrays of a directory, and marks it as used; raises if it is damaged or has another fingerprint."""
+    """Maps the arrays of a directory; raises if it is damaged or has another fingerprint."""
     facts = json.loads((path / "index.json").read_text())
     if facts["format"] != FORMAT or facts["fingerprint"] != fingerprint:
         raise ValueError(f"{path} is not the index of {fingerprint}")
-    with contextlib.suppress(OSError):  # of another user
-        os.utime(path)
     mapped = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in facts["arrays"]}
     return Index({name: np.asarray(array) for name, array in mapped.items()}, path, fingerprint)  # memmaps are slower

@@ -62,7 +62,7 @@ def batches(
             raise
         raise UserError(
             f"a worker of the loader was killed by {signal.Signals(int(killed[1])).name}, probably because memory or "
-            "/dev/shm was full: lower data.workers, or give the container more (docker run --shm-size=8g)."
+            "/dev/shm was full: lower data.workers, or give the container more (docker run --shm-size=16g)."
         ) from error
     finally:
         iterator.close()

@@ -22,7 +22,8 @@ def write_page(
 ) -> list[Path]:
     """Writes the page of some layers by number, for a uint8 image [H, W, 3]; returns its path.
 
-    An attention a is stored as the byte round(255 sqrt(a)), so it is off by at most 0.004.
+    An attention a is stored as the byte round(255 sqrt(a)), so it is off by at most 0.004; position, a product of
+    two such factors, by 0.008.
     """
     arrays = [each for layer in layers.values() for each in (layer.content, layer.rows, layer.columns)]
     maps = b"".join(np.rint(255 * np.sqrt(each)).astype(np.uint8).tobytes() for each in arrays if each is not None)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from convit_jax.errors import UserError
@@ -24,6 +25,13 @@ def add_title(figure: Figure, text: str) -> None:
     """Adds a bold title at the left, small enough for the figure's width."""
     size = min(11, 100 * figure.get_figwidth() / len(text))
     figure.suptitle(text, x=0.01, ha="left", fontweight="bold", fontsize=size)
+
+
+def check_picture(path: Path) -> None:
+    """Raises UserError if the name of a picture says no format that can be written."""
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:] not in known:
+        raise UserError(f"{path} is not the name of a picture: end it in .png or .pdf.")
 
 
 def save_figure(figure: Figure, directory: Path, name: str, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:

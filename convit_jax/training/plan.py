@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def follow_weights(config: ConfigDict, run: Path | None = None) -> ConfigDict:
 
     They come from these weights, or from the directory of a `run` that continues.
     """
+    check_config(config)
     names = left_to_weights(config)
     if not names:
         return config
@@ -92,6 +94,11 @@ def make_plan(config: ConfigDict, *, devices: int, on_device: bool = False) -> P
     eval_batch_size = math.ceil(min(config.eval_batch_size, len(test_indices)) / devices) * devices
     size, group = model["image_size"], batch_size // devices
     canvas, eval_canvas = canvas_sides(config.data, size) if on_device else (0, 0)
+    if on_device and canvas < (fewest := _fewest_pixels(config.data, size)):
+        raise UserError(
+            f"data.canvas is {canvas}, but {config.data.repeats} crops of {max(size)} pixels need {fewest}: raise it, "
+            "or set data.resize=host."
+        )
 
     def steps_of(epochs: float) -> int:
         return math.ceil(round(epochs * slots.epoch_length / batch_size, 6))
@@ -118,9 +125,14 @@ def make_plan(config: ConfigDict, *, devices: int, on_device: bool = False) -> P
     )
 
 
-def device_resizes(config: ConfigDict, interpolation: str) -> bool:
-    """Returns whether the device crops and resizes the images of a config (data.resize), with this Pillow filter."""
+def device_resizes(config: ConfigDict, interpolation: str, kept: Mapping[str, Any] | None = None) -> bool:
+    """Returns whether the device crops and resizes the images of a config (data.resize), with this Pillow filter.
+
+    kept: run.json of a run that continues, which keeps what it began with.
+    """
     if config.data.resize == "auto":
+        if kept is not None:
+            return kept.get("resize") == "device"
         return jax.default_backend() != "cpu" and config.augment.crop == "resized" and interpolation == "bicubic"
     if config.data.resize == "device" and interpolation != "bicubic":
         raise UserError(
@@ -132,16 +144,15 @@ def device_resizes(config: ConfigDict, interpolation: str) -> bool:
 def canvas_sides(data: ConfigDict, size: tuple[int, int]) -> tuple[int, int]:
     """Returns the sides of the canvases of training and of evaluation, which shows less of an image.
 
-    data is config.data, size the (height, width) of the model's images. Raises UserError if data.canvas is too small.
+    data is config.data, size the (height, width) of the model's images.
     """
-    fewest = math.ceil(math.sqrt(data.repeats)) * max(size)
-    side = data.canvas or max(512, fewest)
-    if side < fewest:
-        raise UserError(
-            f"data.canvas is {side}, but {data.repeats} crops of {max(size)} pixels need {fewest}: raise it, or set "
-            "data.resize=host."
-        )
+    side = data.canvas or max(512, _fewest_pixels(data, size))
     return side, max(side * 3 // 4, *size)
+
+
+def _fewest_pixels(data: ConfigDict, size: tuple[int, int]) -> int:
+    """The side of a canvas that holds all crops of an image."""
+    return math.ceil(math.sqrt(data.repeats)) * max(size)
 
 
 def model_arguments(config: ConfigDict, num_classes: int) -> dict[str, Any]:

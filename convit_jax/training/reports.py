@@ -90,7 +90,7 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
         if run.unreadable.seen:
             values["unreadable_images"] = len(run.unreadable.seen)
         if run.unreadable.too_large:
-            values["too_large_images"] = run.unreadable.too_large / run.unreadable.rows
+            values["too_large_share"] = run.unreadable.too_large / run.unreadable.rows
         run.log.write(step, run.plan.epoch(step), values)
         run.progress.update(step, shown.format(epoch=run.plan.epoch(step), **values))
 

@@ -75,22 +75,20 @@ class Training:
         """stack: ends the writers, the loader and the lock."""
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
         check_same({"workdir": str(workdir), **distributed.comparable(config)})
-        continues = from_first(bool(checkpoint_steps(workdir)))
         with together():
-            config = follow_weights(config, workdir if continues else None)
+            kept = from_first(read_json(workdir / "run.json") if checkpoint_steps(workdir) else None)
+            config = follow_weights(config, workdir if kept is not None else None)
         self.config, self.workdir = config, workdir
 
         # ---- The images, the forms and the teacher -----------------------------------------
         phase("reading the lists of images")
-        devices, on_device = self.mesh.size, device_resizes(config, config.data.interpolation)
+        devices, on_device = self.mesh.size, device_resizes(config, config.data.interpolation, kept)
         self.plan = distributed.first_then_others(lambda: make_plan(config, devices=devices, on_device=on_device))
         for example in (self.plan.train, self.plan.test):
             if example.source.note:
                 say(example.source.note)
         phase("choosing the form of attention")
-        with together():
-            kept = read_json(workdir / "run.json") if checkpoint_steps(workdir) else None
-        self.plan = choose_forms(config, self.plan, self.mesh.size, from_first(kept))
+        self.plan = choose_forms(config, self.plan, self.mesh.size, kept)
         if config.distill.teacher:
             phase("reading the teacher")
         with together():

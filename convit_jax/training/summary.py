@@ -56,6 +56,7 @@ def facts(config: ConfigDict, plan: Plan, params: Any, mesh: Mesh, teacher: Teac
         "dtype": plan.model["dtype"],
         "attention": plan.model["attention"],
         "scan_unroll": plan.model["scan_unroll"],
+        "resize": "device" if plan.train.canvas else "host",
         "parameters": count_params(params),
         "macs": macs,
         "flops": 2 * macs,

@@ -10,6 +10,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,11 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
     kind = "checkpoint" if which == step else f"{which} checkpoint"
     source = f"{path} ({kind}, step {step}{', moving average' if ema else ''})"
     with checked_json(path / "run.json") as run:
-        classes, class_names = run["classes"], tuple(run["class_names"])
+        class_names = tuple(run["class_names"])
+        known = {"num_classes": run["classes"], "dtype": run["dtype"]}
     with checked_json(path / "config.json") as config:
         given = {name: value for name, value in config["model"].items() if value not in (None, "auto")}
-        settings = model_settings(**{"num_classes": classes, **given})
+        settings = model_settings(**{**known, **given})
         how = Preprocessing.of_config(config["data"])
         return Pretrained(tensors, settings, how, class_names, source)
 
@@ -136,13 +138,6 @@ def checked_json(path: Path, *, optional: bool = False) -> Iterator[dict[str, An
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes {name: array} as a .safetensors file, completely or not at all. Raises OSError."""
-    with _safetensors(path, tensors):
-        pass
-
-
-@contextlib.contextmanager
-def _safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> Iterator[None]:
-    """Writes a .safetensors file that appears under its name at the end of the context."""
     # save_file takes the memory as it lies, so views must be copied.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with atomic_write(path, "wb") as file:
@@ -150,8 +145,6 @@ def _safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> Iterator[None
             save_file(contiguous, file.name, metadata={"format": "pt"})
         except SafetensorError as error:  # of the disk
             raise OSError(errno.EIO, str(error)) from error
-        os.fsync(file.fileno())
-        yield
 
 
 def save_converted(loaded: Pretrained, directory: Path) -> None:
@@ -209,13 +202,24 @@ def _to_json(config: Mapping[str, Any]) -> str:
 def _write_directory(
     directory: Path, weights: str, tensors: Mapping[str, np.ndarray], texts: Mapping[str, str]
 ) -> None:
-    """Writes weights and texts by file name in place of all FILES; a failed write replaces nothing."""
-    directory.mkdir(exist_ok=True)
-    with _safetensors(directory / weights, tensors), contextlib.ExitStack() as stack:
+    """Writes a directory of weights and texts, by file name, in place of an old one, which a failure leaves as it was.
+
+    A kill while the two change places leaves the old one beside it, as .NAME.PID.old.
+    """
+    directory = directory.resolve()
+    new, old = (directory.with_name(f".{directory.name}.{os.getpid()}.{word}") for word in ("new", "old"))
+    try:
+        new.mkdir()
+        write_safetensors(new / weights, tensors)
         for name, text in texts.items():
-            file = stack.enter_context(atomic_write(directory / name))
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk shows before anything is replaced
-        for name in FILES:  # a kill from here on leaves no weights, rather than weights with another's config
-            (directory / name).unlink(missing_ok=True)
+            with atomic_write(new / name) as file:
+                file.write(text)
+        if directory.exists():
+            directory.rename(old)
+        new.rename(directory)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

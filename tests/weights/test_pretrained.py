@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -60,27 +61,25 @@ def test_safetensors_gets_the_numbers_of_every_kind_of_array(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_a_directory_never_holds_weights_with_the_config_of_others(golden, tmp_path, monkeypatch):
+def test_a_directory_is_replaced_as_a_whole_or_not_at_all(golden, tmp_path, monkeypatch):
     save_converted(golden, tmp_path / "w")
     save_converted(pretrained.load(WEIGHTS, num_classes=2), tmp_path / "w")
-    replace = os.replace
+    rename = Path.rename
 
-    def killed(source, target):
-        if target.suffix == ".safetensors":
+    def interrupted(source, target):
+        if source.suffix == ".new":
             raise KeyboardInterrupt
-        replace(source, target)
+        return rename(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", None)  # a full disk
         with pytest.raises(TypeError):
             save_converted(golden, tmp_path / "w")
-    assert pretrained.load(tmp_path / "w").settings["num_classes"] == 2
-    assert {path.name for path in (tmp_path / "w").iterdir()} == {"config.json", "weights.safetensors"}
-    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_converted(golden, tmp_path / "w")
-    with pytest.raises(UserError, match=r"has no weights\.safetensors"):
-        pretrained.load(tmp_path / "w")
+    assert pretrained.load(tmp_path / "w").settings["num_classes"] == 2
+    assert {path.name for path in tmp_path.rglob("*")} == {"w", "config.json", "weights.safetensors"}
 
 
 def test_a_new_head_and_larger_images(golden):
