@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 
 # Config fields that may differ between processes. Their images and teachers are compared, the paths are not.
 MAY_DIFFER = ("data.dir", "data.workers", "distill.teacher")
+POD = "JOB_COMPLETION_INDEX"  # set by Kubernetes in an indexed Job
 
 
 class Everywhere(UserError):
@@ -86,6 +87,8 @@ def join(
         _check_flags(*flags)
     number = str(process_id) if with_flags else cluster(os.environ)
     if number is None:
+        if POD in os.environ:
+            print("Running alone: to join the other pods of a Job, pip install jax[k8s]", flush=True)
         return
     if number == "0":
         print(f"... joining the other processes (at most {start_timeout} s; --num_processes=1 runs alone)", flush=True)
@@ -133,8 +136,8 @@ def cluster(environment: Mapping[str, str]) -> str | None:
         return environment["SLURM_PROCID"]
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return environment["OMPI_COMM_WORLD_RANK"]
-    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        return environment["JOB_COMPLETION_INDEX"]
+    if POD in environment and importlib.util.find_spec("kubernetes"):  # JAX asks that package for the other pods
+        return environment[POD]
     return "?" if importlib.util.find_spec("libtpu") else None
 
 
