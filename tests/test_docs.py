@@ -53,6 +53,7 @@ def commands(page):
             yield ["train.py" if name == "train" else f"convit_jax.{name}", *words[1:]]
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # other tests import commands
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_can_be_typed(page, monkeypatch):
     def launch(name, main, *, define=lambda: None, config=None, arguments="", processes=False, **others):

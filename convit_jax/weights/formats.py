@@ -121,7 +121,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
     source = f"{path} ({kind}, step {step}{', moving average' if ema else ''})"
     with checked_json(path / "run.json") as run:
         class_names = tuple(run["class_names"])
-        known = {"num_classes": run["classes"], "dtype": run["dtype"]}
+        known = {"num_classes": run["classes"], "dtype": run.get("dtype", "float32")}
     with checked_json(path / "config.json") as config:
         given = {name: value for name, value in config["model"].items() if value not in (None, "auto")}
         settings = model_settings(**{**known, **given})

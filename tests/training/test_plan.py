@@ -78,7 +78,7 @@ def test_what_the_config_leaves_to_the_weights():
     config.init_from = str(GOLDEN)
     of_weights = pretrained.load(GOLDEN).settings
     followed = follow_weights(config)
-    assert model_settings(**model_arguments(followed, 10)) == of_weights | {"drop_path_rate": 0.1, "dtype": "bfloat16"}
+    assert model_settings(**model_arguments(followed, 10)) == of_weights | {"drop_path_rate": 0.1}
     assert (config.model.name, followed.model.name, followed.data.mean[0]) == (None, "convit_tiny", 0.485)
     config.model.image_size, config.data.mean = 384, (0.5, 0.5, 0.5)  # what is set counts
     followed = follow_weights(config)
@@ -130,8 +130,9 @@ def test_canvases_have_room_for_the_crops_of_an_image(digits_config):
     assert canvas_sides(data, (320, 448)) == (896, 672)
     data.canvas = 500
     assert canvas_sides(data, (224, 224)) == (500, 375)
-    with pytest.raises(UserError, match=r"data\.canvas is 500, but 3 crops of 256 pixels need 512: .*resize=host"):
-        canvas_sides(data, (256, 256))
+    data.canvas = 15
+    with pytest.raises(UserError, match=r"data\.canvas is 15, but 3 crops of 8 pixels need 16: .*resize=host"):
+        make_plan(digits_config, devices=1, on_device=True)
     assert not device_resizes(digits_config, "bicubic")  # on a CPU
     data.resize = "device"
     assert device_resizes(digits_config, "bicubic")
