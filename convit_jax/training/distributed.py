@@ -87,8 +87,11 @@ def join(
         _check_flags(*flags)
     number = str(process_id) if with_flags else cluster(os.environ)
     if number is None:
-        if POD in os.environ:
-            print("Running alone: to join the other pods of a Job, pip install jax[k8s]", flush=True)
+        if (pod := os.environ.get(POD, "0")) != "0":
+            raise UserError(
+                f"this is pod {pod} of a Job, and cannot join the others: pip install jax[k8s], or run it alone with "
+                "--num_processes=1."
+            )
         return
     if number == "0":
         print(f"... joining the other processes (at most {start_timeout} s; --num_processes=1 runs alone)", flush=True)

@@ -235,5 +235,8 @@ def test_who_started_several_processes(monkeypatch):
     assert distributed.cluster({**slurm, "SLURM_NTASKS": "2"}) == distributed.cluster(mpi) == "1"
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
     assert distributed.cluster(pod) is None  # a job of one pod needs no package
+    monkeypatch.setenv(distributed.POD, "3")
+    with pytest.raises(UserError, match="pod 3 of a Job, and cannot join the others"):
+        distributed.join(None, None, None, 1, 1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "kubernetes")
     assert distributed.cluster(pod) == "3"
