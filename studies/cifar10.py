@@ -3,7 +3,7 @@
 python -m convit_jax.study studies/cifar10.py:sample_efficiency --config.data.dir=CIFAR10
 # or :models, :ablations, :locality; :distillation, whose teacher is the largest ConViT of :models;
 # without a GPU :sample_efficiency_cpu and :ablations_cpu, a narrower model, fewer images, no mixing
-# :fine_tuning_cpu, on five classes, from a network trained on the other five (docs/results.md)
+# :fine_tuning_cpu, on five classes, from a network trained on the other five (docs/experiments.md)
 """
 
 from studies import ablations, chosen, over_fractions, sample_efficiency, small_plans, small_rows
