@@ -111,7 +111,7 @@ def ours(files, program):
 
 
 def small_batches(files, rows):
-    """Returns the example for batches of so many rows that the device resizes, three repeats."""
+    """Returns the example for batches of this many rows, which the device resizes, three repeats."""
     slots = Slots(np.arange(len(files)), 0, 3)
     return TrainExample(InMemory(files), slots, (SIZE, SIZE), "resized", canvas=CANVAS, group=rows)
 

@@ -88,7 +88,7 @@ class CanvasRows:
 
 
 def _needed(axes: list[Axis], shown: int) -> tuple[int, int]:
-    """The pixels [begin, end) of an image that are needed to show so many pixels of all of these."""
+    """The pixels [begin, end) of an image that are needed to show this number of pixels of each axis."""
     begins, ends = [], []
     for start, length, resized, first in axes:
         scale = length / resized

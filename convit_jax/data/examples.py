@@ -53,7 +53,7 @@ class Slots:
         return int(self.indices[_order(len(self.indices), self.seed, epoch)[position // self.repeats]])
 
     def most_images(self, count: int) -> int:
-        """Returns the largest number of images in so many neighbouring slots; at the end of an epoch one may be cut."""
+        """Returns the largest number of images in `count` neighbouring slots; at the end of an epoch one may be cut."""
         ends = math.ceil((count - 1) / self.epoch_length) if self.epoch_length % self.repeats else 0
         return min(count, 1 + math.ceil((count - 1) / self.repeats) + ends)
 
@@ -91,7 +91,7 @@ class TrainExample:
         return batch | rows.arrays()
 
     def rows(self, count: int) -> HostRows | CanvasRows:
-        """Returns so many black rows."""
+        """Returns `count` black rows."""
         if not self.canvas:
             return HostRows(count, self.size, self.interpolation)
         most = self.slots.most_images(self.group)
@@ -147,7 +147,7 @@ class EvalExample:
         return batch | rows.arrays()
 
     def rows(self, count: int) -> HostRows | CanvasRows:
-        """Returns so many black rows."""
+        """Returns `count` black rows."""
         if not self.canvas:
             return HostRows(count, self.size, self.interpolation)
         return CanvasRows(count, self.size, side=self.canvas, group=1, canvases=1)

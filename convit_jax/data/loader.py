@@ -76,7 +76,7 @@ def batches_at_once(workers: int) -> int:
 
 
 def check_shared_memory(needed: int) -> None:
-    """Raises UserError if so many bytes of shared memory are not free."""
+    """Raises UserError if less than `needed` bytes of shared memory are free."""
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else needed
     if needed > free:
         raise UserError(

@@ -82,7 +82,7 @@ def _look(number: int, count: int, epochs: Sequence[float]) -> dict[str, Any]:
 
 
 def _label_ends(axes: Axes, epoch: float) -> None:
-    """Writes the name of each curve beside its end, at this epoch; names move apart until they can be read."""
+    """Writes the name of each curve at its end, at this epoch; names move apart until they can be read."""
     curves = sorted((float(np.asarray(line.get_ydata())[-1]), str(line.get_label()), line) for line in axes.lines)
     ends = np.array([end for end, _, _ in curves])
     across = axes.get_yaxis_transform()  # x from 0 to 1, y as the curves
@@ -90,5 +90,5 @@ def _label_ends(axes: Axes, epoch: float) -> None:
     places = isotonic_regression(ends - apart) + apart  # nearest to the ends
     for (end, name, line), place in zip(curves, places, strict=True):
         leader = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.8, "relpos": (0, 0.5)}
-        beside = (1.05, place)
-        axes.annotate(name, (epoch, end), beside, textcoords=across, arrowprops=leader, va="center", fontsize=8)
+        label_at = (1.05, place)
+        axes.annotate(name, (epoch, end), label_at, textcoords=across, arrowprops=leader, va="center", fontsize=8)

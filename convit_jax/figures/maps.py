@@ -69,7 +69,7 @@ def _shares(attention: np.ndarray) -> list[str]:
 
 
 def _plot_page(title: str, rows: Sequence[Row], image: np.ndarray, query: Query) -> Figure:
-    """The image, and below it the maps; few layers are beside it."""
+    """The image above the maps, or to the left of them if there are few layers."""
     heads, *grid = rows[0][1].shape
     norm = LogNorm(1 / math.prod(grid), 1)
     down, across = _steps(grid)

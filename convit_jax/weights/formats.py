@@ -93,7 +93,7 @@ class Pretrained:
 def from_state_dict(
     tensors: Mapping[str, np.ndarray], config_file: Path, source: str, image_size: Any, num_heads: int | None
 ) -> Pretrained:
-    """Returns the Pretrained of a state dict with the config.json beside it, ours or timm's, if there is one.
+    """Returns the Pretrained of a state dict with the config.json of its folder, ours or timm's, if there is one.
 
     What timm's lacks is as in the recipe, and 1,000 classes are ImageNet's.
     """
@@ -204,7 +204,7 @@ def _write_directory(
 ) -> None:
     """Writes a directory of weights and texts, by file name, in place of an old one, which a failure leaves as it was.
 
-    A kill while the two change places leaves the old one beside it, as .NAME.PID.old.
+    A kill while the two change places leaves the old one next to it, as .NAME.PID.old.
     """
     directory = directory.resolve()
     new, old = (directory.with_name(f".{directory.name}.{os.getpid()}.{word}") for word in ("new", "old"))
