@@ -60,18 +60,23 @@ def reading(path: Path) -> Iterator[None]:
 def _without_traces() -> Iterator[None]:
     """Drops what Python prints of the reads that a failure leaves behind; they end at any time after it."""
     report, logger = sys.unraisablehook, logging.getLogger("asyncio")
-    level = logger.level
 
     def report_others(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             report(unraisable)
 
-    sys.unraisablehook = report_others
-    logger.setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    yield
-    sys.unraisablehook = report  # after a failure both stay
-    logger.setLevel(level)
+    with contextlib.ExitStack() as restored:
+        restored.enter_context(warnings.catch_warnings())
+        restored.callback(setattr, sys, "unraisablehook", report)
+        restored.callback(logger.setLevel, logger.level)
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        sys.unraisablehook = report_others
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        except BaseException:
+            restored.pop_all()  # they stay after a failure
+            raise
 
 
 def find_step(directory: Path, which: str, ema: bool) -> int:
