@@ -17,7 +17,7 @@ from convit_jax.data.images import Axis, View, is_long, show
 class HostRows:
     """Rows that the host crops and resizes to size (height, width); black at first."""
 
-    def __init__(self, rows: int, size: tuple[int, int], interpolation: str = "bicubic") -> None:
+    def __init__(self, rows: int, size: tuple[int, int], interpolation: str) -> None:
         self._images = np.zeros((rows, *size, 3), np.uint8)
         self._size, self._interpolation = size, interpolation
 
@@ -85,6 +85,15 @@ class CanvasRows:
             canvas[top : top + h, left : left + w] = show(image, self._size, view)
             placed.append((Axis(top, h, h), Axis(left, w, w)))
         return placed
+
+
+def black_rows(
+    rows: int, size: tuple[int, int], interpolation: str, *, side: int, group: int = 1, canvases: int = 1
+) -> HostRows | CanvasRows:
+    """Returns rows that the host resizes if the side of the canvases is 0, otherwise the device."""
+    if side:
+        return CanvasRows(rows, size, side=side, group=group, canvases=canvases)
+    return HostRows(rows, size, interpolation)
 
 
 def _needed(axes: list[Axis], shown: int) -> tuple[int, int]:

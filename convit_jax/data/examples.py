@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from convit_jax.data.canvas import CanvasRows, HostRows
+from convit_jax.data.canvas import CanvasRows, HostRows, black_rows
 from convit_jax.data.images import Axis, View, centre_view, decode, decode_pixels, random_resized_crop_box
 from convit_jax.data.index import Source
 from convit_jax.errors import UserError
@@ -92,10 +92,8 @@ class TrainExample:
 
     def rows(self, count: int) -> HostRows | CanvasRows:
         """Returns `count` black rows."""
-        if not self.canvas:
-            return HostRows(count, self.size, self.interpolation)
         most = self.slots.most_images(self.group)
-        return CanvasRows(count, self.size, side=self.canvas, group=self.group, canvases=most)
+        return black_rows(count, self.size, self.interpolation, side=self.canvas, group=self.group, canvases=most)
 
     def _view(self, image_size: tuple[int, int], slot: int) -> View:
         if self.crop == "pad":
@@ -148,9 +146,7 @@ class EvalExample:
 
     def rows(self, count: int) -> HostRows | CanvasRows:
         """Returns `count` black rows."""
-        if not self.canvas:
-            return HostRows(count, self.size, self.interpolation)
-        return CanvasRows(count, self.size, side=self.canvas, group=1, canvases=1)
+        return black_rows(count, self.size, self.interpolation, side=self.canvas)
 
 
 class Unreadable:

@@ -107,8 +107,10 @@ def _converted(image: Image.Image) -> Image.Image:
 
 def _warn_if_flat(image: Image.Image, name: str) -> None:
     """Warns once that an image has lost its contrast; the workers of the loader leave that to their main process."""
+    if _flat or parent_process() is not None:
+        return
     levels = int(np.ptp(np.asarray(image))) + 1
-    if levels < 256 / 10 and not _flat and parent_process() is None:
+    if levels < 256 / 10:
         _flat.append(name)
         words = f"{name} has {levels} of 256 grey levels in 8 bits: rescale such images to the full range."
         print(f"Warning: {words}", file=sys.stderr, flush=True)
