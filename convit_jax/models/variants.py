@@ -6,7 +6,7 @@ of 16 x 16 pixels, MLP ratio 4. The first ten blocks of ConViT are GPSA.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,9 @@ TIMM_SETTINGS = {  # what its users try -> the remedy
     "checkpoint_path": ": use convit_jax.load_pretrained(path).",
     "proj_drop_rate": ": use drop_rate.",
 }
+TIMM_NAME = re.compile(
+    r"(?P<model>convit_[a-z]+|deit_[a-z]+?)(?P<distilled>_distilled)?(_patch16_(?P<side>\d+))?(\.\w+)?"
+)
 OVERRIDES = ("embed_dim", "num_heads", *COMMON, *FAMILIES["convit"])
 
 
@@ -98,9 +101,9 @@ def model_settings(
     name: str, *, num_classes: int = 1000, image_size: int | str | Sequence[int] | None = None, **overrides: Any
 ) -> Settings:
     """Returns all settings of a model, checked. Arguments and errors as for `create_model`."""
-    if timm := re.fullmatch(r"(convit_[a-z]+|deit_[a-z]+?)(_distilled)?(_patch16_(\d+))?(\.\w+)?", name):
-        name, image_size = timm[1], image_size or int(timm[4] or 224)
-        overrides = {"distilled": True, **overrides} if timm[2] else overrides
+    if timm := TIMM_NAME.fullmatch(name):
+        name, image_size = timm["model"], image_size or int(timm["side"] or 224)
+        overrides = {"distilled": True, **overrides} if timm["distilled"] else overrides
     if name not in SIZES:
         raise UserError(f"there is no model {name!r}{nearest(name, SIZES)} The models are: {', '.join(SIZES)}.")
     for override in overrides:
@@ -117,6 +120,11 @@ def model_settings(
         settings["dtype"] = jnp.dtype(settings["dtype"]).name
     _check_settings(settings)
     return settings
+
+
+def given_settings(section: Mapping[str, Any]) -> Settings:
+    """Returns the arguments of create_model that a config's section `model` does not leave open."""
+    return {name: value for name, value in section.items() if value not in (None, "auto")}
 
 
 def parse_image_size(size: int | str | Sequence[int]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from convit_jax.data.examples import EvalExample, Slots, TrainExample
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError
-from convit_jax.models.variants import model_settings
+from convit_jax.models.variants import given_settings, model_settings
 from convit_jax.weights.pretrained import as_arguments, load
 
 
@@ -157,8 +157,7 @@ def _fewest_pixels(data: ConfigDict, size: tuple[int, int]) -> int:
 
 def model_arguments(config: ConfigDict, num_classes: int) -> dict[str, Any]:
     """Returns the arguments of create_model that config.model sets; num_classes: if it sets none."""
-    given = {name: value for name, value in config.model.items() if value not in (None, "auto")}
-    return {"num_classes": num_classes, **given}
+    return {"num_classes": num_classes, **given_settings(config.model)}
 
 
 def check_run(config: ConfigDict, *, devices: int) -> None:

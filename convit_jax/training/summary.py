@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from convit_jax.config import default_config, flatten
 from convit_jax.models.kernels import cudnn_available
-from convit_jax.models.variants import count_macs, count_params
+from convit_jax.models.variants import TIMM_NAME, count_macs, count_params
 from convit_jax.training.distill import Teacher
 from convit_jax.training.optimizer import run_schedule
 from convit_jax.training.plan import Plan
@@ -114,9 +114,10 @@ def _cautions(config: ConfigDict, run: Mapping[str, Any]) -> Iterator[str]:
     """What the user may not want."""
     if run["attention"] == "cudnn" and not cudnn_available():
         yield "XLA computes attention: cudnn needs an NVIDIA GPU, Ampere or later"
-    side = re.search(r"_patch16_(\d+)", config.model.name)
-    if side and [int(side[1])] * 2 != run["image_size"]:
-        yield f"the model's name says {side[1]} px: set model.image_size={side[1]} for images of that size"
+    timm = TIMM_NAME.fullmatch(config.model.name)
+    side = timm and timm["side"]
+    if side and [int(side)] * 2 != run["image_size"]:
+        yield f"the model's name says {side} px: set model.image_size={side} for images of that size"
     if run["batch_size"] > run["train_images"]:
         yield f"batch_size {run['batch_size']:,} is larger than the {run['train_images']:,} training images: lower it"
     if 0 < run["warmup_steps"] < 1:

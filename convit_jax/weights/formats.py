@@ -9,8 +9,7 @@ import dataclasses
 import errno
 import functools
 import json
-import os
-import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors.numpy import save_file
 
 from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.errors import UserError, explained
-from convit_jax.models.variants import abstract_model, model_settings
+from convit_jax.models.variants import abstract_model, given_settings, model_settings
 from convit_jax.models.vit import VisionTransformer
 from convit_jax.rundir import atomic_write
 from convit_jax.weights import names
@@ -101,14 +100,15 @@ def from_state_dict(
         if "model" in config:  # ours has every setting
             settings, how = model_settings("convit_tiny", **config["model"]), Preprocessing(**config["preprocessing"])
             return Pretrained(tensors, settings, how, tuple(config["class_names"] or ()) or None, source)
-    settings = infer(tensors, source, image_size=image_size, num_heads=num_heads)
-    with checked_json(config_file, optional=True) as config:
         config |= config.get("pretrained_cfg", {})
         given = {ours: config[theirs] for ours, theirs in TIMM.items() if config.get(theirs) is not None}
-        if max(settings["image_size"]) <= 32:  # the authors do not resize such images
-            given = {"crop_ratio": 1.0, **given}
-        class_names = config.get("label_names") or (IMAGENET if settings["num_classes"] == len(IMAGENET) else ())
-        return Pretrained(tensors, settings, Preprocessing(**given), tuple(class_names) or None, source)
+        how, class_names = Preprocessing(**given), tuple(config.get("label_names") or ())
+    settings = infer(tensors, source, image_size=image_size, num_heads=num_heads)
+    if max(settings["image_size"]) <= 32 and "crop_ratio" not in given:  # the authors do not resize such images
+        how = dataclasses.replace(how, crop_ratio=1.0)
+    if settings["num_classes"] == len(IMAGENET):
+        class_names = class_names or tuple(IMAGENET)
+    return Pretrained(tensors, settings, how, class_names or None, source)
 
 
 def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
@@ -123,8 +123,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
         class_names = tuple(run["class_names"])
         known = {"num_classes": run["classes"], "dtype": run.get("dtype", "float32")}
     with checked_json(path / "config.json") as config:
-        given = {name: value for name, value in config["model"].items() if value not in (None, "auto")}
-        settings = model_settings(**{**known, **given})
+        settings = model_settings(**{**known, **given_settings(config["model"])})
         how = Preprocessing.of_config(config["data"])
         return Pretrained(tensors, settings, how, class_names, source)
 
@@ -204,22 +203,21 @@ def _write_directory(
 ) -> None:
     """Writes a directory of weights and texts, by file name, in place of an old one, which a failure leaves as it was.
 
-    A kill while the two change places leaves the old one next to it, as .NAME.PID.old.
+    A kill while the two change places leaves the old one next to it, as .NAME.*/old.
     """
     directory = directory.resolve()
-    new, old = (directory.with_name(f".{directory.name}.{os.getpid()}.{word}") for word in ("new", "old"))
-    try:
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
         new.mkdir()
         write_safetensors(new / weights, tensors)
         for name, text in texts.items():
             with atomic_write(new / name) as file:
                 file.write(text)
-        if directory.exists():
-            directory.rename(old)
-        new.rename(directory)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not directory.exists():
-            old.rename(directory)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        try:
+            if directory.exists():
+                directory.rename(old)
+            new.rename(directory)
+        except BaseException:
+            if old.exists() and not directory.exists():
+                old.rename(directory)
+            raise
