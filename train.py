@@ -16,10 +16,10 @@ Done: top-1 {val_top1:.2f}  top-5 {val_top5:.2f}  loss {val_loss:.4f}
   checkpoints  {workdir}/checkpoints (latest and best)
   curves       {curves}
   TensorBoard  tensorboard --logdir={workdir}/tensorboard (after pip install tensorboard)
-  evaluate     {python} -m convit_jax.evaluate --checkpoint={workdir} (the best checkpoint)
+  evaluate     {python} -m convit_jax.evaluate --checkpoint={workdir}  # the best checkpoint
   predict      {python} -m convit_jax.predict --checkpoint={workdir} PHOTO.jpg
   visualize    {python} -m convit_jax.visualize --checkpoint={workdir} --image=0 --output={workdir}/maps
-  convert      {python} -m convit_jax.convert {workdir} {workdir}/weights.safetensors (for PyTorch and timm)"""
+  convert      {python} -m convit_jax.convert {workdir} {workdir}/weights.safetensors  # for PyTorch and timm"""
 
 
 def _define_flags() -> None:

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import GOLDEN, ROOT
 
 import convit_jax
 from convit_jax import cli
@@ -20,11 +20,8 @@ from convit_jax.config import load_config
 from convit_jax.study import plan
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-WHOLE = {
-    "--config=...": "--config=configs/convit_s.py",
-    "train.py ...": "train.py",
-    "\\\n": " ",
-}  # what a page leaves out
+# What a page leaves out.
+WHOLE = {"--config=...": "--config=configs/convit_s.py", "train.py ...": "train.py", "\\\n": " "}
 ADDED = ["--config=configs/convit_s.py"]  # stands for the command to which a table adds flags
 
 
@@ -125,7 +122,7 @@ def test_the_plan_of_experiments_is_a_study(tmp_path):
 
 
 def test_weights_load_for_other_classes_and_sizes():
-    golden = ROOT / "tests/golden/convit_golden.safetensors"
+    golden = GOLDEN / "convit_golden.safetensors"
     names = {"convit_jax": convit_jax}
     exec(snippet("docs/checkpoints.md").replace("convit_small", str(golden)).replace("384", "64"), names)
     assert names["model"].head.kernel.shape[-1] == 10

@@ -105,7 +105,7 @@ class Training:
         self.steps = Steps(config, self.plan, self.mesh, teacher, teacher_params)
         del teacher_params  # their memory
         self.facts = facts(config, self.plan, self.steps.shapes["state"]["params"], self.mesh, teacher)  # run.json
-        start_from = self._take_directory(stack)
+        start_from = self._take_directory(stack, continues=kept is not None)
 
         # ---- The state; the first of these that exists -------------------------------------
         # 1. The latest checkpoint in workdir: the same command continues a run.
@@ -150,10 +150,10 @@ class Training:
         workers, size = self.config.data.workers, self.plan.eval_batch_size
         return our_batches(self.plan.test, self._unreadable_test, workers, size, range(self.plan.eval_steps))
 
-    def _take_directory(self, stack: contextlib.ExitStack) -> Any:
+    def _take_directory(self, stack: contextlib.ExitStack, *, continues: bool) -> Any:
         """Locks the run directory for this run, and returns the parameters of init_from, or None."""
         config, workdir, start_from = self.config, self.workdir, None
-        if config.init_from and not from_first(bool(checkpoint_steps(workdir))):
+        if config.init_from and not continues:
             phase("reading init_from")
             with together():
                 start_from, changes = load_into(config.init_from, self.plan.model, config.seed)

@@ -1,9 +1,8 @@
 """What a config amounts to, and which configs are refused."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from conftest import GOLDEN
 
 import convit_jax
 from configs import finetune
@@ -19,7 +18,7 @@ from convit_jax.training.plan import (
 )
 from convit_jax.weights import pretrained
 
-GOLDEN = Path(__file__).parents[1] / "golden/convit_golden.safetensors"
+WEIGHTS = GOLDEN / "convit_golden.safetensors"
 
 
 def test_steps_epochs_and_evaluations(digits_config):
@@ -75,8 +74,8 @@ def test_batches_and_warm_up_fit_the_data_and_the_run(digits_config):
 
 def test_what_the_config_leaves_to_the_weights():
     config = finetune.get_config()
-    config.init_from = str(GOLDEN)
-    of_weights = pretrained.load(GOLDEN).settings
+    config.init_from = str(WEIGHTS)
+    of_weights = pretrained.load(WEIGHTS).settings
     followed = follow_weights(config)
     assert model_settings(**model_arguments(followed, 10)) == of_weights | {"drop_path_rate": 0.1}
     assert (config.model.name, followed.model.name, followed.data.mean[0]) == (None, "convit_tiny", 0.485)
@@ -136,5 +135,9 @@ def test_canvases_have_room_for_the_crops_of_an_image(digits_config):
     assert not device_resizes(digits_config, "bicubic")  # on a CPU
     data.resize = "device"
     assert device_resizes(digits_config, "bicubic")
+    data.resize = "auto"  # a run that continues keeps what it began with; before this choice the host resized
+    assert device_resizes(digits_config, "bicubic", {"resize": "device"})
+    assert not device_resizes(digits_config, "bicubic", {})
+    data.resize = "device"
     with pytest.raises(UserError, match=r"resized with bilinear, but data\.resize=device is bicubic"):
         device_resizes(digits_config, "bilinear")
