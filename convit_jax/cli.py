@@ -6,6 +6,7 @@ prints a UserError alone and exits with status 1.
 
 import contextlib
 import faulthandler
+import gc
 import io
 import os
 import runpy
@@ -70,6 +71,7 @@ def launch(
         if message is None:
             raise
     # Outside of `except`, where the error no longer holds a loader's batch in shared memory.
+    gc.collect()
     if message is not None:
         sys.exit(f"{name}: {message}")
     print(f"{name}: {interrupted}", file=sys.stderr)

@@ -7,8 +7,10 @@ rows whose image does not fit on a canvas: the host has resized them.
 """
 
 import math
+from multiprocessing import parent_process
 
 import numpy as np
+from grain.multiprocessing import SharedMemoryArray, SharedMemoryArrayMetadata
 from PIL import Image
 
 from convit_jax.data.images import Axis, View, is_long, show
@@ -18,7 +20,7 @@ class HostRows:
     """Rows that the host crops and resizes to size (height, width); black at first."""
 
     def __init__(self, rows: int, size: tuple[int, int], interpolation: str) -> None:
-        self._images = np.zeros((rows, *size, 3), np.uint8)
+        self._images = _black((rows, *size, 3))
         self._size, self._interpolation = size, interpolation
 
     def put(self, row: int, image: Image.Image, view: View) -> None:
@@ -36,7 +38,7 @@ class CanvasRows:
     def __init__(self, rows: int, size: tuple[int, int], *, side: int, group: int, canvases: int) -> None:
         """group: rows of a group; canvases: of a group, for the largest number of images in it."""
         black = [Axis(0, length, length) for length in size]
-        self._canvas = np.zeros((rows // group, canvases, side, side, 3), np.uint8)
+        self._canvas = _black((rows // group, canvases, side, side, 3))
         self._on = np.zeros(rows, np.int32)
         self._view = np.tile(np.array(black, np.int32), (rows, 1, 1))
         self._too_large = np.zeros(rows, bool)
@@ -94,6 +96,24 @@ def black_rows(
     if side:
         return CanvasRows(rows, size, side=side, group=group, canvases=canvases)
     return HostRows(rows, size, interpolation)
+
+
+class _Shared(SharedMemoryArray):
+    """An array that frees its shared memory when it is deleted, unless Grain has asked for `metadata` to send it."""
+
+    @property
+    def metadata(self) -> SharedMemoryArrayMetadata:
+        self._unlink_on_del = False
+        return super().metadata
+
+
+def _black(shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 zeros; in a worker of the loader in shared memory, so that Grain does not copy them there."""
+    if parent_process() is None:
+        return np.zeros(shape, np.uint8)
+    array = _Shared(shape, np.uint8)
+    array.unlink_on_del()
+    return array
 
 
 def _needed(axes: list[Axis], shown: int) -> tuple[int, int]:

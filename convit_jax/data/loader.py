@@ -44,7 +44,7 @@ def batches(
         first = step * batch_size + process * local
         return example(range(first, first + local))
 
-    threads, ahead = (1, 1) if workers else (2, 4)
+    threads, ahead = (0, 0) if workers else (2, 4)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.range(stop).map(rows)[start:].to_iter_dataset(options)
     if workers:

@@ -88,6 +88,34 @@ os.kill(os.getpid(), 9)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+@pytest.mark.parametrize("end, status", [("stream.close()", 0), ("next(stream)", 1)])
+def test_a_command_leaves_no_shared_memory_when_it_closes_a_stream_or_a_worker_fails(end, status):
+    code = f"""
+import atexit, time
+import numpy as np
+from convit_jax.cli import launch
+from convit_jax.data.examples import EvalExample
+from convit_jax.data.loader import batches
+from convit_jax.data.sources import Digits
+from convit_jax.errors import UserError
+example = EvalExample(Digits("test"), np.arange(360), (8, 8), 1.0)
+def fails_later(slots):
+    batch = example(slots)
+    if slots[0]:
+        raise UserError("expected")
+    return batch
+def main(arguments):
+    stream = batches(fails_later, batch_size=4, start=0, stop=90, workers=1)
+    next(stream)
+    {end}
+atexit.register(time.sleep, 1)  # Grain frees memory in a thread
+launch("test", main)
+"""
+    done = run_python("-W", "always", "-c", code, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert ("test: expected" in done.stderr, "leaked" in done.stderr) == (status == 1, False)  # Python looks for it
+
+
 def test_processes_share_each_batch(example):
     settings = dict(batch_size=6, start=1, stop=4)
     shares = [collect(example, process=process, processes=3, **settings) for process in range(3)]
