@@ -143,12 +143,13 @@ def share(files, rounds=7):
 def memory(files):
     """Prints the MB of this process and its two workers, each shared page counted once."""
     example = small_batches(files, 6)
-    for step, batch in enumerate(batches(example, batch_size=6, start=0, stop=10_001, workers=2)):
-        del batch
-        if step in (1_000, 10_000):
-            processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-            lines = [Path(f"/proc/{pid}/smaps_rollup").read_text().split("\nPss:")[1] for pid in processes]
-            print(f"{sum(int(line.split()[0]) for line in lines) / 1e3:.0f} MB after {step:,} batches", flush=True)
+    with contextlib.closing(batches(example, batch_size=6, start=0, stop=10**6, workers=2)) as stream:
+        for step in range(10_001):
+            next(stream)
+            if step in (1_000, 10_000):
+                processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+                lines = [Path(f"/proc/{pid}/smaps_rollup").read_text().split("\nPss:")[1] for pid in processes]
+                print(f"{sum(int(line.split()[0]) for line in lines) / 1e3:.0f} MB after {step:,} batches", flush=True)
 
 
 def rate(program, files, seconds):
