@@ -6,7 +6,6 @@ back the same tensors.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import tempfile
@@ -17,8 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.errors import UserError, explained
@@ -137,13 +135,10 @@ def checked_json(path: Path, *, optional: bool = False) -> Iterator[dict[str, An
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes {name: array} as a .safetensors file, completely or not at all. Raises OSError."""
-    # save_file takes the memory as it lies, so views must be copied.
+    # `save` takes the memory as it lies, so views must be copied. `save_file` would hide the file from other users.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with atomic_write(path, "wb") as file:
-        try:
-            save_file(contiguous, file.name, metadata={"format": "pt"})
-        except SafetensorError as error:  # of the disk
-            raise OSError(errno.EIO, str(error)) from error
+        file.write(save(contiguous, metadata={"format": "pt"}))
 
 
 def save_converted(loaded: Pretrained, directory: Path) -> None:

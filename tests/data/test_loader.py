@@ -88,7 +88,7 @@ os.kill(os.getpid(), 9)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize("end, status", [("stream.close()", 0), ("next(stream)", 1)])
+@pytest.mark.parametrize(("end", "status"), [("stream.close()", 0), ("next(stream)", 1)])
 def test_a_command_leaves_no_shared_memory_when_it_closes_a_stream_or_a_worker_fails(end, status):
     code = f"""
 import atexit, time

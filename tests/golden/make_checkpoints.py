@@ -1,4 +1,4 @@
-"""Makes the checkpoints beside it, with PyTorch: python tests/golden/make_checkpoints.py
+"""Makes the checkpoints of this folder with PyTorch: python tests/golden/make_checkpoints.py
 
 The tests read them without PyTorch and know what is in them: every tensor counts from 0 in its own type.
 """

@@ -79,6 +79,7 @@ def test_a_directory_is_replaced_as_a_whole_or_not_at_all(golden, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         save_converted(golden, tmp_path / "w")
     assert pretrained.load(tmp_path / "w").settings["num_classes"] == 2
+    assert len({path.stat().st_mode for path in (tmp_path / "w").iterdir()}) == 1  # who reads one file reads all
     assert {path.name for path in tmp_path.rglob("*")} == {"w", "config.json", "weights.safetensors"}
 
 
