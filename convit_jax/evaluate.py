@@ -23,7 +23,7 @@ from absl import flags
 
 from convit_jax.cli import define_weights, launch, load_weights, required_config
 from convit_jax.errors import UserError
-from convit_jax.rundir import atomic_write, disk_errors
+from convit_jax.rundir import atomic_write, check_output, disk_errors
 
 if TYPE_CHECKING:
     from convit_jax.training.evaluation import Rows
@@ -52,10 +52,13 @@ def main(arguments: list[str]) -> None:
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends also one of several processes: nothing to save
     values = flags.FLAGS
+    predictions, confusion = (name and Path(name).expanduser() for name in (values.predictions, values.confusion))
     phase("reading the weights")
     with together():
-        if values.confusion:
-            check_picture(Path(values.confusion))
+        if confusion:
+            check_picture(confusion)
+        for path in filter(None, [predictions, confusion] if is_first() else []):
+            check_output(path)
         loaded = load_weights(needs_head=True)
         params, changes = loaded.params(), []
         if values.mask:
@@ -75,7 +78,7 @@ def main(arguments: list[str]) -> None:
     say(f"{describe_weights(loaded)}\nfrom {loaded.source}, computed in {loaded.settings['dtype']}")
     if changes:
         say(f"Changed for this evaluation: {'; '.join(changes)}")
-    wanted = bool(values.predictions or values.per_class or values.confusion)
+    wanted = bool(predictions or values.per_class or confusion)
     result, rows = evaluate_weights(config, loaded, params, mesh, predictions=wanted)
 
     def name(label: int) -> str:
@@ -84,12 +87,12 @@ def main(arguments: list[str]) -> None:
     if values.per_class:
         say(per_class_table(rows, name))
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
-    if values.predictions and is_first():
-        write_predictions(Path(values.predictions).expanduser(), rows, loaded.class_name)
-    if values.confusion and is_first():
+    if predictions and is_first():
+        write_predictions(predictions, rows, loaded.class_name)
+    if confusion and is_first():
         from convit_jax.figures.confusion import draw_confusion
 
-        draw_confusion(Path(values.confusion).expanduser(), rows["label"], rows["predicted"], name)
+        draw_confusion(confusion, rows["label"], rows["predicted"], name)
 
 
 def write_predictions(path: Path, rows: "Rows", class_name: Callable[[int], str]) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,15 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         remedy = "free some space" if error.errno in NO_SPACE else "check the path and its permissions"
         raise UserError(f"cannot write {path} ({error.strerror}): {remedy} and run the same command again.") from error
+
+
+def check_output(path: Path) -> None:
+    """Makes the folder of a file that is written later; raises UserError if that will fail."""
+    with disk_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 @contextlib.contextmanager

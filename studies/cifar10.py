@@ -47,10 +47,12 @@ FRACTIONS = (0.02, 0.05, 0.1, 0.3, 1)
 def fine_tuning():
     """Fine-tuning and a linear probe with configs/finetune.py against training from scratch on twice as many images."""
     tuned = {"init_from": PRETRAINED, "optim.lr": 4e-3, "augment.crop": "pad", "data.workers": 0}
+    alike = tuned | {"optim.layer_decay": 1.0, "optim.lr": CPU["optim.lr"]}
     probe = tuned | {"optim.freeze": "backbone", "optim.lr": 4e-2}
     rows = {
         "from scratch": (CONFIG, {"epochs": 2}),
         "fine-tuned": ("configs/finetune.py", tuned),
+        "fine-tuned at one rate": ("configs/finetune.py", alike),
         "linear probe": ("configs/finetune.py", probe),
     }
     return dict(

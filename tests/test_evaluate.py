@@ -65,13 +65,13 @@ def test_images_in_folders(image_folder, lines, tmp_path):
     save_converted(loaded, tmp_path / "w")
     (image_folder / "val/bee/0.jpg").write_bytes(b"not an image")
     data = [f"--config.data.{field}" for field in ("name=folder", f"dir={image_folder}", "workers=0")]
-    files = [f"--predictions={tmp_path}/p.csv", f"--confusion={tmp_path}/c.png"]
+    files = [f"--predictions={tmp_path}/new/p.csv", f"--confusion={tmp_path}/c.png"]
     what = ["--per_class", *files, "--config.eval_batch_size=4"]
     shown = lines(f"--checkpoint={tmp_path}/w", "--config=configs/convit_ti.py", *data, *what)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert "bee/0.jpg" in "".join(shown)  # left out, and said
     assert re.fullmatch(r"top-1 \d+\.000  top-5 100\.000  loss \d\.\d{3}  images 5", shown[-1])
-    head, *rows = csv.reader((tmp_path / "p.csv").read_text().splitlines())
+    head, *rows = csv.reader((tmp_path / "new/p.csv").read_text().splitlines())
     assert head == ["image", "label", "prediction", "probability"]
     kept = [(name, f"class {label}") for label, name in enumerate(("ant", "bee", "cat"))]
     images = [[f"{name}/{number}.jpg", label] for name, label in kept for number in range(2)]
@@ -82,6 +82,13 @@ def test_images_in_folders(image_folder, lines, tmp_path):
     top1 = 100 * np.mean([row[1] == row[2] for row in rows])
     assert shown[-1].startswith(f"top-1 {top1:.3f} ")
     assert all(1 / 3 <= float(row[3]) <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("flag", ["--predictions=DIR", "--predictions=DIR/file/p.csv", "--confusion=DIR/file/c.png"])
+def test_files_that_cannot_be_written_are_refused_before_the_work(flag, run_here, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}\S* \(.*\): check the path"):
+        run_here("evaluate", "--checkpoint=gone", flag.replace("DIR", str(tmp_path)))
 
 
 def test_a_split_of_which_no_image_can_be_read_is_refused():
