@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import sys
 import time
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 FORMAT = "{desc} {n_fmt}/{total_fmt} [{bar:20}] left {remaining}{postfix}"  # tqdm puts ", " before the postfix
-BAR = dict(bar_format=FORMAT, dynamic_ncols=True, smoothing=0, leave=False)
+BAR = dict(bar_format=FORMAT, nrows=24, smoothing=0, leave=False)
 
 
 class Progress:
@@ -33,6 +34,7 @@ class Progress:
         self._began = time.monotonic()
         if self.enabled and sys.stdout.isatty():
             self._bar = tqdm(desc=self.label, total=self.total, initial=done, file=sys.stdout, **BAR)
+            self._bar.dynamic_ncols = lambda _: shutil.get_terminal_size()  # 80 columns in a terminal that says 0
 
     def update(self, done: int, text: str) -> None:
         """Shows that `done` units are done, with a text such as the loss."""
