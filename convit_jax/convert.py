@@ -31,32 +31,21 @@ def _define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     """Converts SOURCE to TARGET."""
-    from convit_jax.weights.architecture import heads_by_width
-    from convit_jax.weights.formats import save_converted, save_for_timm, write_safetensors
+    from convit_jax.weights.formats import save_converted, save_for_timm
     from convit_jax.weights.pretrained import describe_weights
 
     source, target = arguments[0], Path(arguments[1]).expanduser()
     check_target(target, flags.FLAGS.overwrite)
-    to_file = target.suffix == FILE
-    if to_file and flags.FLAGS["for"].value:
+    if target.suffix == FILE and flags.FLAGS["for"].value:
         raise UserError(f"--for=timm writes a directory: name it {target.with_suffix('')}.")
-    if to_file and flags.FLAGS.dtype:
-        raise UserError("only a converted directory keeps --dtype: remove it, or give a directory as TARGET.")
     loaded = load_weights(source, num_classes=flags.FLAGS.num_classes, seed=flags.FLAGS.seed)
-    print("\n".join([describe_weights(loaded), *loaded.changes]), flush=True)
+    named = "with" if loaded.class_names else "without"
+    images = f"for images with {loaded.preprocessing}; {named} names of classes"
+    print("\n".join([describe_weights(loaded), *loaded.changes, images]), flush=True)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if flags.FLAGS["for"].value:
-            save_for_timm(loaded, target)
-        elif to_file:
-            write_safetensors(target, loaded.tensors)
-        else:
-            save_converted(loaded, target)
+        (save_for_timm if flags.FLAGS["for"].value else save_converted)(loaded, target)
     print(f"Written to {target}")
-    s = loaded.settings
-    table, heads = heads_by_width(s["qkv_bias"], s["pos_embed_class_token"]), s["num_heads"]
-    if to_file and not s["local_up_to_layer"] and table.get(s["embed_dim"]) != heads:
-        print(f"The file cannot tell that the model has {heads} heads: load it with --heads={heads}.")
 
 
 def check_target(target: Path, overwrite: bool) -> None:

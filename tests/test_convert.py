@@ -1,11 +1,13 @@
 """python -m convit_jax.convert as a user runs it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import safetensors
 from conftest import GOLDEN, ROOT, assert_same, run_python
 
 from convit_jax.convert import check_target
@@ -26,14 +28,25 @@ def test_a_training_checkpoint_becomes_a_directory_and_goes_back(golden, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.safetensors", "weights"]
 
 
-def test_a_new_head_larger_images_and_heads_that_a_file_cannot_tell(tmp_path, run_here):
+def test_a_new_head_and_larger_images_and_a_file_that_knows_what_shapes_do_not_tell(tmp_path, run_here):
     settings = model_settings("deit_tiny", num_classes=3, image_size=16, depth=1)  # the table says 3 heads
     shapes = state_dict_shapes(abstract_model(settings)[1])
     write_safetensors(tmp_path / "it.safetensors", {name: np.zeros(shape, "f4") for name, shape in shapes.items()})
     files = [tmp_path / "it.safetensors", tmp_path / "new.safetensors"]
-    done = run_here("convert", *files, "--num_classes=5", "--image_size=16x32", "--heads=4")
+    done = run_here("convert", *files, "--num_classes=5", "--image_size=16x32", "--heads=4", "--dtype=bfloat16")
     assert "16 x 32 px in patches of 16, 5 classes\nnew head for 5 classes\nposition emb" in done.stdout
-    assert done.stdout.endswith("cannot tell that the model has 4 heads: load it with --heads=4.\n")
+    assert "std 0.229, 0.224, 0.225; without names of classes\nWritten to" in done.stdout
+    kept = pretrained.load(tmp_path / "new.safetensors").settings
+    assert (kept["num_heads"], kept["image_size"], kept["dtype"]) == (4, (16, 32), "bfloat16")
+
+
+def test_a_run_keeps_its_preprocessing_and_classes_in_a_file(trained, tmp_path, run_here):
+    run_here("convert", trained, tmp_path / "digits.safetensors")
+    run, file = pretrained.load(trained), pretrained.load(tmp_path / "digits.safetensors")
+    assert dataclasses.replace(file, tensors={}, source="") == dataclasses.replace(run, tensors={}, source="")
+    assert file.preprocessing.mean == (0.305, 0.305, 0.305)
+    with safetensors.safe_open(tmp_path / "digits.safetensors", "np") as header:
+        assert header.metadata()["format"] == "pt"  # which timm and transformers look for
 
 
 def test_a_directory_for_timm_names_the_model_its_sizes_and_its_preprocessing(golden, tmp_path, run_here):

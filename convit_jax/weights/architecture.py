@@ -49,7 +49,7 @@ def infer(
     (rows, columns), extra = _grid(shapes["pos_embed"][1], extras, patch_size, image_size, source)
     biased = any(within in BIASES for _, _, within in blocks)
     if num_heads is None:
-        known = {embed_dim: shapes["blocks.0.attn.gating_param"][0]} if local else heads_by_width(biased, extra > 0)
+        known = {embed_dim: shapes["blocks.0.attn.gating_param"][0]} if local else _heads_by_width(biased, extra > 0)
         if embed_dim not in known:
             raise UserError(
                 f"{source} is a plain vision transformer of width {embed_dim}, which is none of those known "
@@ -73,7 +73,7 @@ def infer(
     )
 
 
-def heads_by_width(qkv_bias: bool, pos_embed_class_token: bool) -> dict[int, int]:
+def _heads_by_width(qkv_bias: bool, pos_embed_class_token: bool) -> dict[int, int]:
     """Returns {embed_dim: num_heads} for networks without GPSA blocks, which may still be a ConViT."""
     family = "deit" if qkv_bias or pos_embed_class_token else "convit"
     return dict(size for name, size in SIZES.items() if name.startswith(family))

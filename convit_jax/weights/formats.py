@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from convit_jax.data.class_names import IMAGENET, words
@@ -29,6 +30,7 @@ from convit_jax.weights.preprocess import Preprocess, Preprocessing
 
 TIMM = {"crop_ratio": "crop_pct", "interpolation": "interpolation", "mean": "mean", "std": "std"}  # its names
 
+METADATA = "convit_jax"  # key of the config in a .safetensors file
 FILES = {"weights.safetensors", "model.safetensors", "config.json", "README.md"}  # that a conversion writes
 CARD = """\
 ---
@@ -90,7 +92,7 @@ class Pretrained:
 def from_state_dict(
     tensors: Mapping[str, np.ndarray], config_file: Path, source: str, image_size: Any, num_heads: int | None
 ) -> Pretrained:
-    """Returns the Pretrained of a state dict with the config.json of its folder, ours or timm's, if there is one.
+    """Returns the Pretrained of a state dict; config_file: its file, or config.json, ours or timm's, if there is one.
 
     What timm's lacks is as in the recipe, and 1,000 classes are ImageNet's.
     """
@@ -128,28 +130,37 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
 
 @contextlib.contextmanager
 def checked_json(path: Path, *, optional: bool = False) -> Iterator[dict[str, Any]]:
-    """What a JSON file holds; errors inside that come from its contents become a UserError."""
+    """What a JSON file, or a weights file's metadata, holds; errors inside that come from it become a UserError."""
     with explained(path):
-        yield {} if optional and not path.exists() else json.loads(path.read_text())
+        if path.suffix == ".json":
+            yield {} if optional and not path.exists() else json.loads(path.read_text())
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "np") as file:
+                yield json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        else:
+            yield {}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes {name: array} as a .safetensors file, completely or not at all. Raises OSError."""
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], config: str = "{}") -> None:
+    """Writes {name: array} as a .safetensors file with a JSON text, completely or not at all. Raises OSError."""
     # `save` takes the memory as it lies, so views must be copied. `save_file` would hide the file from other users.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with atomic_write(path, "wb") as file:
-        file.write(save(contiguous, metadata={"format": "pt"}))
+        file.write(save(contiguous, metadata={"format": "pt", METADATA: config}))
 
 
-def save_converted(loaded: Pretrained, directory: Path) -> None:
-    """Writes weights.safetensors and config.json in a directory; a failed write replaces neither. Raises OSError."""
+def save_converted(loaded: Pretrained, target: Path) -> None:
+    """Writes a .safetensors file, or a directory of that and config.json; a failed write replaces none. OSError."""
     config = {
         "model": loaded.settings,
         "preprocessing": dataclasses.asdict(loaded.preprocessing),
         "class_names": loaded.class_names,
         "source": loaded.source,
     }
-    _write_directory(directory, "weights.safetensors", loaded.tensors, {"config.json": _to_json(config)})
+    if target.suffix == ".safetensors":
+        write_safetensors(target, loaded.tensors, _to_json(config))
+    else:
+        _write_directory(target, "weights.safetensors", loaded.tensors, {"config.json": _to_json(config)})
 
 
 def save_for_timm(loaded: Pretrained, directory: Path) -> None:
