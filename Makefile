@@ -26,6 +26,7 @@ clean:
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ConViT needs Python 3.11 or later, $(PYTHON) is " + sys.version.split()[0] + ": give another one as make PYTHON=python3.12")'
+	@echo "Installing into .venv, which takes some minutes the first time ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@

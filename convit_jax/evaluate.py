@@ -89,10 +89,12 @@ def main(arguments: list[str]) -> None:
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
     if predictions and is_first():
         write_predictions(predictions, rows, loaded.class_name)
+        say(f"Written to {predictions}")
     if confusion and is_first():
         from convit_jax.figures.confusion import draw_confusion
 
         draw_confusion(confusion, rows["label"], rows["predicted"], name)
+        say(f"Written to {confusion}")
 
 
 def write_predictions(path: Path, rows: "Rows", class_name: Callable[[int], str]) -> None:

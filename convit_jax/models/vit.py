@@ -198,9 +198,15 @@ class VisionTransformer(nnx.Module):
 
         Returns:
           (tokens float32 [B, 1 + N, D], a list of [B, rows, columns, D] in the order of the blocks).
+
+        Raises:
+          ValueError: there is no such block.
         """
-        wanted = range(self.depth)[self.depth - indices :] if isinstance(indices, int) else indices
-        numbers = range(self.depth) if wanted is None else sorted({range(self.depth)[index] for index in wanted})
+        depth = self.depth
+        wanted = range(depth) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        if missing := [index for index in wanted if not -depth <= index < depth]:
+            raise ValueError(f"there is no block {missing[0]}: give 0 to {depth - 1}, or -1 to {-depth}.")
+        numbers = sorted({index % depth for index in wanted})
         outputs = self._block_outputs(images)
         patches = self.grid[0] * self.grid[1]
         found = [outputs[number][:, -patches:] for number in numbers]
@@ -211,6 +217,11 @@ class VisionTransformer(nnx.Module):
     def _block_outputs(self, images: jax.Array) -> list[jax.Array]:
         """The tokens after every block, [B, N, D] or [B, 1 + N, D]."""
         return [x for stack in self._map_blocks(images, lambda block, x: block(x)) for x in stack]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the head, 0 without a head."""
+        return self.head.kernel.shape[-1] if self.head else 0
 
     def reset_classifier(self, num_classes: int, *, seed: int = 0) -> None:
         """Replaces the head (both heads if distilled) by a new one; num_classes 0 removes it."""

@@ -93,6 +93,16 @@ def layer_scales(params: Any, layer_decay: float, freeze: str | int) -> Any:
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
+def count_trained(params: Any, optim: ConfigDict) -> int:
+    """Returns the number of parameters that are not frozen; params may be shapes."""
+    scales, frozen = layer_scales(params, 1.0, optim.freeze), frozen_mask(params, optim.frozen)
+
+    def trained(leaf: Any, scale: np.ndarray, is_frozen: bool) -> int:
+        return 0 if is_frozen else int(np.broadcast_to(scale > 0, leaf.shape).sum())
+
+    return sum(jax.tree.leaves(jax.tree.map(trained, params, scales, frozen)))
+
+
 def detach_backbone(params: Any, freeze: str | int) -> Any:
     """Returns parameters of which a frozen backbone gets no gradient, so that a linear probe costs a forward pass."""
     if freeze != "backbone":

@@ -15,7 +15,7 @@ from convit_jax.config import default_config, flatten
 from convit_jax.models.kernels import cudnn_available
 from convit_jax.models.variants import TIMM_NAME, count_macs, count_params
 from convit_jax.training.distill import Teacher
-from convit_jax.training.optimizer import run_schedule
+from convit_jax.training.optimizer import count_trained, run_schedule
 from convit_jax.training.plan import Plan
 
 # FLOP/s in dense bfloat16, from the data sheets. The first words found in JAX's name of a device count.
@@ -58,6 +58,7 @@ def facts(config: ConfigDict, plan: Plan, params: Any, mesh: Mesh, teacher: Teac
         "scan_unroll": plan.model["scan_unroll"],
         "resize": "device" if plan.train.canvas else "host",
         "parameters": count_params(params),
+        "trained_parameters": count_trained(params, config.optim),
         "macs": macs,
         "flops": 2 * macs,
         "data": config.data.name,
@@ -91,17 +92,21 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     each = " to ".join(f"{count:,}" for count in sorted({*run["train_images_per_class"]}))
     default = flatten(default_config())
-    changed = [
-        f"{name}={value}".replace(", ", ",") for name, value in flatten(config).items() if value != default.get(name)
+    changed = [  # None is said below, as chosen
+        f"{name}={value}".replace(", ", ",")
+        for name, value in flatten(config).items()
+        if value is not None and value != default.get(name)
     ]
+    trained = f" ({run['trained_parameters']:,} trained)" if run["trained_parameters"] < run["parameters"] else ""
     lines = [
         f"Config   {' '.join(changed) or 'as configs/default.py'}",
-        f"Model    {run['model']}, {run['parameters']:,} parameters, {height} x {width} px, {run['dtype']}",
+        f"Model    {run['model']}, {run['parameters']:,} parameters{trained}, {height} x {width} px, {run['dtype']}",
         f"Cost     {run['macs'] / 1e9:.4g} GMACs = {run['flops'] / 1e9:.4g} GFLOPs per image, forward",
         f"Data     {run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images "
         f"({each} per class), {run['classes']} classes, {run['test_images']:,} test images",
         f"Training {run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs",
-        f"Rate     {run['peak_learning_rate']:.4g} at most, with {run['warmup_epochs']:g} epochs of warm-up",
+        f"Rate     {run['peak_learning_rate']:.4g} at most (optim.lr {config.optim.lr:g} is for batches of 512), "
+        f"with {run['warmup_epochs']:g} epochs of warm-up",
         f"Devices  {run['devices']} x {run['device_kind']} ({mesh}){processes}, jax {run['jax']}",
     ]
     lines += [f"Caution  {caution}" for caution in _cautions(config, run)]

@@ -29,8 +29,8 @@ def fetch(source: str) -> Path:
             reason = textwrap.shorten(str(error), 200) or type(error).__name__
             raise UserError(
                 f"there is no file or directory {source}, and the Hub does not give {repo} ({reason}): check "
-                "the name and the connection, or download the weights elsewhere and give the file's path."
-            ) from error
+                f"the name and the connection, or download {WEIGHTS[0]} and config.json yourself and give the folder."
+            ) from None
     raise UserError(
         f"there is no file or directory {source}, and no published model of that name"
         f"{nearest(source, PUBLISHED)} The published models are: {', '.join(PUBLISHED)}."

@@ -104,7 +104,9 @@ def test_a_model_without_a_head_gives_features_and_takes_a_new_one(distilled):
     model = create_model("deit_tiny", **{**SMALL, "num_classes": 0, "distilled": distilled})
     tokens = model.forward_features(IMAGES)[:, : 1 + distilled]
     np.testing.assert_allclose(model(IMAGES), tokens.mean(axis=1), atol=1e-6)
+    assert model.num_classes == 0
     model.reset_classifier(5)
+    assert model.num_classes == 5
     heads = [model.head, *([model.head_dist] if distilled else [])]
     expected = sum(head(tokens[:, number]) for number, head in enumerate(heads)) / len(heads)
     np.testing.assert_allclose(model(IMAGES), expected, atol=1e-5)

@@ -26,13 +26,27 @@ def test_changed_fields_come_first_and_the_peak_of_the_rate_is_that_of_the_runs_
     fields = lines[0].removeprefix("Config ").split()  # those that differ from the default
     assert {"model.name=convit_tiny", "data.mean=[0.305,0.305,0.305]", "epochs=100"} <= {*fields}
     assert "augment.num_ops=2" not in fields
-    assert "Rate     0.001242 at most, with 5 epochs of warm-up" in lines
+    assert "Rate     0.001242 at most (optim.lr 0.008 is for batches of 512), with 5 epochs of warm-up" in lines
     cosine = 1e-5 + 0.5 * (0.00125 - 1e-5) * (1 + np.cos(np.pi * 5 / 100))
     assert run["peak_learning_rate"] == pytest.approx(cosine, rel=1e-3)
 
     digits_config.optim.schedule_per = "epoch"
     digits_config.epochs = 2  # both at warmup_lr: the original's schedule is an epoch late
     assert describe(digits_config)[1]["peak_learning_rate"] == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "trained"),
+    [
+        ({"freeze": "backbone"}, 10 * 16 + 10),  # the head
+        ({"freeze": "backbone", "frozen": ("head.bias",)}, 10 * 16),
+        ({"freeze": 2}, 10 * 16 + 10 + 2 * 16 + 12 * 16**2 + 13 * 16 - 48),  # and the last norm and block
+    ],
+)
+def test_the_number_of_trained_parameters_is_said(digits_config, fields, trained):
+    assert "trained" not in describe(digits_config)[0][1]
+    digits_config.optim.update(fields)
+    assert f" parameters ({trained:,} trained), 8 x 8 px" in describe(digits_config)[0][1]
 
 
 def test_attention_without_cudnn_is_said(digits_config, monkeypatch):
