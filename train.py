@@ -13,7 +13,7 @@ from convit_jax.progress import outlive_readers
 DEFAULT = "configs/digits.py"
 SUMMARY = """\
 Done: top-1 {val_top1:.2f}  top-5 {val_top5:.2f}  loss {val_loss:.4f}
-  checkpoints  {workdir}/checkpoints (latest and best)
+  checkpoints  {workdir}/checkpoints (the latest, and the best: top-1 {best[val_top1]:.2f} at step {best[step]})
   curves       {curves}
   TensorBoard  tensorboard --logdir={workdir}/tensorboard (after pip install tensorboard)
   evaluate     {python} -m convit_jax.evaluate --checkpoint={workdir}  # the best checkpoint
@@ -29,6 +29,7 @@ def _define_flags() -> None:
 def main(arguments: list[str]) -> None:
     """Trains what the flags describe, draws the learning curves and prints a summary."""
     from convit_jax.figures.curves import draw_curves
+    from convit_jax.rundir import read_metrics
     from convit_jax.training.distributed import is_first
     from convit_jax.training.loop import train
 
@@ -39,8 +40,10 @@ def main(arguments: list[str]) -> None:
     if is_first():
         curves = draw_curves(workdir, workdir)[0]
         if last:
+            evaluations = [line for line in read_metrics(workdir / "metrics.jsonl") if "val_top1" in line]
+            best = max(evaluations, key=lambda line: (line["val_top1"], line["step"]))
             python = os.path.relpath(sys.executable)
-            print(SUMMARY.format(workdir=workdir, curves=curves, python=python, **last))
+            print(SUMMARY.format(workdir=workdir, curves=curves, python=python, best=best, **last))
 
 
 if __name__ == "__main__":

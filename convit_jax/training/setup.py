@@ -197,7 +197,7 @@ class Training:
                 say(f"Caution  {error}")
             else:
                 self.checkpoints.set_aside([later for later in saved if later > step])
-                say(f"Continuing at step {step}")
+                say(f"{'Continuing' if step < self.plan.total_steps else 'Already finished'} at step {step}")
                 return tree
         return None
 
