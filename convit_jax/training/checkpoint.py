@@ -79,7 +79,7 @@ class Checkpoints:
     def restore(self, step: int, wanted: Any) -> Any:
         """Returns the tree saved at a step as a tree of ShapeDtypeStruct, with shardings, asks for it.
 
-        Raises UserError if it is damaged, on the processes that see it.
+        Raises Damaged, or UserError if it may be whole, on the processes that see it.
         """
         self._saved, path = step, self.directory / str(step)
         with reading(path):

@@ -197,6 +197,15 @@ def from_first(value: Any) -> Any:
     return from_all(value if is_first() else None)[0]
 
 
+def from_any(text: str | None) -> str | None:
+    """Returns the first text that a process has, with its number unless all have one, or None."""
+    texts = from_all(text)
+    for process, each in enumerate(texts):
+        if each is not None:
+            return f"process {process} of {len(texts)}: {each}" if None in texts else each
+    return None
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Raises a UserError that one process raises inside on all processes, at the end."""
@@ -207,10 +216,8 @@ def together() -> Iterator[None]:
         if not several():
             raise
         own = str(error)
-    sentences = from_all(own)
-    for process, text in enumerate(sentences):
-        if text is not None:
-            raise Everywhere(f"process {process} of {len(sentences)}: {text}" if None in sentences else text)
+    if text := from_any(own):
+        raise Everywhere(text)
 
 
 def first_then_others(work: Callable[[], Result]) -> Result:

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from convit_jax.data.examples import Batch, Unreadable
 from convit_jax.data.loader import check_shared_memory
-from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.progress import Progress
 from convit_jax.rundir import checkpoint_steps, claim_run, lock_directory, read_json, wait_for_owner
@@ -34,6 +33,7 @@ from convit_jax.training.sharding import gather, make_mesh, put_same, replicated
 from convit_jax.training.step import Arrays, State, make_eval_step, make_train_step, new_state, train_metrics
 from convit_jax.training.summary import describe_run, facts
 from convit_jax.weights.pretrained import fingerprint, load_into
+from convit_jax.weights.run import Damaged
 
 
 class Steps:
@@ -186,19 +186,20 @@ class Training:
                 "raise steps or leave it out, or give another --workdir."
             )
         for step in saved:
-            tree = None  # what was read of another one
-            try:
-                with together():
+            tree = damage = None
+            with together():
+                try:
                     tree = self.checkpoints.restore(step, self.steps.shapes)
-            except UserError as error:
-                if step == saved[-1]:
-                    words = "restore a copy, return to the version of the program that wrote it, or move it away."
-                    raise type(error)(f"{error}: {words}") from error
-                say(f"Caution  {error}")
-            else:
+                except Damaged as error:
+                    damage = str(error)
+            if (damage := distributed.from_any(damage)) is None:
                 self.checkpoints.set_aside([later for later in saved if later > step])
                 say(f"{'Continuing' if step < self.plan.total_steps else 'Already finished'} at step {step}")
                 return tree
+            if step == saved[-1]:
+                words = "restore a copy, return to the version of the program that wrote it, or move it away."
+                raise distributed.Everywhere(f"{damage}: {words}")
+            say(f"Caution  {damage}")
         return None
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import os
+import re
 import sys
 import textwrap
 import warnings
@@ -14,6 +16,12 @@ from orbax.checkpoint import v1 as ocp
 
 from convit_jax.errors import UserError
 from convit_jax.rundir import checkpoint_steps, read_metrics
+
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+class Damaged(UserError):
+    """A checkpoint that no further attempt can read."""
 
 
 def read_run(directory: Path, step: int, ema: bool) -> dict[str, Any]:
@@ -30,7 +38,7 @@ def read_run(directory: Path, step: int, ema: bool) -> dict[str, Any]:
                     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes["state"][part]
                 )
                 return jax.device_get(ocp.load(path, wanted)["state"][part])
-    except UserError as error:
+    except Damaged as error:
         raise UserError(f"{error}: try the other one with which=latest or best.") from error
     raise UserError(
         f"the run in {directory} kept no moving average of its weights: leave ema out, or train with "
@@ -40,7 +48,7 @@ def read_run(directory: Path, step: int, ema: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what damage of a checkpoint raises inside into a UserError, without a remedy.
+    """Turns what a damaged checkpoint raises inside into Damaged, without a remedy, and other errors into a UserError.
 
     Each of several processes reads by itself and waits for no other, which may have failed.
     """
@@ -49,11 +57,23 @@ def reading(path: Path) -> Iterator[None]:
     try:
         with context, _without_traces():
             yield
-    except (jax.errors.JaxRuntimeError, MemoryError):  # of the device, of the host
+    except jax.errors.JaxRuntimeError:  # of the device
         raise
     except Exception as error:  # Orbax raises all kinds
-        reason = textwrap.shorten(str(error), 150) or type(error).__name__
-        raise UserError(f"cannot read {path} ({reason})") from error
+        cause = _cause(error)
+        reason = textwrap.shorten(str(cause), 150) or type(cause).__name__
+        if isinstance(cause, (OSError, MemoryError, RuntimeError)) and not isinstance(cause, MISSING):
+            words = "it may be whole: check the disk, its permissions and the memory, and run the same command again."
+            raise UserError(f"cannot read {path} ({reason}): {words}") from error
+        raise Damaged(f"cannot read {path} ({reason})") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first of the errors that led to one, as an OSError where TensorStore's text has an error of the system."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A run that is stopped, anywhere and anyhow, continues bit for bit."""
 
+import errno
 import functools
 import os
 import re
@@ -19,6 +20,7 @@ from convit_jax.training import evaluation, loop, setup
 from convit_jax.training.checkpoint import Checkpoints
 from convit_jax.training.loop import train
 from convit_jax.training.stop import Stop
+from convit_jax.weights.run import reading
 
 
 def curves(workdir):
@@ -168,3 +170,16 @@ def test_a_damaged_checkpoint_is_set_aside_for_an_earlier_one(trained, digits_co
         (checkpoints / str(step) / "state/_METADATA").unlink()
     with pytest.raises(UserError, match=r"cannot read .*: restore a copy, return"):
         train(digits_config, trained)
+
+
+def test_what_the_system_cannot_read_now_stays_in_its_place(trained, digits_config):
+    latest = max(checkpoint_steps(trained))
+    manifest = trained / f"checkpoints/{latest}/state/manifest.ocdbt"
+    manifest.unlink()
+    manifest.symlink_to(manifest)  # an error of the system, which TensorStore reports as text
+    with pytest.raises(UserError, match=rf"cannot read .*/{latest} \(.*{os.strerror(errno.ELOOP)}\): it may be whole"):
+        train(digits_config, trained)
+    assert max(checkpoint_steps(trained)) == latest
+    for error in (OSError(errno.EIO, "Input/output error"), MemoryError(), RuntimeError("can't start new thread")):
+        with pytest.raises(UserError, match=r"cannot read .* \(.+\): it may be whole"), reading(trained):
+            raise error
