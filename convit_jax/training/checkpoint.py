@@ -1,6 +1,7 @@
 """Checkpoints of a run, written in the background by Orbax: the latest and the best one are kept."""
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -11,8 +12,8 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from convit_jax.rundir import NO_SPACE, disk_errors
-from convit_jax.training.distributed import is_first, together
-from convit_jax.weights.run import reading
+from convit_jax.training.distributed import from_any, is_first, together
+from convit_jax.weights.run import Damaged, reading
 
 # Each device that holds a copy of an array saves a part of it, unless the part is smaller than this. Every
 # shape of part is a program to compile: hundreds of them for the small arrays of a model.
@@ -79,11 +80,21 @@ class Checkpoints:
     def restore(self, step: int, wanted: Any) -> Any:
         """Returns the tree saved at a step as a tree of ShapeDtypeStruct, with shardings, asks for it.
 
-        Raises Damaged, or UserError if it may be whole, on the processes that see it.
+        Raises Damaged, or UserError if it may be whole, if any process cannot read it.
         """
         self._saved, path = step, self.directory / str(step)
-        with reading(path):
-            return ocp.load(path, wanted)
+        # Orbax counts the loads of whatever has metadata: were the counts to differ, saving would hang.
+        for read in (ocp.metadata, functools.partial(ocp.load, abstract_state=wanted)):
+            tree = damage = None
+            with together():
+                try:
+                    with reading(path):
+                        tree = read(path)
+                except Damaged as error:
+                    damage = str(error)
+            if damage := from_any(damage):
+                raise Damaged(damage)
+        return tree
 
     def wait(self) -> None:
         """Waits until everything is on the disk."""

@@ -186,20 +186,17 @@ class Training:
                 "raise steps or leave it out, or give another --workdir."
             )
         for step in saved:
-            tree = damage = None
-            with together():
-                try:
-                    tree = self.checkpoints.restore(step, self.steps.shapes)
-                except Damaged as error:
-                    damage = str(error)
-            if (damage := distributed.from_any(damage)) is None:
+            try:
+                tree = self.checkpoints.restore(step, self.steps.shapes)
+            except Damaged as error:
+                if step == saved[-1]:
+                    words = "restore a copy, return to the version of the program that wrote it, or move it away."
+                    raise distributed.Everywhere(f"{error}: {words}") from error
+                say(f"Caution  {error}")
+            else:
                 self.checkpoints.set_aside([later for later in saved if later > step])
                 say(f"{'Continuing' if step < self.plan.total_steps else 'Already finished'} at step {step}")
                 return tree
-            if step == saved[-1]:
-                words = "restore a copy, return to the version of the program that wrote it, or move it away."
-                raise distributed.Everywhere(f"{damage}: {words}")
-            say(f"Caution  {damage}")
         return None
 
 
