@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -49,6 +50,7 @@ def launch(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be of another encoding
+    sys.unraisablehook = _repeat_interrupt
     logging.use_absl_handler()
     app.define_help_flags()
     message = None
@@ -78,6 +80,15 @@ def launch(
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(130)  # JAX may still compile in a thread, which crashes when Python's shutdown removes the device
+
+
+def _repeat_interrupt(unraisable: Any) -> None:
+    """Repeats Ctrl-C where Python drops it: in a callback, such as JAX's at garbage collection."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        main_thread = threading.main_thread().ident
+        threading.Timer(0.1, signal.pthread_kill, [main_thread, signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def console() -> None:

@@ -139,3 +139,19 @@ def test_ctrl_c_while_jax_compiles_ends_without_a_crash():
     """
     done = run_python("-c", code, timeout=100)
     assert (done.returncode, done.stderr) == (130, "sines: interrupted.\n")
+
+
+def test_ctrl_c_in_a_callback_is_not_lost():
+    code = """if True:
+        import signal, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+        from convit_jax.cli import launch
+
+        class Dropped:
+            def __del__(self):
+                raise KeyboardInterrupt
+
+        launch("sleep", lambda arguments: time.sleep(60 + bool(Dropped())))
+    """
+    done = run_python("-c", code, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "sleep: interrupted.\n")
