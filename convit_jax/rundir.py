@@ -8,10 +8,10 @@ import errno
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,7 +114,7 @@ def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout as error:
             words = "wait until it ends, or use another --workdir."
-            if "__mp_main__" in sys.modules:  # a loader worker imports the script that started it
+            if parent_process() is not None:  # a loader worker imports the script that started it
                 words = 'if it is your own script, put the training under `if __name__ == "__main__":`.'
             raise DirectoryLocked(f"another process is training in {directory}: {words}") from error
         if owner:  # in another file: whoever tries to get the lock empties its file

@@ -58,10 +58,15 @@ def batches(
             del first
         yield from iterator
     except RuntimeError as error:
-        if not (killed := re.search(r"terminated unexpectedly with exit code -(\d+)", str(error))):
+        if not (ended := re.search(r"terminated unexpectedly with exit code (-?)(\d+)", str(error))):
             raise
+        if not ended[1]:
+            raise UserError(
+                "a worker of the loader has ended; its own output says why. If you started a script of your own, put "
+                'what it runs under `if __name__ == "__main__":`, or set data.workers=0.'
+            ) from error
         raise UserError(
-            f"a worker of the loader was killed by {signal.Signals(int(killed[1])).name}, probably because memory or "
+            f"a worker of the loader was killed by {signal.Signals(int(ended[2])).name}, probably because memory or "
             "/dev/shm was full: lower data.workers, or give the container more (docker run --shm-size=16g)."
         ) from error
     finally:
