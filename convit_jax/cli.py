@@ -65,6 +65,9 @@ def launch(
         message = str(error)
     except KeyboardInterrupt:
         pass
+    except ImportError as error:
+        if not isinstance(error.__cause__, KeyboardInterrupt):  # in the import of a C++ module
+            raise
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

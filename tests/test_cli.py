@@ -141,8 +141,9 @@ def test_ctrl_c_while_jax_compiles_ends_without_a_crash():
     assert (done.returncode, done.stderr) == (130, "sines: interrupted.\n")
 
 
-def test_ctrl_c_in_a_callback_is_not_lost():
-    code = """if True:
+@pytest.mark.parametrize("line", ["Dropped()", "raise ImportError('of a C++ module') from KeyboardInterrupt()"])
+def test_ctrl_c_that_other_code_catches_is_not_lost(line):
+    code = f"""if True:
         import signal, time
         signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
         from convit_jax.cli import launch
@@ -151,7 +152,11 @@ def test_ctrl_c_in_a_callback_is_not_lost():
             def __del__(self):
                 raise KeyboardInterrupt
 
-        launch("sleep", lambda arguments: time.sleep(60 + bool(Dropped())))
+        def main(arguments):
+            {line}
+            time.sleep(60)
+
+        launch("sleep", main)
     """
     done = run_python("-c", code, timeout=50)
     assert (done.returncode, done.stderr) == (130, "sleep: interrupted.\n")
