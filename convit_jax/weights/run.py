@@ -61,6 +61,8 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # Orbax raises all kinds
         cause = _cause(error)
+        if not isinstance(cause, Exception):  # Ctrl-C, which Orbax wraps as any error
+            raise cause from None
         reason = textwrap.shorten(str(cause), 150) or type(cause).__name__
         if isinstance(cause, (OSError, MemoryError, RuntimeError)) and not isinstance(cause, MISSING):
             words = "it may be whole: check the disk, its permissions and the memory, and run the same command again."

@@ -183,3 +183,5 @@ def test_what_the_system_cannot_read_now_stays_in_its_place(trained, digits_conf
     for error in (OSError(errno.EIO, "Input/output error"), MemoryError(), RuntimeError("can't start new thread")):
         with pytest.raises(UserError, match=r"cannot read .* \(.+\): it may be whole"), reading(trained):
             raise error
+    with pytest.raises(KeyboardInterrupt), reading(trained):
+        raise Exception("Encountered error while reading array index") from KeyboardInterrupt()
