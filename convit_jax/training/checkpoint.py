@@ -83,13 +83,13 @@ class Checkpoints:
         Raises Damaged, or UserError if it may be whole, if any process cannot read it.
         """
         self._saved, path = step, self.directory / str(step)
-        # Orbax counts the loads of whatever has metadata: were the counts to differ, saving would hang.
-        for read in (ocp.metadata, functools.partial(ocp.load, abstract_state=wanted)):
+        # Orbax counts the loads, except where this file is missing: were the counts to differ, saving would hang.
+        for read in ((path / "state/_METADATA").stat, functools.partial(ocp.load, path, wanted)):
             tree = damage = None
             with together():
                 try:
                     with reading(path):
-                        tree = read(path)
+                        tree = read()
                 except Damaged as error:
                     damage = str(error)
             if damage := from_any(damage):
