@@ -16,7 +16,6 @@ from convit_jax.data.index import Source
 from convit_jax.data.loader import batches, batches_at_once, check_shared_memory
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select
-from convit_jax.errors import UserError
 from convit_jax.progress import Progress
 from convit_jax.training import distributed
 from convit_jax.training.distributed import phase, say
@@ -66,16 +65,12 @@ def our_batches(
     example: TrainExample | EvalExample, unreadable: Unreadable, workers: int, batch_size: int, steps: range
 ) -> Generator[Batch, None, None]:
     """Yields this process's rows of the batches of some steps; close it to end the loader."""
-    workers = _useful(workers, steps)
-    if workers:
-        with contextlib.suppress(UserError):  # the workers report it
-            example([0])  # prints what is to be said of such images, which the workers do not
     rows = batches(
         example,
         batch_size=batch_size,
         start=steps.start,
         stop=steps.stop,
-        workers=workers,
+        workers=_useful(workers, steps),
         process=jax.process_index(),
         processes=jax.process_count(),
     )

@@ -16,7 +16,6 @@ from convit_jax.data import loader
 from convit_jax.data.examples import Slots, TrainExample
 from convit_jax.data.sources import ImageFolder
 from convit_jax.errors import UserError
-from convit_jax.training import evaluation
 
 
 @pytest.fixture
@@ -63,10 +62,6 @@ def killed(slots):
     os.kill(os.getpid(), signal.SIGBUS)
 
 
-def ended(slots):
-    os._exit(1)  # as when a worker cannot import the script that started it
-
-
 def test_shared_memory_that_is_too_small_is_named_before_and_after(monkeypatch, tmp_path):
     monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
     monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
@@ -76,16 +71,6 @@ def test_shared_memory_that_is_too_small_is_named_before_and_after(monkeypatch, 
         loader.check_shared_memory(65 << 20)
     with pytest.raises(UserError, match="killed by SIGBUS, probably because memory or /dev/shm was full"):
         collect(killed, batch_size=1, start=0, stop=4, workers=1)
-    with pytest.raises(UserError, match=r'a worker of the loader has ended; .*`if __name__ == "__main__":`'):
-        collect(ended, batch_size=1, start=0, stop=4, workers=1)
-
-
-def test_what_workers_do_not_say_of_images_is_said_for_them(monkeypatch):
-    monkeypatch.setattr(evaluation, "batches", lambda *_, **__: (batch for batch in ()))
-    shown = []
-    for workers in (0, 1):
-        assert not [*evaluation.our_batches(shown.append, SimpleNamespace(take=None), workers, 4, range(8))]
-    assert shown == [[0]]
 
 
 def test_workers_end_with_a_main_process_that_is_killed():
