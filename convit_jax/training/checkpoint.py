@@ -1,11 +1,10 @@
 """Checkpoints of a run, written in the background by Orbax: the latest and the best one are kept."""
 
 import contextlib
-import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +83,8 @@ class Checkpoints:
         """
         self._saved, path = step, self.directory / str(step)
         # Orbax counts the loads, except where this file is missing: were the counts to differ, saving would hang.
-        for read in ((path / "state/_METADATA").stat, functools.partial(ocp.load, path, wanted)):
-            tree = damage = None
-            with together():
-                try:
-                    with reading(path):
-                        tree = read()
-                except Damaged as error:
-                    damage = str(error)
-            if damage := from_any(damage):
-                raise Damaged(damage)
-        return tree
+        _on_all(path, (path / "state/_METADATA").stat)
+        return _on_all(path, lambda: ocp.load(path, wanted))
 
     def wait(self) -> None:
         """Waits until everything is on the disk."""
@@ -116,3 +106,17 @@ class Checkpoints:
                     if os.strerror(code) in str(error):  # TensorStore's errors are text
                         raise OSError(code, os.strerror(code)) from error
                 raise
+
+
+def _on_all(path: Path, read: Callable[[], Any]) -> Any:
+    """read(); if any process finds the checkpoint damaged, all raise Damaged."""
+    result = damage = None
+    with together():
+        try:
+            with reading(path):
+                result = read()
+        except Damaged as error:
+            damage = str(error)
+    if damage := from_any(damage):
+        raise Damaged(damage)
+    return result
