@@ -76,8 +76,11 @@ def batches(
 
 
 def batches_at_once(workers: int) -> int:
-    """Returns how many batches are in shared memory: WAITING and a new one in each worker, one on its way from them."""
-    return (WAITING + 1) * workers + 1 if workers else 0
+    """Returns how many batches are in shared memory at most: the one in use, and for each worker WAITING and a new one.
+
+    Grain has both twice: in the worker, and in the thread that takes batches from it.
+    """
+    return 2 * (WAITING + 1) * workers + 1 if workers else 0
 
 
 def check_shared_memory(needed: int) -> None:

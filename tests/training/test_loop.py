@@ -125,7 +125,7 @@ def test_unreadable_images_are_named_and_counted_until_there_are_too_many(
 
 def test_a_run_needs_shared_memory_for_training_and_evaluation_together(digits_config, monkeypatch, tmp_path):
     digits_config.data.workers, digits_config.eval_batch_size, digits_config.steps = 2, 80, 20
-    free = 6 * 80 * 8 * 8 * 3  # training takes five batches, evaluation three
+    free = 12 * 80 * 8 * 8 * 3  # training takes nine batches, evaluation five
     monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
     with pytest.raises(UserError, match=r"the workers of the loaders need .* lower data\.workers"):
