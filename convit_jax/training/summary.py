@@ -92,7 +92,7 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     each = " to ".join(f"{count:,}" for count in sorted({*run["train_images_per_class"]}))
     default = flatten(default_config())
-    changed = [  # None is said below, as chosen
+    changed = [  # the lines below have what None became
         f"{name}={value}".replace(", ", ",")
         for name, value in flatten(config).items()
         if value is not None and value != default.get(name)

@@ -85,7 +85,7 @@ def test_a_page_per_kind_of_map(pages, tmp_path):
     pages.clear()
     maps.draw_attention_maps(tmp_path, {12: layer(0, gated=False)}, PIXELS, QUERY)
     photo, axes, _ = pages["query"].axes
-    assert photo.get_position().x1 < axes.get_position().x0  # beside each other
+    assert photo.get_position().x1 < axes.get_position().x0  # next to each other
     assert pages["query"].get_figwidth() <= maps.PAGE[1] + 1e-6
 
 
