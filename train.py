@@ -13,7 +13,7 @@ from convit_jax.progress import outlive_readers
 DEFAULT = "configs/digits.py"
 SUMMARY = """\
 Done: top-1 {val_top1:.2f}  top-5 {val_top5:.2f}  loss {val_loss:.4f}
-  checkpoints  {workdir}/checkpoints (the latest, and the best: top-1 {best[val_top1]:.2f} at step {best[step]})
+  checkpoints  {workdir}/checkpoints (the latest, and the best: top-1 {best:.2f} at step {best_step})
   curves       {curves}
   TensorBoard  tensorboard --logdir={workdir}/tensorboard (after pip install tensorboard)
   evaluate     {python} -m convit_jax.evaluate --checkpoint={workdir}  # the best checkpoint
@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> None:
     from convit_jax.rundir import read_metrics
     from convit_jax.training.distributed import is_first
     from convit_jax.training.loop import train
+    from convit_jax.weights.run import find_step
 
     outlive_readers()
     given, _ = take_option(sys.argv, "config")
@@ -40,10 +41,10 @@ def main(arguments: list[str]) -> None:
     if is_first():
         curves = draw_curves(workdir, workdir)[0]
         if last:
-            evaluations = [line for line in read_metrics(workdir / "metrics.jsonl") if "val_top1" in line]
-            best = max(evaluations, key=lambda line: (line["val_top1"], line["step"]))
+            step, log = find_step(workdir, "best", ema=False), read_metrics(workdir / "metrics.jsonl")
+            top1 = [line["val_top1"] for line in log if line["step"] == step and "val_top1" in line][-1]
             python = os.path.relpath(sys.executable)
-            print(SUMMARY.format(workdir=workdir, curves=curves, python=python, best=best, **last))
+            print(SUMMARY.format(workdir=workdir, curves=curves, python=python, best=top1, best_step=step, **last))
 
 
 if __name__ == "__main__":

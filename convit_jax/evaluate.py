@@ -15,6 +15,7 @@ embedding, and with gates forced to position or content.
 
 import csv
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,12 +90,12 @@ def main(arguments: list[str]) -> None:
     say("top-1 {top1:.3f}  top-5 {top5:.3f}  loss {loss:.3f}  images {images}".format(**result))
     if predictions and is_first():
         write_predictions(predictions, rows, loaded.class_name)
-        say(f"Written to {predictions}")
+        print(f"Written to {predictions}", file=sys.stderr)
     if confusion and is_first():
         from convit_jax.figures.confusion import draw_confusion
 
         draw_confusion(confusion, rows["label"], rows["predicted"], name)
-        say(f"Written to {confusion}")
+        print(f"Written to {confusion}", file=sys.stderr)
 
 
 def write_predictions(path: Path, rows: "Rows", class_name: Callable[[int], str]) -> None:

@@ -114,8 +114,8 @@ def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout as error:
             words = "wait until it ends, or use another --workdir."
-            if parent_process() is not None:  # a loader worker imports the script that started it
-                words = 'if it is your own script, put the training under `if __name__ == "__main__":`.'
+            if parent_process() is not None:  # perhaps a loader's worker, which imports the script that started it
+                words += ' In a script of your own, put the training under `if __name__ == "__main__":`.'
             raise DirectoryLocked(f"another process is training in {directory}: {words}") from error
         if owner:  # in another file: whoever tries to get the lock empties its file
             with atomic_write(directory / f"{name}.owner") as file:

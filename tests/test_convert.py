@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -45,6 +46,10 @@ def test_a_run_keeps_its_preprocessing_and_classes_in_a_file(trained, tmp_path, 
     run, file = pretrained.load(trained), pretrained.load(tmp_path / "digits.safetensors")
     assert dataclasses.replace(file, tensors={}, source="") == dataclasses.replace(run, tensors={}, source="")
     assert file.preprocessing.mean == (0.305, 0.305, 0.305)
+    shutil.copy(tmp_path / "digits.safetensors", tmp_path / "renamed.bin")
+    assert pretrained.load(tmp_path / "renamed.bin").class_names == run.class_names
+    shutil.copy(GOLDEN / "convit_golden.pth", tmp_path / "misnamed.safetensors")
+    assert pretrained.load(tmp_path / "misnamed.safetensors").preprocessing.mean == (0.485, 0.456, 0.406)
     with safetensors.safe_open(tmp_path / "digits.safetensors", "np") as header:
         assert header.metadata()["format"] == "pt"  # which timm and transformers look for
 

@@ -67,8 +67,7 @@ def test_images_in_folders(image_folder, lines, tmp_path):
     data = [f"--config.data.{field}" for field in ("name=folder", f"dir={image_folder}", "workers=0")]
     files = [f"--predictions={tmp_path}/new/p.csv", f"--confusion={tmp_path}/c.png"]
     what = ["--per_class", *files, "--config.eval_batch_size=4"]
-    *shown, first, second = lines(f"--checkpoint={tmp_path}/w", "--config=configs/convit_ti.py", *data, *what)
-    assert [first, second] == [f"Written to {tmp_path}/new/p.csv", f"Written to {tmp_path}/c.png"]
+    shown = lines(f"--checkpoint={tmp_path}/w", "--config=configs/convit_ti.py", *data, *what)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert "bee/0.jpg" in "".join(shown)  # left out, and said
     assert re.fullmatch(r"top-1 \d+\.000  top-5 100\.000  loss \d\.\d{3}  images 5", shown[-1])

@@ -15,6 +15,7 @@ from pathlib import Path
 import grain
 from absl import flags
 
+from convit_jax.data import canvas
 from convit_jax.data.examples import Batch
 from convit_jax.errors import UserError
 
@@ -67,7 +68,7 @@ def batches(
             ) from error
         raise UserError(
             f"a worker of the loader was killed by {signal.Signals(int(ended[2])).name}, probably because memory or "
-            "/dev/shm was full: lower data.workers, or give the container more (docker run --shm-size=16g)."
+            "/dev/shm was full: lower data.workers, or give the container more (docker run --shm-size=24g)."
         ) from error
     finally:
         iterator.close()
@@ -110,6 +111,7 @@ def _start_workers(iterator: Iterator[Batch]) -> Batch | None:
 
 def _init_worker(worker: int, workers: int) -> None:
     """Leaves STOPPING to the main process, which needs batches until it stops, and dies with it."""
+    canvas.in_worker = True
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

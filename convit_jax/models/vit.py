@@ -203,7 +203,11 @@ class VisionTransformer(nnx.Module):
           ValueError: there is no such block.
         """
         depth = self.depth
-        wanted = range(depth) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        if isinstance(indices, int):
+            if not 0 < indices <= depth:
+                raise ValueError(f"there are {depth} blocks: give 1 to {depth}, or a list, not {indices}.")
+            indices = range(-indices, 0)
+        wanted = range(depth) if indices is None else indices
         if missing := [index for index in wanted if not -depth <= index < depth]:
             raise ValueError(f"there is no block {missing[0]}: give 0 to {depth - 1}, or -1 to {-depth}.")
         numbers = sorted({index % depth for index in wanted})

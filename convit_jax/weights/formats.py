@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from convit_jax.data.class_names import IMAGENET, words
@@ -90,13 +90,18 @@ class Pretrained:
 
 
 def from_state_dict(
-    tensors: Mapping[str, np.ndarray], config_file: Path, source: str, image_size: Any, num_heads: int | None
+    tensors: Mapping[str, np.ndarray],
+    file: Path,
+    config_file: Path,
+    source: str,
+    image_size: Any,
+    num_heads: int | None,
 ) -> Pretrained:
-    """Returns the Pretrained of a state dict; config_file: its file, or config.json, ours or timm's, if there is one.
+    """Returns the Pretrained of a state dict, with the config.json of its folder, ours or timm's, or that in its file.
 
     What timm's lacks is as in the recipe, and 1,000 classes are ImageNet's.
     """
-    with checked_json(config_file, optional=True) as config:
+    with checked_json(config_file) if config_file.exists() else _config_in(file) as config:
         if "model" in config:  # ours has every setting
             settings, how = model_settings("convit_tiny", **config["model"]), Preprocessing(**config["preprocessing"])
             return Pretrained(tensors, settings, how, tuple(config["class_names"] or ()) or None, source)
@@ -129,38 +134,38 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
 
 
 @contextlib.contextmanager
-def checked_json(path: Path, *, optional: bool = False) -> Iterator[dict[str, Any]]:
-    """What a JSON file, or a weights file's metadata, holds; errors inside that come from it become a UserError."""
+def checked_json(path: Path) -> Iterator[dict[str, Any]]:
+    """What a JSON file holds; errors inside that come from its contents become a UserError."""
     with explained(path):
-        if path.suffix == ".json":
-            yield {} if optional and not path.exists() else json.loads(path.read_text())
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "np") as file:
-                yield json.loads((file.metadata() or {}).get(METADATA, "{}"))
-        else:
-            yield {}
+        yield json.loads(path.read_text())
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], config: str = "{}") -> None:
-    """Writes {name: array} as a .safetensors file with a JSON text, completely or not at all. Raises OSError."""
+@contextlib.contextmanager
+def _config_in(file: Path) -> Iterator[dict[str, Any]]:
+    """The config that `convert` has put into a .safetensors file, {} for other files; errors as in `checked_json`."""
+    with explained(file):
+        try:
+            with safe_open(file, "np") as header:
+                text = (header.metadata() or {}).get(METADATA, "{}")
+        except SafetensorError:  # PyTorch's file
+            text = "{}"
+        yield json.loads(text)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], config: str = "") -> None:
+    """Writes {name: array} and a config as a .safetensors file, completely or not at all. Raises OSError."""
     # `save` takes the memory as it lies, so views must be copied. `save_file` would hide the file from other users.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with atomic_write(path, "wb") as file:
-        file.write(save(contiguous, metadata={"format": "pt", METADATA: config}))
+        file.write(save(contiguous, metadata={"format": "pt"} | ({METADATA: config} if config else {})))
 
 
 def save_converted(loaded: Pretrained, target: Path) -> None:
     """Writes a .safetensors file, or a directory of that and config.json; a failed write replaces none. OSError."""
-    config = {
-        "model": loaded.settings,
-        "preprocessing": dataclasses.asdict(loaded.preprocessing),
-        "class_names": loaded.class_names,
-        "source": loaded.source,
-    }
     if target.suffix == ".safetensors":
-        write_safetensors(target, loaded.tensors, _to_json(config))
+        write_safetensors(target, loaded.tensors, _config(loaded))
     else:
-        _write_directory(target, "weights.safetensors", loaded.tensors, {"config.json": _to_json(config)})
+        _write_directory(target, "weights.safetensors", loaded, {"config.json": _config(loaded)})
 
 
 def save_for_timm(loaded: Pretrained, directory: Path) -> None:
@@ -197,16 +202,25 @@ def save_for_timm(loaded: Pretrained, directory: Path) -> None:
     }
     card = CARD.format(kind="ConViT" if is_convit else "DeiT", height=height, width=width, **s)
     texts = {"config.json": _to_json(config), "README.md": card}
-    _write_directory(directory, "model.safetensors", loaded.tensors, texts)
+    _write_directory(directory, "model.safetensors", loaded, texts)
+
+
+def _config(loaded: Pretrained) -> str:
+    """All but the tensors, as text."""
+    config = {
+        "model": loaded.settings,
+        "preprocessing": dataclasses.asdict(loaded.preprocessing),
+        "class_names": loaded.class_names,
+        "source": loaded.source,
+    }
+    return _to_json(config)
 
 
 def _to_json(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=1) + "\n"
 
 
-def _write_directory(
-    directory: Path, weights: str, tensors: Mapping[str, np.ndarray], texts: Mapping[str, str]
-) -> None:
+def _write_directory(directory: Path, weights: str, loaded: Pretrained, texts: Mapping[str, str]) -> None:
     """Writes a directory of weights and texts, by file name, in place of an old one, which a failure leaves as it was.
 
     A kill while the two change places leaves the old one next to it, as .NAME.*/old.
@@ -215,7 +229,7 @@ def _write_directory(
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
         new.mkdir()
-        write_safetensors(new / weights, tensors)
+        write_safetensors(new / weights, loaded.tensors, _config(loaded))
         for name, text in texts.items():
             with atomic_write(new / name) as file:
                 file.write(text)

@@ -86,8 +86,8 @@ def load(
     if is_run(path):
         loaded = from_run(path, which, ema)
     elif files := [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]:
-        config = path if path.is_file() else path / "config.json"
-        loaded = from_state_dict(_read_shards(files[0], ema), config, source, size, num_heads)
+        tensors = _read_shards(files[0], ema)
+        loaded = from_state_dict(tensors, files[0], path / "config.json", source, size, num_heads)
     else:
         raise UserError(
             f"{path} is neither a run directory (it has no checkpoints) nor a converted one (it has no "

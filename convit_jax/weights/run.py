@@ -17,7 +17,8 @@ from orbax.checkpoint import v1 as ocp
 from convit_jax.errors import UserError
 from convit_jax.rundir import checkpoint_steps, read_metrics
 
-MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+SYSTEM = (OSError, MemoryError, RuntimeError)  # no space for a thread; what follows also says that data are wrong
+DATA = (FileNotFoundError, IsADirectoryError, NotADirectoryError, NotImplementedError, RecursionError)
 
 
 class Damaged(UserError):
@@ -57,14 +58,12 @@ def reading(path: Path) -> Iterator[None]:
     try:
         with context, _without_traces():
             yield
-    except jax.errors.JaxRuntimeError:  # of the device
-        raise
     except Exception as error:  # Orbax raises all kinds
         cause = _cause(error)
-        if not isinstance(cause, Exception):  # Ctrl-C, which Orbax wraps as any error
+        if isinstance(cause, (KeyboardInterrupt, jax.errors.JaxRuntimeError)):  # Ctrl-C, or of the device
             raise cause from None
         reason = textwrap.shorten(str(cause), 150) or type(cause).__name__
-        if isinstance(cause, (OSError, MemoryError, RuntimeError)) and not isinstance(cause, MISSING):
+        if isinstance(cause, SYSTEM) and not isinstance(cause, DATA):
             words = "it may be whole: check the disk, its permissions and the memory, and run the same command again."
             raise UserError(f"cannot read {path} ({reason}): {words}") from error
         raise Damaged(f"cannot read {path} ({reason})") from error

@@ -61,16 +61,24 @@ def test_workers_load_the_same_stream_although_signals_reach_them(example):
 
 @pytest.mark.skipif(not loader.SHARED_MEMORY.exists(), reason="Linux has it")
 def test_the_shared_memory_that_workers_take_is_known(example):
-    example = dataclasses.replace(example, size=(61, 67))
-    stream = loader.batches(example, batch_size=5, start=0, stop=40, workers=2)
-    most, deadline = 0, time.monotonic() + 20
-    while most < loader.batches_at_once(2) and time.monotonic() < deadline:
-        batch = next(stream)
-        time.sleep(0.5)  # the workers fill what they may
-        most = max(most, sum(entry.stat().st_size == batch["image"].nbytes for entry in os.scandir("/dev/shm")))
+    example = dataclasses.replace(example, size=(61, 67))  # no other test has it
+
+    def held():
+        sizes = []
+        for entry in os.scandir(loader.SHARED_MEMORY):
+            with contextlib.suppress(FileNotFoundError):  # just deleted
+                sizes.append(entry.stat().st_size)
+        return sizes.count(5 * 61 * 67 * 3)
+
+    stream = loader.batches(example, batch_size=5, start=0, stop=1000, workers=2)
+    next(stream)
+    batch, deadline = next(stream), time.monotonic() + 60
+    while held() != loader.batches_at_once(2) and time.monotonic() < deadline:
+        time.sleep(0.1)  # the workers fill what they may
+    time.sleep(0.5)
+    assert held() == loader.batches_at_once(2) == 9
     del batch
     stream.close()
-    assert most == loader.batches_at_once(2) == 9
 
 
 def killed(slots):

@@ -244,7 +244,7 @@ def test_a_training_starts_from_weights(golden, golden_config, tmp_path, capsys,
     assert f"Starting from {WEIGHTS}; {said}\n" in capsys.readouterr().out
     train(golden_config, tmp_path)  # goes on with the run, not from the weights again
     printed = capsys.readouterr().out
-    assert "Continuing at step 1" in printed
+    assert "Already finished at step 1" in printed
     assert "Starting from" not in printed
 
 
