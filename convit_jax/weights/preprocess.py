@@ -31,11 +31,13 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):  # JSON has lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        if not (self.crop_ratio > 0 and all(value > 0 for value in self.std)):
+            raise UserError(f"the weights' crop_ratio is {self.crop_ratio} and std {self.std}: both must be above 0.")
         filters = [name.lower() for name in Image.Resampling.__members__]
         if self.interpolation not in filters:
             known = ", ".join(filters)
-            raise UserError(f"the weights' interpolation is {self.interpolation!r}: set one of {known} in config.json.")
+            raise UserError(f"the weights' interpolation is {self.interpolation!r}: it must be one of {known}.")
 
     def __str__(self) -> str:
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))

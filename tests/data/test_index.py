@@ -56,16 +56,16 @@ def test_an_index_is_built_once_then_mapped_and_pickles_as_its_path(data):
         assert cached_index(data, "empty", "f", make).arrays["labels"].shape == (0,)
 
 
-@pytest.mark.parametrize("beside_the_data", [True, False])
-def test_changed_data_have_another_index_beside_that_of_a_run(beside_the_data, home):
+@pytest.mark.parametrize("with_the_data", [True, False])
+def test_changed_data_have_another_index_than_that_of_a_run(with_the_data, home):
     for data in (home / "one", home / "two"):
-        data.mkdir() if beside_the_data else data.touch()  # nothing can be written into a file
+        data.mkdir() if with_the_data else data.touch()  # nothing can be written into a file
         old = cached_index(data, "train", "before", lambda: make_index([0], ["old"], record=np.arange(1)))
         index = cached_index(data, "train", "after", build)
         assert rows(index) == rows(cached_index(data, "train", "after", never)) == IN_ORDER
         assert rows(pickle.loads(pickle.dumps(old))) == [("old", 0, 0)]  # as a run's next workers do
-        assert index.path.parent == (data if beside_the_data else home / "cache/convit_jax/indices")
-    assert len(os.listdir(index.path.parent)) == (2 if beside_the_data else 4)
+        assert index.path.parent == (data if with_the_data else home / "cache/convit_jax/indices")
+    assert len(os.listdir(index.path.parent)) == (2 if with_the_data else 4)
 
 
 @pytest.mark.parametrize(
