@@ -29,7 +29,7 @@ def _define_flags() -> None:
 def main(arguments: list[str]) -> None:
     """Trains what the flags describe, draws the learning curves and prints a summary."""
     from convit_jax.figures.curves import draw_curves
-    from convit_jax.rundir import read_metrics
+    from convit_jax.rundir import read_scores
     from convit_jax.training.distributed import is_first
     from convit_jax.training.loop import train
     from convit_jax.weights.run import find_step
@@ -41,10 +41,9 @@ def main(arguments: list[str]) -> None:
     if is_first():
         curves = draw_curves(workdir, workdir)[0]
         if last:
-            step, log = find_step(workdir, "best", ema=False), read_metrics(workdir / "metrics.jsonl")
-            top1 = [line["val_top1"] for line in log if line["step"] == step and "val_top1" in line][-1]
-            python = os.path.relpath(sys.executable)
-            print(SUMMARY.format(workdir=workdir, curves=curves, python=python, best=top1, best_step=step, **last))
+            step, python = find_step(workdir, "best", ema=False), os.path.relpath(sys.executable)
+            best = read_scores(workdir / "metrics.jsonl", "val_top1")[step]
+            print(SUMMARY.format(workdir=workdir, curves=curves, python=python, best=best, best_step=step, **last))
 
 
 if __name__ == "__main__":

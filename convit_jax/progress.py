@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 FORMAT = "{desc} {n_fmt}/{total_fmt} [{bar:20}] left {remaining}{postfix}"  # tqdm puts ", " before the postfix
-BAR = dict(bar_format=FORMAT, nrows=24, smoothing=0, leave=False)
+BAR = dict(bar_format=FORMAT, nrows=24, smoothing=0, leave=False)  # without nrows, none where a terminal says 0 rows
 
 
 class Progress:

@@ -86,6 +86,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_scores(path: Path, name: str) -> dict[int, float]:
+    """Returns {step: score} of the evaluations in a metrics.jsonl, for a name such as "val_top1"."""
+    return {line["step"]: line[name] for line in read_metrics(path) if name in line}
+
+
 def is_run(path: str | os.PathLike[str] | None) -> bool:
     """Whether a path is a run directory."""
     return bool(path) and (Path(str(path)).expanduser() / "checkpoints").is_dir()
@@ -148,7 +153,7 @@ def claim_run(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> No
     checkpoint: without it the run cannot continue, and its log must not be overwritten.
     """
     with disk_errors(workdir):
-        evaluated = any("val_top1" in line for line in read_metrics(workdir / "metrics.jsonl"))
+        evaluated = bool(read_scores(workdir / "metrics.jsonl", "val_top1"))
         saved = bool(checkpoint_steps(workdir))
         if saved or evaluated:
             _check_same_run(workdir, config, facts)

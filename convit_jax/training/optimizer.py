@@ -98,7 +98,7 @@ def count_trained(params: Any, optim: ConfigDict) -> int:
     scales, frozen = layer_scales(params, 1.0, optim.freeze), frozen_mask(params, optim.frozen)
 
     def trained(leaf: Any, scale: np.ndarray, is_frozen: bool) -> int:
-        return 0 if is_frozen else int(np.broadcast_to(scale > 0, leaf.shape).sum())
+        return 0 if is_frozen else int(np.count_nonzero(scale)) * (math.prod(leaf.shape) // scale.size)
 
     return sum(jax.tree.leaves(jax.tree.map(trained, params, scales, frozen)))
 

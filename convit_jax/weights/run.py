@@ -15,10 +15,10 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from convit_jax.errors import UserError
-from convit_jax.rundir import checkpoint_steps, read_metrics
+from convit_jax.rundir import checkpoint_steps, read_scores
 
-SYSTEM = (OSError, MemoryError, RuntimeError)  # no space for a thread; what follows also says that data are wrong
-DATA = (FileNotFoundError, IsADirectoryError, NotADirectoryError, NotImplementedError, RecursionError)
+SYSTEM = (OSError, MemoryError, RuntimeError)  # may pass; RuntimeError: no thread could start
+DATA = (FileNotFoundError, IsADirectoryError, NotADirectoryError, NotImplementedError, RecursionError)  # do not
 
 
 class Damaged(UserError):
@@ -107,6 +107,5 @@ def find_step(directory: Path, which: str, ema: bool) -> int:
     steps = checkpoint_steps(directory)
     if not steps:
         raise UserError(f"the run in {directory} has not saved a checkpoint yet: let it train longer.")
-    score = "val_ema_top1" if ema else "val_top1"
-    top1 = {line["step"]: line[score] for line in read_metrics(directory / "metrics.jsonl") if score in line}
+    top1 = read_scores(directory / "metrics.jsonl", "val_ema_top1" if ema else "val_top1")
     return max(steps, key=lambda step: (top1.get(step, -1.0) if which == "best" else 0.0, step))
