@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from convit_jax.config import compare_configs, flatten, left_to_weights, may_change
-from convit_jax.errors import UserError
+from convit_jax.errors import UserError, explained
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -71,8 +71,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the content of a run's JSON file, {} if there is none. Raises UserError if it is damaged."""
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        return json.loads(_read_text(path) or "{}")
+    except json.JSONDecodeError as error:
         words = "remove it and run the same command again; the training is kept."
         raise UserError(f"{path} is damaged ({error}): {words}") from error
 
@@ -80,10 +80,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl without those that a kill cut off; [] if there is no file."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in _read_text(path).splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
     return lines
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file, "" if there is none; UserError if it cannot be read."""
+    with explained(path):
+        return path.read_text(errors="replace") if path.exists() else ""
 
 
 def read_scores(path: Path, name: str) -> dict[int, float]:

@@ -40,6 +40,9 @@ def test_damaged_and_missing_files_of_a_run(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run.json is damaged .* remove it"):
         read_json(tmp_path / "run.json")
+    (tmp_path / "config.json").mkdir()  # in place of an error of the disk
+    with pytest.raises(UserError, match="cannot read .*config.json"):
+        read_json(tmp_path / "config.json")
 
 
 def test_lock_keeps_others_out_and_a_kill_frees_it(tmp_path):

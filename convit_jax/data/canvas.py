@@ -12,9 +12,8 @@ import numpy as np
 from grain.multiprocessing import SharedMemoryArray, SharedMemoryArrayMetadata
 from PIL import Image
 
+from convit_jax.data import images
 from convit_jax.data.images import Axis, View, is_long, show
-
-in_worker = False  # this process is a worker of the loader, which sets it
 
 
 class HostRows:
@@ -110,7 +109,7 @@ class _Shared(SharedMemoryArray):
 
 def _black(shape: tuple[int, ...]) -> np.ndarray:
     """uint8 zeros; in a worker of the loader in shared memory, so that Grain does not copy them there."""
-    if not in_worker:
+    if images.worker is None:
         return np.zeros(shape, np.uint8)
     array = _Shared(shape, np.uint8)
     array.unlink_on_del()

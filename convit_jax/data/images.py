@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -41,6 +40,7 @@ LONG = 16  # aspect of views beyond which only what is shown is resized
 AREA = (0.08, 1.0)  # of a random crop, share of the image
 NARROWEST, WIDEST = 3 / 4, 4 / 3  # of a random crop, width / height
 
+worker: int | None = None  # number of this process among the workers of a loader, which sets it
 _flat: list[str] = []  # the image that was warned of; one stands for all
 
 
@@ -106,8 +106,8 @@ def _converted(image: Image.Image) -> Image.Image:
 
 
 def _warn_if_flat(image: Image.Image, name: str) -> None:
-    """Warns once that an image has lost its contrast; the workers of the loader leave that to their main process."""
-    if _flat or parent_process() is not None:
+    """Warns once that an image has lost its contrast; of a loader's workers the first one does."""
+    if _flat or worker:
         return
     levels = int(np.ptp(np.asarray(image))) + 1
     if levels < 256 / 10:

@@ -15,7 +15,7 @@ from pathlib import Path
 import grain
 from absl import flags
 
-from convit_jax.data import canvas
+from convit_jax.data import images
 from convit_jax.data.examples import Batch
 from convit_jax.errors import UserError
 
@@ -111,7 +111,7 @@ def _start_workers(iterator: Iterator[Batch]) -> Batch | None:
 
 def _init_worker(worker: int, workers: int) -> None:
     """Leaves STOPPING to the main process, which needs batches until it stops, and dies with it."""
-    canvas.in_worker = True
+    images.worker = worker
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -99,7 +99,7 @@ def _is_network(name: str) -> bool:
 
 
 def _only_weights(entries: dict[Any, Any]) -> dict[str, Any]:
-    """A state dict without numbers, counters, and the prefix of a wrapper."""
+    """A state dict without numbers, counters, and what a wrapper has beside the network, whose prefix goes too."""
     tensors = _tensors(entries)
     others = {name: value for name, value in entries.items() if name not in tensors}
     if unknown := {name: value for name, value in others.items() if not isinstance(value, int | float | str | None)}:
@@ -107,15 +107,16 @@ def _only_weights(entries: dict[Any, Any]) -> dict[str, Any]:
             f"its state dict has entries that are no tensors ({_described(unknown)}): "
             "load it with PyTorch and save the tensors alone."
         )
-    counters = [name for name in tensors if name.rpartition(".")[2] in COUNTERS]
-    if left_out := [*map(str, others), *counters]:
-        print(f"Left out of the state dict: {printable(', '.join(left_out))}", file=sys.stderr)
     prefixes = {name.removesuffix(NETWORK) for name in filter(_is_network, tensors)}
     if len(prefixes) > 1:
         names = ", ".join(sorted(prefixes))
         raise UserError(f"it holds several networks (names begin with {names}): save the one you want alone.")
     prefix = prefixes.pop() if prefixes else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name not in counters}
+    parts = (prefix, "head.", "head_dist.")  # a wrapper may have a head of its own
+    foreign = [name for name in tensors if not name.startswith(parts) or name.rpartition(".")[2] in COUNTERS]
+    if left_out := [*map(str, others), *foreign]:
+        print(f"Left out of the state dict: {printable(', '.join(left_out))}", file=sys.stderr)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name not in foreign}
 
 
 def _described(tree: Any) -> str:

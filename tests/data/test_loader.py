@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import assert_same, collect, run_python
+from PIL import Image
 
 from convit_jax.data import loader
 from convit_jax.data.examples import Slots, TrainExample
@@ -32,7 +33,7 @@ def test_a_restart_at_any_step_continues_the_stream(example):
         assert_same(collect(example, batch_size=5, start=start, stop=7), steps[start:])
 
 
-def test_workers_load_the_same_stream_although_signals_reach_them(example):
+def test_workers_load_the_same_stream_although_signals_reach_them(example, image_folder, capfd):
     """Ctrl-C and SIGTERM reach them from their first moment on, as when they are sent to a process group."""
     before, signalled, done = {*multiprocessing.active_children()}, set(), threading.Event()
 
@@ -47,6 +48,7 @@ def test_workers_load_the_same_stream_although_signals_reach_them(example):
 
     sender = threading.Thread(target=send_signals)
     sender.start()
+    Image.fromarray(np.eye(64, dtype=np.float32)).save(image_folder / "train/bee/3.jpg", "TIFF")
     example = dataclasses.replace(example, canvas=32, group=3)  # for devices that crop and resize
     settings = dict(batch_size=6, start=1, stop=8)
     try:
@@ -55,6 +57,7 @@ def test_workers_load_the_same_stream_although_signals_reach_them(example):
         done.set()
         sender.join()
     assert len(signalled) == 2
+    assert capfd.readouterr().err.count("bee/3.jpg (mode F) has 2 of 256 grey levels") == 1
     assert_same(loaded, collect(example, **settings))
     assert any((batch["unreadable"] == 8).any() for batch in loaded)
 

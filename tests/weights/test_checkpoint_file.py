@@ -132,7 +132,7 @@ NAME = checkpoint_file.NETWORK
     [
         ({f"_orig_mod.module.{NAME}": FOUR, "_orig_mod.module.b": FOUR}, ""),
         ({"n_averaged": FOUR, f"module.{NAME}": FOUR, "module.b": FOUR}, "n_averaged"),
-        ({"state_dict": {f"model.{NAME}": FOUR, "model.b": FOUR}, "epoch": 3, "loops": {}}, ""),
+        ({"state_dict": {f"model.{NAME}": FOUR, "model.b": FOUR, "loss.w": FOUR}, "epoch": 3, "loops": {}}, "loss.w"),
         ({"module": {NAME: FOUR, "b": FOUR}, "buffer_names": [], "loss": FOUR}, ""),
         ({"net": {NAME: FOUR, "b": FOUR, "epoch": 5, "total_ops": FOUR}, "acc": 91.2}, "epoch, total_ops"),
     ],
