@@ -11,7 +11,6 @@ import re
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import IO, Any
 
@@ -124,10 +123,9 @@ def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout as error:
-            words = "wait until it ends, or use another --workdir."
-            if parent_process() is not None:  # perhaps a loader's worker, which imports the script that started it
-                words += ' In a script of your own, put the training under `if __name__ == "__main__":`.'
-            raise DirectoryLocked(f"another process is training in {directory}: {words}") from error
+            raise DirectoryLocked(
+                f"another process is training in {directory}: wait until it ends, or use another --workdir."
+            ) from error
         if owner:  # in another file: whoever tries to get the lock empties its file
             with atomic_write(directory / f"{name}.owner") as file:
                 file.write(owner)

@@ -1,8 +1,10 @@
 """Batches from Grain: threads or worker processes call an example for the slots of each step."""
 
+import functools
 import gc
 import multiprocessing
 import multiprocessing.resource_tracker
+import multiprocessing.spawn
 import os
 import re
 import shutil
@@ -11,6 +13,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grain
 from absl import flags
@@ -62,10 +65,7 @@ def batches(
         if not (ended := re.search(r"terminated unexpectedly with exit code (-?)(\d+)", str(error))):
             raise
         if not ended[1]:
-            raise UserError(
-                "a worker of the loader has ended; its own output says why. If you started a script of your own, put "
-                'what it runs under `if __name__ == "__main__":`, or set data.workers=0.'
-            ) from error
+            raise UserError("a worker of the loader has ended; its own output says why.") from error
         raise UserError(
             f"a worker of the loader was killed by {signal.Signals(int(ended[2])).name}, probably because memory or "
             "/dev/shm was full: lower data.workers, or give the container more (docker run --shm-size=24g)."
@@ -107,6 +107,22 @@ def _start_workers(iterator: Iterator[Batch]) -> Batch | None:
         return pool.submit(next, iterator, None).result()
     finally:
         pool.shutdown(wait=False)
+
+
+def _prepare_process(name: str, prepare: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """What `multiprocessing` tells a new process; Grain's are not to import the script that started them.
+
+    Without a guard `if __name__ == "__main__":`, they would start its training again instead of their work.
+    """
+    told = prepare(name)
+    if name.startswith("grain-process-prefetch"):
+        told = {key: value for key, value in told.items() if not key.startswith("init_main")}
+    return told
+
+
+multiprocessing.spawn.get_preparation_data = functools.partial(
+    _prepare_process, prepare=multiprocessing.spawn.get_preparation_data
+)
 
 
 def _init_worker(worker: int, workers: int) -> None:

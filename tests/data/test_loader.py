@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import assert_same, collect, run_python
+from conftest import ROOT, assert_same, collect, run_python
 from PIL import Image
 
 from convit_jax.data import loader
@@ -99,18 +99,19 @@ def test_shared_memory_that_is_too_small_is_named_before_and_after(monkeypatch, 
         collect(killed, batch_size=1, start=0, stop=4, workers=1)
 
 
-def test_workers_end_with_a_main_process_that_is_killed():
-    code = """
-import os
+def test_a_script_needs_no_guard_and_its_workers_end_with_it(tmp_path):
+    (tmp_path / "script.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from convit_jax.data.examples import EvalExample
 from convit_jax.data.loader import batches
 from convit_jax.data.sources import Digits
-example = EvalExample(Digits("test"), np.arange(360), (8, 8), 1.0)
+example = EvalExample(Digits("test"), np.arange(360).repeat(50), (8, 8), 1.0)  # more than a pipe takes
 next(batches(example, batch_size=4, start=0, stop=90, workers=1))
 os.kill(os.getpid(), 9)
-"""
-    done = run_python("-c", code, timeout=60)  # returns when the workers, which inherit stdout, have ended too
+""")
+    done = run_python(tmp_path / "script.py", timeout=60)  # until the workers, which inherit stdout, have ended too
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
