@@ -99,7 +99,7 @@ def _is_network(name: str) -> bool:
 
 
 def _only_weights(entries: dict[Any, Any]) -> dict[str, Any]:
-    """A state dict without numbers, counters, and what a wrapper has beside the network, whose prefix goes too."""
+    """A network's state dict without numbers, counters, the prefix of a wrapper and the wrapper's other tensors."""
     tensors = _tensors(entries)
     others = {name: value for name, value in entries.items() if name not in tensors}
     if unknown := {name: value for name, value in others.items() if not isinstance(value, int | float | str | None)}:
@@ -112,7 +112,7 @@ def _only_weights(entries: dict[Any, Any]) -> dict[str, Any]:
         names = ", ".join(sorted(prefixes))
         raise UserError(f"it holds several networks (names begin with {names}): save the one you want alone.")
     prefix = prefixes.pop() if prefixes else ""
-    parts = (prefix, "head.", "head_dist.")  # a wrapper may have a head of its own
+    parts = (prefix, "head.", "head_dist.")  # a wrapper may have the head
     foreign = [name for name in tensors if not name.startswith(parts) or name.rpartition(".")[2] in COUNTERS]
     if left_out := [*map(str, others), *foreign]:
         print(f"Left out of the state dict: {printable(', '.join(left_out))}", file=sys.stderr)
