@@ -87,20 +87,22 @@ def visualize_attention(directory: Path) -> list[Path]:
     loaded = load_weights()
     query, numbers = _read_query(loaded.settings), _read_layers(loaded.settings)
     image, normalised = read_image(loaded.settings, loaded.preprocessing)
-    layers = layer_maps(loaded.model(), normalised, query)
-    return draw_attention_maps(directory, {number: layers[number - 1] for number in numbers}, image, query)
+    model = loaded.model()
+    layers = layer_maps(model, normalised)
+    wanted = {number: layers[number - 1] for number in numbers}
+    return draw_attention_maps(directory, wanted, image, model.grid, query)
 
 
 def visualize_page(path: Path) -> list[Path]:
     """Writes the page of --html for --checkpoint and --image into a file, or into attention.html of a directory."""
-    from convit_jax.analysis.maps import full_maps
+    from convit_jax.analysis.maps import layer_maps
     from convit_jax.figures.page import write_page
 
     loaded = load_weights()
     numbers = _read_layers(loaded.settings)
     image, normalised = read_image(loaded.settings, loaded.preprocessing)
     model = loaded.model()
-    layers = full_maps(model, normalised)
+    layers = layer_maps(model, normalised)
     title = f"Attention of {Path(flags.FLAGS.checkpoint).name}, image {Path(flags.FLAGS.image).name}"
     wanted = {number: layers[number - 1] for number in numbers}
     return write_page(_as_file(path, "attention.html"), wanted, image, model.grid, title)

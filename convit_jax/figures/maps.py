@@ -39,21 +39,27 @@ Row = tuple[str, np.ndarray, Sequence[str]]  # layer, its maps [heads, rows, col
 
 
 def draw_attention_maps(
-    directory: Path, layers: Mapping[int, LayerMaps], image: np.ndarray, query: tuple[int, int]
+    directory: Path, layers: Mapping[int, LayerMaps], image: np.ndarray, grid: tuple[int, int], query: tuple[int, int]
 ) -> list[Path]:
-    """Draws the pages of TITLES that layers, by number, have for a uint8 image [H, W, 3] and a patch; returns paths."""
+    """Draws the pages of TITLES that some layers by number have, for a uint8 image [H, W, 3]; returns the paths.
+
+    The query is the (row, column) of a patch in the grid.
+    """
     pages: dict[str, list[Row]] = {name: [] for name in TITLES}
+    patch = query[0] * grid[1] + query[1]
     for number, layer in layers.items():
-        name, captions = f"layer {number}\nplain", _shares(layer.query_tokens)
+        attention = layer.attention
+        tokens = attention.shape[1] - math.prod(grid)
+        shares, maps = attention[:, :, :tokens], attention[:, :, tokens:].reshape(len(attention), -1, *grid)
+        name, captions = f"layer {number}\nplain", _shares(shares[:, tokens + patch])
         if layer.gates is not None:
             name = f"layer {number}\nGPSA"
             captions = [f"\u03c3(\u03bb) {gate:.2f}" for gate in layer.gates]  # formulas take long to draw
-            for part in ("content", "position"):
-                pages[f"query_{part}"].append((name, getattr(layer, part), captions))
-        pages["query"].append((name, layer.query, captions))
-        of_tokens = zip(layer.tokens, layer.tokens_tokens, strict=True)
-        for page, (maps, to_tokens) in zip(("class_token", "distillation_token"), of_tokens, strict=False):
-            pages[page].append((name, maps, _shares(to_tokens)))
+            for part, values in (("content", layer.content), ("position", layer.position)):
+                pages[f"query_{part}"].append((name, values[:, patch].reshape(-1, *grid), captions))
+        pages["query"].append((name, maps[:, tokens + patch], captions))
+        for token, page in enumerate(("class_token", "distillation_token")[:tokens]):
+            pages[page].append((name, maps[:, token], _shares(shares[:, token])))
     paths = []
     for page, rows in pages.items():
         if rows:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from convit_jax.analysis.maps import FullMaps
+from convit_jax.analysis.maps import LayerMaps
 from convit_jax.figures.maps import faded, palette
 from convit_jax.rundir import atomic_write, disk_errors
 
@@ -18,7 +18,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write_page(
-    path: Path, layers: Mapping[int, FullMaps], image: np.ndarray, grid: tuple[int, int], title: str
+    path: Path, layers: Mapping[int, LayerMaps], image: np.ndarray, grid: tuple[int, int], title: str
 ) -> list[Path]:
     """Writes the page of some layers by number, for a uint8 image [H, W, 3]; returns its path.
 

@@ -7,26 +7,23 @@ from convit_jax.analysis.maps import LayerMaps
 from convit_jax.figures import maps
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
-QUERY = (1, 3)
+QUERY = (1, 3)  # patch 7 of 3 x 4
 HEADS, GRID = 4, (3, 4)
 DOWN, ACROSS = maps._steps(GRID)
 
 
-def attention(seed):
-    return np.random.default_rng(seed).dirichlet(np.ones(12), HEADS).reshape(HEADS, *GRID)
-
-
 def layer(seed, tokens=0, gated=True):
     """LayerMaps with other numbers in each map."""
-    return LayerMaps(
-        query=attention(seed),
-        query_tokens=np.full((HEADS, tokens), 0.25),
-        gates=np.array([0.125, 0.25, 1, 0]) if gated else None,
-        content=attention(seed + 1) if gated else None,
-        position=attention(seed + 2) if gated else None,
-        tokens=np.array([attention(seed + 5 + n) for n in range(tokens)]),
-        tokens_tokens=np.full((tokens, HEADS, tokens), 0.5),
-    )
+    rng = np.random.default_rng(seed)
+    attention = lambda size: rng.dirichlet(np.ones(size), (HEADS, size))  # noqa: E731
+    gates = np.array([0.125, 0.25, 1, 0])
+    parts = (gates, attention(GRID[0]), attention(GRID[1])) if gated else (None, None, None)
+    return LayerMaps(attention(12 + tokens), *parts)
+
+
+def of(maps, token):
+    """What a page shows of maps [H, T + N, T + N] for one of the tokens."""
+    return maps[:, token, -12:].reshape(HEADS, *GRID)
 
 
 @pytest.fixture
@@ -51,13 +48,13 @@ def texts(axes):
 
 def test_a_page_per_kind_of_map(pages, tmp_path):
     layers = [layer(0), layer(10), layer(20, tokens=2, gated=False)]
-    maps.draw_attention_maps(tmp_path, dict(zip((1, 4, 9), layers, strict=True)), PIXELS, QUERY)
+    maps.draw_attention_maps(tmp_path, dict(zip((1, 4, 9), layers, strict=True)), PIXELS, GRID, QUERY)
     expected = {
-        "query": [each.query for each in layers],
-        "query_content": [each.content for each in layers[:2]],
-        "query_position": [each.position for each in layers[:2]],
-        "class_token": [layers[2].tokens[0]],
-        "distillation_token": [layers[2].tokens[1]],
+        "query": [*(of(each.attention, 7) for each in layers[:2]), of(layers[2].content, 2 + 7)],
+        "query_content": [of(each.content, 7) for each in layers[:2]],
+        "query_position": [of(each.position, 7) for each in layers[:2]],
+        "class_token": [of(layers[2].content, 0)],
+        "distillation_token": [of(layers[2].content, 1)],
     }
     assert list(pages) == list(expected)
     for name, rows in expected.items():
@@ -75,15 +72,16 @@ def test_a_page_per_kind_of_map(pages, tmp_path):
             assert frames[0].get_xy() == (QUERY[1], QUERY[0])
     axes = pages["query"].axes[1]
     assert [words.split()[1] for words in texts(axes)[:4]] == ["0.12", "0.25", "1.00", "0.00"]
-    assert texts(axes)[-1] == "cls 0.25 dist 0.25"
+    to_class, to_distillation = layers[2].content[-1, 2 + 7, :2]
+    assert texts(axes)[-1] == f"cls {to_class:.2f} dist {to_distillation:.2f}"
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["layer 1\nGPSA", "layer 4\nGPSA", "layer 9\nplain"]
     pages.clear()
-    maps.draw_attention_maps(tmp_path, dict.fromkeys(range(12), layer(0, tokens=1, gated=False)), PIXELS, QUERY)
+    maps.draw_attention_maps(tmp_path, dict.fromkeys(range(12), layer(0, tokens=1, gated=False)), PIXELS, GRID, QUERY)
     assert list(pages) == ["query", "class_token"]
     assert pages["query"].get_figheight() <= maps.PAGE[1] + 1e-6
     pages.clear()
-    maps.draw_attention_maps(tmp_path, {12: layer(0, gated=False)}, PIXELS, QUERY)
+    maps.draw_attention_maps(tmp_path, {12: layer(0, gated=False)}, PIXELS, GRID, QUERY)
     photo, axes, _ = pages["query"].axes
     assert photo.get_position().x1 < axes.get_position().x0  # next to each other
     assert pages["query"].get_figwidth() <= maps.PAGE[1] + 1e-6

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from convit_jax.analysis.maps import FullMaps
+from convit_jax.analysis.maps import LayerMaps
 from convit_jax.figures.page import write_page
 
 BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
@@ -49,7 +49,7 @@ def test_a_page_of_convit_s_is_below_5_mb(tmp_path):
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(9, 196, 196))  # without structure, which would take less
     content = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    layer = FullMaps(content, gates=None, rows=None, columns=None)
+    layer = LayerMaps(content, gates=None, rows=None, columns=None)
     (path,) = write_page(tmp_path / "page.html", {1: layer}, PIXELS, (14, 14), "x")
     assert 12 * path.stat().st_size < 5e6  # for twelve layers
 
@@ -58,8 +58,8 @@ def test_a_page_of_convit_s_is_below_5_mb(tmp_path):
 def test_clicks_and_keys_choose_what_is_shown(tmp_path):
     rng = np.random.default_rng(0)
     attention = lambda size: rng.dirichlet(np.full(size, 0.5), (4, size))  # noqa: E731
-    gpsa = FullMaps(content=attention(12), gates=rng.random(4), rows=attention(3), columns=attention(4))
-    plain = FullMaps(content=attention(14), gates=None, rows=None, columns=None)  # with both tokens
+    gpsa = LayerMaps(content=attention(12), gates=rng.random(4), rows=attention(3), columns=attention(4))
+    plain = LayerMaps(content=attention(14), gates=None, rows=None, columns=None)  # with both tokens
     (path,) = write_page(tmp_path / "new/page.html", {1: gpsa, 6: plain}, PIXELS, (3, 4), "</script>")
     path.write_text(path.read_text().replace("</body>", f"<script>{STEPS}</script></body>"))
     how = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}"]
