@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry2x32_p
 
 PIECE = 1 << 17  # values that a call draws
-ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def trunc_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -71,20 +71,8 @@ def _normal_piece(key: jax.Array, start: jax.Array) -> jax.Array:
 @jax.jit
 def _uniform_piece(key: jax.Array, start: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """The values start, start + 1, ... of jax.random.uniform(key, ..., low, high), float32 [PIECE]."""
-    bits = _threefry(key, start + jnp.arange(PIECE, dtype=jnp.uint32))
+    counters = start + jnp.arange(PIECE, dtype=jnp.uint32)  # as in jax.random, one for each value
+    first, second = threefry2x32_p.bind(*jax.random.key_data(key), jnp.zeros_like(counters), counters)
     ones = np.float32(1).view(np.uint32)  # the exponent of 1.0; random bits are the fraction
-    values = jax.lax.bitcast_convert_type(bits >> 9 | ones, jnp.float32) - 1
+    values = jax.lax.bitcast_convert_type((first ^ second) >> 9 | ones, jnp.float32) - 1
     return jnp.maximum(low, values * (high - low) + low)
-
-
-def _threefry(key: jax.Array, counter: jax.Array) -> jax.Array:
-    """Threefry-2x32 (Salmon et al. 2011) of a uint32 counter, both halves of the result combined by xor."""
-    first, second = jax.random.key_data(key)
-    keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
-    x, y = jnp.zeros_like(counter) + keys[0], counter + keys[1]
-    for round_ in range(5):
-        for rotation in ROTATIONS[round_ % 2]:
-            x = x + y
-            y = (y << rotation | y >> 32 - rotation) ^ x
-        x, y = x + keys[(round_ + 1) % 3], y + keys[(round_ + 2) % 3] + np.uint32(round_ + 1)
-    return x ^ y
