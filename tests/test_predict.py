@@ -8,11 +8,10 @@ import jax
 import numpy as np
 import pytest
 from conftest import run_python
-from PIL import Image
 
 from convit_jax import predict
 from convit_jax.data.class_names import IMAGENET, words
-from convit_jax.data.images import centre_crop
+from convit_jax.data.images import centre_crop, open_image
 from convit_jax.errors import UserError
 from convit_jax.export import export
 from convit_jax.weights import pretrained
@@ -42,7 +41,7 @@ def test_probabilities_of_readable_images_and_a_report_of_the_others(weights, im
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 5 + 3
 
-    images = np.stack([centre_crop(Image.open(each["image"]), (48, 48), 0.875) for each in answers])
+    images = np.stack([centre_crop(open_image(each["image"]), (48, 48), 0.875) for each in answers])
     expected = np.asarray(jax.nn.softmax(pretrained.load(weights).model()((images / 255 - MEAN) / STD)))
     for answer, probabilities in zip(answers, expected, strict=True):
         found = answer["predictions"]

@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 from grain.multiprocessing import SharedMemoryArray, SharedMemoryArrayMetadata
-from PIL import Image
 
 from convit_jax.data import images
 from convit_jax.data.images import Axis, View, is_long, show
@@ -23,8 +22,8 @@ class HostRows:
         self._images = _black((rows, *size, 3))
         self._size, self._interpolation = size, interpolation
 
-    def put(self, row: int, image: Image.Image, view: View) -> None:
-        """Shows a view of an image in a row."""
+    def put(self, row: int, image: np.ndarray, view: View) -> None:
+        """Shows a view of an image, uint8 [height, width, 3], in a row."""
         self._images[row] = show(image, self._size, view, self._interpolation)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -80,11 +79,10 @@ class CanvasRows:
 
     def _resize(self, canvas: np.ndarray, views: list[View]) -> list[View]:
         """Resizes the views of an image on the host, puts them side by side and returns them as views of the canvas."""
-        (h, w), image = self._size, Image.fromarray(self._image)
-        placed = []
+        (h, w), placed = self._size, []
         for number, view in enumerate(views):
             top, left = number // self._columns * h, number % self._columns * w
-            canvas[top : top + h, left : left + w] = show(image, self._size, view)
+            canvas[top : top + h, left : left + w] = show(self._image, self._size, view)
             placed.append((Axis(top, h, h), Axis(left, w, w)))
         return placed
 

@@ -13,13 +13,11 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from convit_jax.data.canvas import CanvasRows, HostRows, black_rows
-from convit_jax.data.images import Axis, View, centre_view, decode, decode_pixels, random_resized_crop_box
+from convit_jax.data.images import Axis, View, centre_view, decode, random_resized_crop_box
 from convit_jax.data.index import Source
 from convit_jax.errors import UserError
 
@@ -85,7 +83,7 @@ class TrainExample:
             if index != wanted:  # the repeats of an image are neighbours: decode it once
                 wanted = index
                 image, shown = self._readable(wanted)
-            rows.put(row, image, self._view(_size(image), slot))
+            rows.put(row, image, self._view(image, slot))
             batch["label"][row] = self.source.labels[shown]
             batch["unreadable"][row] = -1 if shown == wanted else wanted
         return batch | rows.arrays()
@@ -95,20 +93,21 @@ class TrainExample:
         most = self.slots.most_images(self.group)
         return black_rows(count, self.size, self.interpolation, side=self.canvas, group=self.group, canvases=most)
 
-    def _view(self, image_size: tuple[int, int], slot: int) -> View:
+    def _view(self, image: np.ndarray, slot: int) -> View:
         if self.crop == "pad":
-            return centre_view(image_size, self.size, 1.0)
+            return centre_view(image, self.size, 1.0)
+        height, width, _ = image.shape
         rng = np.random.Generator(np.random.Philox(key=[self.slots.seed, slot], counter=1 << 128))
-        left, top, right, bottom = random_resized_crop_box(*image_size, rng)
+        left, top, right, bottom = random_resized_crop_box(width, height, rng)
         return Axis(top, bottom - top, self.size[0]), Axis(left, right - left, self.size[1])
 
-    def _readable(self, wanted: int) -> tuple[Any, int]:
+    def _readable(self, wanted: int) -> tuple[np.ndarray, int]:
         """The image `wanted`, or the first readable one after it in the subset, and its index."""
         subset = self.slots.indices
         positions = np.searchsorted(subset, wanted) + np.arange(TRIES)
         for index in subset[positions % len(subset)].tolist():
             try:
-                return _read(self.source, index, pixels=self.canvas > 0), index
+                return _decoded(self.source, index), index
             except UserError as error:
                 reason = error
         raise reason
@@ -136,8 +135,8 @@ class EvalExample:
                 break
             index = int(self.indices[slot])
             try:
-                image = _read(self.source, index, pixels=self.canvas > 0)
-                rows.put(row, image, centre_view(_size(image), self.size, self.crop_ratio))
+                image = _decoded(self.source, index)
+                rows.put(row, image, centre_view(image, self.size, self.crop_ratio))
                 batch["label"][row] = self.source.labels[index]
                 batch["valid"][row] = True
             except UserError:
@@ -169,7 +168,7 @@ class Unreadable:
         for index in sorted({*batch.pop("unreadable").tolist()} - {-1} - self.seen):
             self.seen.add(index)
             try:
-                _read(self.source, index)
+                _decoded(self.source, index)
                 reason = f"the image {self.source.name(index)} could be read only the second time: check the disk."
             except UserError as error:
                 reason = str(error)
@@ -179,14 +178,8 @@ class Unreadable:
         return batch
 
 
-def _read(source: Source, index: int, *, pixels: bool = False) -> Any:
-    """An image, or its pixels as an array."""
-    return (decode_pixels if pixels else decode)(source[index], source.name(index))
-
-
-def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    """(width, height) of an image, or of its pixels."""
-    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+def _decoded(source: Source, index: int) -> np.ndarray:
+    return decode(source[index], source.name(index))
 
 
 def _no_labels(rows: int) -> Batch:

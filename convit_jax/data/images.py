@@ -1,13 +1,12 @@
-"""One image on the host, with Pillow: decode, choose a crop, resize."""
+"""One image on the host, uint8 [height, width, 3]: decode, choose a crop, resize with Pillow."""
 
 import contextlib
 import io
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -19,7 +18,6 @@ try:
 except ImportError:  # there is no build for this machine: Pillow reads all files
     simplejpeg = None
 
-T = TypeVar("T")
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
@@ -44,56 +42,40 @@ worker: int | None = None  # number of this process among the workers of a loade
 _flat: list[str] = []  # the image that was warned of; one stands for all
 
 
-def decode(record: bytes | np.ndarray, name: str) -> Image.Image:
-    """Returns the content of an image file, or pixels, as an RGB image; raises UserError if it is damaged.
+def decode(record: bytes | np.ndarray, name: str) -> np.ndarray:
+    """Returns the pixels of an image file, or those that are given; raises UserError if the file is damaged.
 
     As in timm and torchvision, alpha is dropped, the EXIF orientation is ignored, and values of 32-bit images
     are clipped to 0..255. 16-bit images keep their upper eight bits.
     """
     if isinstance(record, np.ndarray):
-        return Image.fromarray(record)
-    return _read(record, name, lambda image: to_rgb(image, name))
-
-
-def decode_pixels(record: bytes | np.ndarray, name: str) -> np.ndarray:
-    """Returns the pixels of `decode`, uint8 [height, width, 3], for JPEG files in about half the time."""
-
-    def pixels(image: Image.Image) -> np.ndarray:
-        if simplejpeg and image.format == "JPEG" and image.mode in ("RGB", "L"):
-            with contextlib.suppress(ValueError):  # of a damaged file, which Pillow describes
-                return simplejpeg.decode_jpeg(record)
-        return np.asarray(to_rgb(image, name))
-
-    return record if isinstance(record, np.ndarray) else _read(record, name, pixels)
-
-
-def _read(record: bytes, name: str, content: Callable[[Image.Image], T]) -> T:
-    """The content of an image file that has been opened; UserError if it is damaged."""
+        return record
     try:
         with Image.open(io.BytesIO(record)) as image:
-            return content(image)
+            if simplejpeg and image.format == "JPEG" and image.mode in ("RGB", "L"):  # takes half of Pillow's time
+                with contextlib.suppress(ValueError):  # of a damaged file, which Pillow describes
+                    return simplejpeg.decode_jpeg(record)
+            return to_rgb(image, name)
     except Exception as error:  # decoders raise all kinds for damaged files
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "unknown image format" if unknown else str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"cannot decode the image {name} ({reason}): replace or remove the file.") from error
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Returns the image in a file, as `decode`. Raises UserError if it cannot be read or is damaged."""
+def open_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Returns the pixels of a file, as `decode`. Raises UserError if it cannot be read or is damaged."""
     with explained(path):
         record = Path(path).expanduser().read_bytes()
     return decode(record, str(path))
 
 
-def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
-    """Returns an image in the mode RGB, as `decode` describes."""
+def to_rgb(image: Image.Image, name: str = "an image") -> np.ndarray:
+    """Returns the pixels of a Pillow image, as `decode` describes."""
     image.load()
-    if image.mode == "RGB":
-        return image
-    rgb = _converted(image)
+    pixels = np.asarray(image if image.mode == "RGB" else _converted(image))
     if image.mode[0] in "IF":
-        _warn_if_flat(rgb, f"{name} (mode {image.mode})")
-    return rgb
+        _warn_if_flat(pixels, f"{name} (mode {image.mode})")
+    return pixels
 
 
 def _converted(image: Image.Image) -> Image.Image:
@@ -105,11 +87,11 @@ def _converted(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _warn_if_flat(image: Image.Image, name: str) -> None:
+def _warn_if_flat(pixels: np.ndarray, name: str) -> None:
     """Warns once that an image has lost its contrast; of a loader's workers the first one does."""
     if _flat or worker:
         return
-    levels = int(np.ptp(np.asarray(image))) + 1
+    levels = int(np.ptp(pixels)) + 1
     if levels < 256 / 10:
         _flat.append(name)
         words = f"{name} has {levels} of 256 grey levels in 8 bits: rescale such images to the full range."
@@ -135,13 +117,13 @@ def random_resized_crop_box(width: int, height: int, rng: np.random.Generator) -
     return left, top, left + w, top + h
 
 
-def centre_view(image_size: tuple[int, int], size: tuple[int, int], crop_ratio: float) -> View:
+def centre_view(pixels: np.ndarray, size: tuple[int, int], crop_ratio: float) -> View:
     """Returns what evaluation shows: the short side is resized to size / crop_ratio, and the centre cut out.
 
     Sizes are rounded as torchvision's `Resize` and `CenterCrop` round them, as in timm's `transforms_imagenet_eval`.
-    image_size is (width, height), size the (height, width) of the result.
+    size is the (height, width) of the result.
     """
-    (h, w), (width, height) = size, image_size
+    (h, w), (height, width, _) = size, pixels.shape
     short_h, short_w = math.floor(h / crop_ratio), math.floor(w / crop_ratio)
     if short_w * height >= short_h * width:  # the width is the short side
         resized_h, resized_w = max(short_h, short_w * height // width), short_w
@@ -152,26 +134,26 @@ def centre_view(image_size: tuple[int, int], size: tuple[int, int], crop_ratio: 
 
 
 def centre_crop(
-    image: Image.Image, size: tuple[int, int], crop_ratio: float, interpolation: str = "bicubic"
+    pixels: np.ndarray, size: tuple[int, int], crop_ratio: float, interpolation: str = "bicubic"
 ) -> np.ndarray:
     """Returns what evaluation shows of an image (`centre_view`): uint8 [height, width, 3] for size (height, width)."""
-    return show(image, size, centre_view(image.size, size, crop_ratio), interpolation)
+    return show(pixels, size, centre_view(pixels, size, crop_ratio), interpolation)
 
 
-def show(image: Image.Image, size: tuple[int, int], view: View, interpolation: str = "bicubic") -> np.ndarray:
+def show(pixels: np.ndarray, size: tuple[int, int], view: View, interpolation: str = "bicubic") -> np.ndarray:
     """Returns a view of an image, resized with antialiasing: uint8 [height, width, 3] for size (height, width).
 
     Resampling only what is shown would be a third faster but gives other pixels, because Pillow orders its two
     passes by cost; only views longer than LONG to 1 are resized so, which bounds the memory.
     """
     (h, w), (y, x) = size, view
-    box: tuple[float, float, float, float] = (x.start, y.start, x.start + x.length, y.start + y.length)
     method = Image.Resampling[interpolation.upper()]
     if is_long(view):
         scale_x, scale_y = x.length / x.resized, y.length / y.resized
         box = x.first * scale_x, y.first * scale_y, (x.first + w) * scale_x, (y.first + h) * scale_y
-        return np.asarray(image.resize((w, h), method, box))
-    resized = np.asarray(image.crop(box).resize((x.resized, y.resized), method))
+        return np.asarray(Image.fromarray(pixels).resize((w, h), method, box))
+    shown = Image.fromarray(pixels[y.start : y.start + y.length, x.start : x.start + x.length])
+    resized = np.asarray(shown.resize((x.resized, y.resized), method))
     return resized[y.first : y.first + h, x.first : x.first + w]
 
 

@@ -62,13 +62,13 @@ class Preprocess:
         """
         is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray | jax.Array) and images.ndim == 4)
         pixels = [
-            centre_crop(_open(image), self.size, self.how.crop_ratio, self.how.interpolation)
+            centre_crop(_pixels(image), self.size, self.how.crop_ratio, self.how.interpolation)
             for image in (images if is_batch else [images])
         ]
         return normalize(jnp.asarray(np.stack(pixels)), self.how.mean, self.how.std)
 
 
-def _open(image: Any) -> Image.Image:
+def _pixels(image: Any) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         return open_image(image)
     if isinstance(image, Image.Image):
@@ -78,4 +78,4 @@ def _open(image: Any) -> Image.Image:
         raise UserError(
             f"an image is {image.dtype} {list(image.shape)}: give a path, a Pillow image, or uint8 [H, W, 3]."
         )
-    return Image.fromarray(image)
+    return image

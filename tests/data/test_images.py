@@ -12,7 +12,7 @@ from scipy.stats import ks_2samp, kstest
 from sklearn.datasets import load_sample_image
 
 from convit_jax.data import images
-from convit_jax.data.images import centre_crop, decode, decode_pixels, random_resized_crop_box
+from convit_jax.data.images import centre_crop, decode, random_resized_crop_box
 from convit_jax.errors import UserError
 
 
@@ -66,13 +66,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_image_decodes_to_uint8_rgb(kind):
+def test_every_kind_of_image_decodes_to_uint8_rgb(kind, monkeypatch):
     image, file_format, settings, colour = KINDS[kind]
     record = encoded(image, file_format, **settings)
-    pixels = np.asarray(decode(record, "a/1.jpg"))
-    np.testing.assert_array_equal(decode_pixels(record, "a/1.jpg"), pixels)
+    pixels = decode(record, "a/1.jpg")
     assert (pixels.dtype, pixels.shape) == (np.uint8, (4, 6, 3))
     assert np.abs(pixels.astype(int) - colour).max() <= 3
+    monkeypatch.setattr(images, "simplejpeg", None)
+    np.testing.assert_array_equal(decode(record, "a/1.jpg"), pixels)
 
 
 def test_a_deep_image_without_contrast_is_reported_once(monkeypatch, capsys):
@@ -89,9 +90,8 @@ def test_a_damaged_file_is_refused_by_name(kind, monkeypatch):
     if kind == "bomb":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     message = rf"the image dog/7\.jpg \([^<>]*{reason}[^<>]*\): replace or remove the file\.$"
-    for read in (decode, decode_pixels):
-        with pytest.raises(UserError, match=message):
-            read(record, "dog/7.jpg")
+    with pytest.raises(UserError, match=message):
+        decode(record, "dog/7.jpg")
 
 
 def test_random_crops_have_the_areas_aspects_and_places_of_the_definition():
@@ -133,19 +133,19 @@ def test_the_centre_crop_equals_resizing_the_short_side_and_cropping(width, heig
     left = round((resized[0] - size[1]) / 2)  # torchvision's CenterCrop
     top = round((resized[1] - size[0]) / 2)
     crop = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + size[1], top + size[0]))
-    np.testing.assert_array_equal(centre_crop(image, size, crop_ratio), np.asarray(crop))
+    np.testing.assert_array_equal(centre_crop(np.asarray(image), size, crop_ratio), np.asarray(crop))
 
 
 def test_the_centre_crop_never_leaves_the_image():
     ratios, sizes = (1.0, 0.9, 0.875), ((8, 8), (9, 14))
     for width, height, size, crop_ratio in itertools.product(range(1, 80, 2), (1, 7, 50), sizes, ratios):
-        crop = centre_crop(Image.new("RGB", (width, height), (200,) * 3), size, crop_ratio)
+        crop = centre_crop(np.full((height, width, 3), 200, np.uint8), size, crop_ratio)
         assert (crop.shape, crop.min()) == ((*size, 3), 200)  # no black from outside
 
 
 @pytest.mark.parametrize("size", [(30_000, 1), (1, 30_000)])
 def test_a_strip_is_cut_before_it_is_resized(size):
-    crop = centre_crop(Image.new("RGB", size, (200,) * 3), (224, 224), 0.875)
+    crop = centre_crop(np.full((*size, 3), 200, np.uint8), (224, 224), 0.875)
     assert (crop.shape, crop.min(), crop.max()) == ((224, 224, 3), 200, 200)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3e6  # KiB; the whole would take 5.9 GB
 
@@ -153,4 +153,4 @@ def test_a_strip_is_cut_before_it_is_resized(size):
 def test_a_png_with_megabytes_of_text_decodes():
     info = PngInfo()
     info.add_text("parameters", "x" * 3_000_000, zip=True)
-    assert decode(encoded(COLOUR, "PNG", pnginfo=info), "a.png").size == (6, 4)
+    assert decode(encoded(COLOUR, "PNG", pnginfo=info), "a.png").shape == (4, 6, 3)
