@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import time
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -49,7 +50,7 @@ def check_output(path: Path) -> None:
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a file, "w" or "wb", that appears under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # machines may share the folder
     try:
         with open(temporary, mode) as file:
             yield file

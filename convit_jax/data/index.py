@@ -1,7 +1,7 @@
 """Sources of images, and their index: a label, a name and the place of each image, kept on disk between runs.
 
-Listing takes a pass over the data, so the arrays are kept next to the data or, where that is read-only, in
-the user's cache folder. They are memory-mapped: loader workers share them. Its name tells the data that an index
+Listing takes a pass over the data, so the index is kept next to the data or, where that is read-only, in
+the user's cache folder. It is memory-mapped: loader workers share it. Its name tells the data that an index
 is of, so that changed data take nothing from a run that still reads the old one.
 """
 
@@ -9,31 +9,26 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
-FORMAT = "convit_jax index 3"
-UNUSABLE = (OSError, ValueError, LookupError, TypeError, EOFError)  # what damaged files raise
-
-Arrays = dict[str, np.ndarray]
+from convit_jax.rundir import atomic_write
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Arrays with one entry per image, in the order (label, name). It pickles as its path if it has one."""
+    """A table with one row per image, in the order (label, name). It pickles as its path if it has one."""
 
-    arrays: Arrays  # "labels" int32 [n], "names" in UTF-8, bytes [n], and the place of each image
-    path: Path | None = None  # directory that the arrays are mapped from
-    fingerprint: str = ""  # of the data
+    table: np.ndarray  # fields "labels" int32, "names" in UTF-8, bytes, and the place of each image; [n]
+    path: Path | None = None  # file that the table is mapped from
 
     def __reduce__(self) -> tuple:
-        return (Index, (self.arrays,)) if self.path is None else (_read, (self.path, self.fingerprint))
+        return (Index, (self.table,)) if self.path is None else (_read, (self.path,))
 
 
 class Source:
@@ -46,11 +41,11 @@ class Source:
     @property
     def labels(self) -> np.ndarray:
         """Class of each image, int32 [n]."""
-        return self.index.arrays["labels"]
+        return self.index.table["labels"]
 
     def name(self, number: int) -> str:
         """Returns the name of an image, CLASS/FILE, unique."""
-        return os.fsdecode(self.index.arrays["names"][number])
+        return os.fsdecode(self.index.table["names"][number])
 
     def __getitem__(self, number: int) -> bytes | np.ndarray:
         """Returns the content of an image file, or pixels as uint8 [H, W, 3]."""
@@ -59,9 +54,12 @@ class Source:
 
 def make_index(labels: Sequence[int], names: Sequence[str], **places: np.ndarray) -> Index:
     """Returns the Index of images in any order; names are unique, `places` have one entry per image."""
-    arrays = {"labels": np.array(labels, np.int32), "names": np.array([os.fsencode(name) for name in names], np.bytes_)}
-    order = np.lexsort((arrays["names"], arrays["labels"]))  # bytes of UTF-8 sort as their characters
-    return Index({name: array[order] for name, array in (arrays | places).items()})
+    encoded = np.array([os.fsencode(name) for name in names], np.bytes_)
+    columns = {"labels": np.array(labels, np.int32), "names": encoded, **places}
+    table = np.empty(len(encoded), [(field, column.dtype) for field, column in columns.items()])
+    for field, column in columns.items():
+        table[field] = column
+    return Index(table[np.lexsort((encoded, table["labels"]))])  # bytes of UTF-8 sort as their characters
 
 
 def cached_index(
@@ -69,55 +67,38 @@ def cached_index(
     name: str,
     facts: Any,
     build: Callable[[], Index],
-    keep: Callable[[Arrays], bool] = lambda arrays: True,
+    keep: Callable[[np.ndarray], bool] = lambda table: True,
 ) -> Index:
     """Returns an index, built only if it was not kept: mapped from disk, or in memory if it cannot be kept.
 
-    Other facts (about the data, for JSON) have another index. `keep` tells whether arrays are worth keeping.
+    Other facts (about the data, for JSON) have another index. `keep` tells whether a table is worth keeping.
     """
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    places = [directory / f".convit_jax-{name}-{fingerprint}"]
+    places = [directory / f".convit_jax-{name}-{fingerprint}.npy"]
     with contextlib.suppress(RuntimeError):  # the user has no home directory
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        places.append(cache / f"convit_jax/indices/{key}-{name}-{fingerprint}")
+        places.append(cache / f"convit_jax/indices/{key}-{name}-{fingerprint}.npy")
     for path in places:
-        try:
-            return _read(path, fingerprint)
-        except UNUSABLE as error:
-            if isinstance(error, FileNotFoundError) or not isinstance(error, OSError):  # missing or damaged
-                shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(Exception):  # missing, or damaged, for which NumPy raises all kinds
+            return _read(path)
     index = build()
-    for path in places if keep(index.arrays) else ():
-        with contextlib.suppress(*UNUSABLE):  # read-only or full
-            _write(path, fingerprint, index.arrays)
-            return _read(path, fingerprint)
+    for path in places if keep(index.table) else ():
+        with contextlib.suppress(OSError):  # read-only or full
+            _write(path, index.table)
+            return _read(path)
     return index
 
 
-def _write(path: Path, fingerprint: str, arrays: Arrays) -> None:
-    """Writes a directory with one .npy file per array; it appears under its name when it is complete."""
+def _write(path: Path, table: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = tempfile.mkdtemp(prefix=path.name, suffix=".unfinished", dir=path.parent)
-    try:
-        for name, array in arrays.items():
-            with open(f"{unfinished}/{name}.npy", "wb") as file:
-                np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())
-        facts = {"format": FORMAT, "fingerprint": fingerprint, "arrays": list(arrays)}
-        Path(unfinished, "index.json").write_text(json.dumps(facts))
-        os.chmod(unfinished, 0o755)  # whoever can read the data can read its index
-        with contextlib.suppress(OSError):  # another process was faster
-            os.rename(unfinished, path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # only there if the rename did not happen
+    with atomic_write(path, "wb") as file:
+        np.save(file, table)
 
 
-def _read(path: Path, fingerprint: str) -> Index:
-    """Maps the arrays of a directory; raises if it is damaged or has another fingerprint."""
-    facts = json.loads((path / "index.json").read_text())
-    if facts["format"] != FORMAT or facts["fingerprint"] != fingerprint:
-        raise ValueError(f"{path} is not the index of {fingerprint}")
-    mapped = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in facts["arrays"]}
-    return Index({name: np.asarray(array) for name, array in mapped.items()}, path, fingerprint)  # memmaps are slower
+def _read(path: Path) -> Index:
+    """Maps the table in a file; raises any exception if it is damaged or of another kind."""
+    table = np.asarray(open_memmap(path, mode="r"))  # memmaps are slower
+    if not {"labels", "names"} <= {*(table.dtype.names or ())}:
+        raise ValueError(f"{path} is not an index")
+    return Index(table, path)

@@ -86,9 +86,7 @@ class ImageFolder(Source):
             f"folder-{root.name}",
             [self.class_names, [(name, os.stat(root / name).st_mtime_ns) for name in _folders(root)]],
             self._list,
-            keep=lambda arrays: (
-                len(arrays["names"]) >= LARGE_FOLDER and bool((np.char.count(arrays["names"], b"/") == 1).all())
-            ),
+            keep=lambda table: len(table) >= LARGE_FOLDER and bool((np.char.count(table["names"], b"/") == 1).all()),
         )
         empty = set(range(len(self.class_names))) - set(self.labels.tolist())
         if not len(self.labels) or (split == "train" and empty):

@@ -64,7 +64,7 @@ class TfdsImages(Source):
         self.index = cached_index(self.directory, info.name, facts, lambda: self._list(info))
 
     def __getitem__(self, number: int) -> bytes:
-        shard, position = (int(self.index.arrays[name][number]) for name in ("shard", "position"))
+        shard, position = (int(self.index.table[name][number]) for name in ("shard", "position"))
         path = self.paths[shard]
         with _named(path):
             record = read_record(path, position) if self.tfrecord else _array_records(path)[position]

@@ -35,7 +35,7 @@ def never():
 
 
 def rows(index):
-    columns = [index.arrays[name].tolist() for name in ("names", "labels", "record")]
+    columns = [index.table[name].tolist() for name in ("names", "labels", "record")]
     return [(name.decode(), label, record) for name, label, record in zip(*columns, strict=True)]
 
 
@@ -44,16 +44,16 @@ def test_an_index_is_built_once_then_mapped_and_pickles_as_its_path(data):
         index = cached_index(data, "train", "f", make)
         assert rows(index) == IN_ORDER
         assert index.path.parent == data
-    assert type(index.arrays["labels"]) is np.ndarray
-    assert not index.arrays["labels"].flags.owndata
+    assert type(index.table) is np.ndarray
+    assert not index.table.flags.owndata
     assert os.listdir(data) == [index.path.name]
-    assert index.path.stat().st_mode & 0o777 == 0o755
+    assert index.path.stat().st_mode & 0o777 == data.stat().st_mode & 0o666  # as the umask gives
     large = cached_index(data, "large", "f", lambda: make_index([0] * 5000, [f"{n:09d}" for n in range(5000)]))
     assert len(pickle.dumps(large)) < 500
     for kept in (index, build()):
         assert rows(pickle.loads(pickle.dumps(kept))) == IN_ORDER
     for make in (lambda: make_index([], []), never):
-        assert cached_index(data, "empty", "f", make).arrays["labels"].shape == (0,)
+        assert cached_index(data, "empty", "f", make).table.shape == (0,)
 
 
 @pytest.mark.parametrize("with_the_data", [True, False])
@@ -68,21 +68,14 @@ def test_changed_data_have_another_index_than_that_of_a_run(with_the_data, home)
     assert len(os.listdir(index.path.parent)) == (2 if with_the_data else 4)
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        *(("index.json", content) for content in (b"", b"[1]", b"\xff\xfe")),
-        *(("labels.npy", content) for content in (b"text", None, "truncated")),
-    ],
-)
-def test_a_damaged_index_is_replaced(file, content, data):
-    path = cached_index(data, "train", "f", build).path / file
-    if content is None:
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-3] if content == "truncated" else content)
-    for make in (build, never):
-        assert rows(cached_index(data, "train", "f", make)) == IN_ORDER
+def test_a_damaged_index_is_replaced(data):
+    path = cached_index(data, "train", "f", build).path
+    whole = path.read_bytes()
+    header = [whole.replace(b"labels", name) for name in (b"others", b"l\0b(ls")]
+    for damaged in (b"", b"text", whole[:50], whole[:-3], *header):
+        path.write_bytes(damaged)
+        for make in (build, never):
+            assert rows(cached_index(data, "train", "f", make)) == IN_ORDER
 
 
 def test_the_index_that_another_process_finished_first_is_used(data):
@@ -106,9 +99,9 @@ def test_a_process_that_is_killed_while_writing_leaves_no_index(data):
     program = f"""
 import os, pathlib, signal
 from convit_jax.data import index
-os.rename = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 index.cached_index(pathlib.Path({str(data)!r}), "train", "f", lambda: index.make_index([0], ["a"]))
 """
     assert run_python("-c", program).returncode == -signal.SIGKILL
-    assert [path.suffix for path in data.iterdir()] == [".unfinished"]
+    assert [path.suffix for path in data.iterdir()] == [".tmp"]
     assert rows(cached_index(data, "train", "f", build)) == IN_ORDER
