@@ -1,7 +1,7 @@
 """What attention looks at (analysis/locality.py), measured before training and at every evaluation.
 
 It is measured on the same few images every time, spread evenly over the test split because a folder sorts it
-by class. They do not depend on the batch size, the devices or the processes.
+by class. Every process reads all of them and every device measures all: they are few.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from convit_jax.analysis import locality
 from convit_jax.data.augment import normalize
 from convit_jax.data.examples import Batch, EvalExample
 from convit_jax.training.plan import Plan
-from convit_jax.training.sharding import gather, put_batch, replicated
+from convit_jax.training.sharding import gather, replicated
 from convit_jax.training.step import Arrays
 
 
@@ -32,7 +32,7 @@ def make_attention_log(
     images = len(plan.test.indices)
     wanted = config.locality.images
     count = min(-(-images // 100), 64) if wanted is None else min(wanted, images)
-    batch = put_batch(spread_images(replace(plan.test, canvas=0), count, mesh.size), mesh) if count else None
+    batch = spread_images(replace(plan.test, canvas=0), count) if count else None
     whole = gather(mesh)
 
     def measure(params: Any, batch: Arrays | None) -> Arrays:
@@ -57,13 +57,7 @@ def make_attention_log(
     return rounded
 
 
-def spread_images(example: EvalExample, count: int, devices: int) -> Batch:
-    """Returns this process's rows of a batch of `count` images, the first of each of `count` equal parts.
-
-    Rows with "valid" False stand for unreadable images, and fill the batch up to a multiple of `devices`.
-    """
-    end = len(example.indices)
-    slots = [*np.linspace(0, end, count + 1).astype(int)[:-1].tolist(), *[end] * (-count % devices)]
-    rows = np.array_split(slots, jax.process_count())[jax.process_index()]
-    batch = example(rows.tolist())
+def spread_images(example: EvalExample, count: int) -> Batch:
+    """Returns a batch of `count` images, the first of each of `count` equal parts; "valid" is False if unreadable."""
+    batch = example(np.linspace(0, len(example.indices), count + 1).astype(int)[:-1].tolist())
     return {name: batch[name] for name in ("image", "valid")}
