@@ -64,7 +64,7 @@ def visualize_augmentations(path: Path) -> list[Path]:
 
     config = follow_weights(required_config())
     pictures = preview_augmentation(config, make_plan(config, devices=1))
-    return draw_augmentations(_as_file(path, "augmentations.png"), *pictures)
+    return draw_augmentations(_as_file(path, "augmentations.png"), pictures)
 
 
 def visualize_run(directory: Path) -> list[Path]:

@@ -25,7 +25,7 @@ SMALL = [DIGITS, *(f"--config.model.{name}={value}" for name, value in MODEL.ite
 @pytest.fixture
 def visualize(run_here, monkeypatch):
     """Runs the command in this process, with few augmented images; returns the paths that it prints."""
-    for name in ("IMAGES", "VERSIONS", "STEPS"):
+    for name in ("IMAGES", "STEPS"):
         monkeypatch.setattr(preview, name, 2)
     return lambda *arguments: run_here("visualize", *arguments).stdout.split()
 
