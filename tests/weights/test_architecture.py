@@ -1,18 +1,32 @@
-"""What is read off names and shapes, and what only the caller can tell."""
+"""The table of names, what is read off names and shapes, and what only the caller can tell."""
 
+import jax
 import numpy as np
 import pytest
+from conftest import assert_same
 
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, list_models, model_settings
 from convit_jax.weights.architecture import infer
-from convit_jax.weights.names import check_state_dict, state_dict_shapes
+from convit_jax.weights.names import check_state_dict, state_dict_shapes, to_params, to_state_dict
 
 
 def tensors_of(settings):
     """A state dict of these sizes that takes no memory."""
     params = abstract_model(settings)[1]
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in state_dict_shapes(params).items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("convit_tiny", {"local_up_to_layer": 2}), ("deit_tiny", {"distilled": True})]
+)
+def test_there_and_back_gives_the_same_tensors_in_float32(name, settings):
+    rng, params = np.random.default_rng(0), abstract_model(model_settings(name, image_size=32, depth=3, **settings))[1]
+    tensors = {name: rng.normal(size=shape).astype(np.float16) for name, shape in state_dict_shapes(params).items()}
+    filled = to_params(tensors, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(filled)} == {np.dtype(np.float32)}
+    assert jax.tree.map(np.shape, filled) == jax.tree.map(np.shape, params)
+    assert_same(to_state_dict(filled), tensors)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +86,7 @@ def test_what_is_no_network_of_this_kind_is_said_in_a_sentence():
         check_state_dict(tensors, abstract_model(infer(tensors, "it", num_heads=2))[1], "it")
     gap = {name: tensor for name, tensor in tensors.items() if not name.startswith("blocks.1.")}
     late = {**tensors, "blocks.3.attn.gating_param": np.zeros(4)}
-    for broken in (gap, late, {**tensors, "blocks.1.attn.gating_param": np.zeros(5)}):
+    whole = {**tensors, "blocks.1.norm1.bias": np.zeros(192, np.int64)}
+    for broken in (gap, late, whole, {**tensors, "blocks.1.attn.gating_param": np.zeros(5)}):
         with pytest.raises(UserError, match=r"do not fit .*blocks\.[13]\."):
             check_state_dict(broken, abstract_model(infer(broken, "it"))[1], "it")
