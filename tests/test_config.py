@@ -64,21 +64,8 @@ def test_overrides_have_the_type_of_their_field():
     assert (config.optim.freeze, config.batch_size, config.optim.warmup_epochs) == (6, 8, 2.0)
     assert load_config([DIGITS, "--config.optim.freeze=backbone"]).optim.freeze == "backbone"
     assert isinstance(config.optim.lr, float)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config=configs/digit.py"], "no file .*, did you mean 'configs/digits.py'"),
-        ([DIGITS, "--config.optim.lrr=1"], "no field 'optim.lrr', did you mean 'optim.lr'"),
-        ([DIGITS, "--config.lr=1"], "no field 'lr', did you mean 'optim.lr'"),
-        ([DIGITS, "--config.epochs=ten"], "config.epochs=ten: invalid literal for int"),
-        (["--config.epochs=3"], "no config: add --config=FILE"),
-    ],
-)
-def test_wrong_command_line(arguments, message):
-    with pytest.raises(UserError, match=message):
-        load_config(arguments)
+    with pytest.raises(UserError, match="no config: add --config=FILE"):
+        load_config(["--config.epochs=3"])
 
 
 @pytest.mark.parametrize(

@@ -81,19 +81,6 @@ def test_a_mistake_in_a_study_is_named(entries, keys, sentence, make_study):
         make_study(*entries, **keys)
 
 
-@pytest.mark.parametrize(
-    ("source", "changes", "sentence"),
-    [
-        ("studies/digits.py", [], "say which study of the file, as FILE.py:NAME; it has models, sample_eff"),
-        ("README.md", [], "cannot read the plan README.md ("),
-        ("studies/digits.py:models", ["--config.seed=1"], "--config.seed is not possible here"),
-    ],
-)
-def test_a_mistake_in_the_command_is_named(source, changes, sentence):
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        read_study(source, changes)
-
-
 def test_a_part_of_a_study_or_a_sentence():
     study = read_study("studies/digits.py:locality")
     part = select_runs(study, row=["0.01", "no GPSA"], column=["0", "5"], seed=["1"])
