@@ -1,7 +1,5 @@
 """The order of training images, the rows of training and evaluation batches, unreadable images."""
 
-import re
-
 import numpy as np
 import pytest
 
@@ -97,6 +95,9 @@ def test_an_unreadable_training_image_is_replaced_by_the_next_readable_one(image
     damage(image_folder, *(f"train/{folder.name(index)}" for index in range(TRIES)))
     with pytest.raises(UserError, match=r"cannot decode.*jpg.*replace or remove"):
         TrainExample(folder, Slots(np.arange(TRIES), 0), (8, 8), "pad")([0])
+    said = []
+    Unreadable(folder, 1, said.append).take({"label": wanted, "unreadable": np.array([-1, 17])})
+    assert said[0].startswith("the image cat/5.jpg could be read only the second time: check the disk.")
 
 
 def test_evaluation_shows_its_subset_and_marks_other_rows_as_not_valid(image_folder, folder):
@@ -110,20 +111,3 @@ def test_evaluation_shows_its_subset_and_marks_other_rows_as_not_valid(image_fol
         expected = centre_crop(decode(folder[indices[row]], "image"), (8, 8), 0.875)
         np.testing.assert_array_equal(batch["image"][row], expected)
         assert batch["label"][row] == folder.labels[indices[row]]
-
-
-def test_unreadable_images_are_reported_once_and_stop_the_run_at_the_limit(image_folder, folder):
-    damage(image_folder, "train/ant/1.jpg", "train/bee/0.jpg", "train/cat/5.jpg")
-    said = []
-    unreadable = Unreadable(folder, 3, said.append)
-
-    def take(*indices):
-        return unreadable.take({"label": np.zeros(4), "unreadable": np.array(indices)})
-
-    for indices in ((-1, -1, -1, -1), (1, 1, -1, 1), (-1, 1, 6, 2)):
-        assert take(*indices).keys() == {"label"}
-    found = [re.match(r".*?image (\S+) .*\((\d) of at most 3", line).groups() for line in said]
-    assert found == [("ant/1.jpg", "1"), ("ant/2.jpg", "2"), ("bee/0.jpg", "3")]  # the second is readable by now
-    assert unreadable.seen == {1, 2, 6}
-    with pytest.raises(UserError, match=r"cat/5\.jpg .*one more than data\.max_unreadable=3 allows\.$"):
-        take(-1, -1, -1, 17)
