@@ -1,17 +1,15 @@
-"""The training step: accumulation, metrics, randomness; evaluation."""
+"""The training step: accumulation, metrics, randomness."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same
-from flax import nnx
 
-from convit_jax.data.augment import normalize
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
-from convit_jax.training.step import FINE, make_eval_step, make_train_step, new_state, train_metrics
+from convit_jax.training.step import FINE, make_train_step, new_state, train_metrics
 
 BUILT = {}  # compiled steps of this module, by micro-batches
 SEED = np.uint32(0)
@@ -72,20 +70,3 @@ def test_randomness_depends_on_the_step_and_the_seed_only(stepper):
     ]
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
-
-
-def test_evaluation_is_exact_and_counts_valid_rows_only(digits_config):
-    plan = make_plan(digits_config, devices=1)
-    graphdef, _ = abstract_model(plan.model)
-    params, data = initial_params(plan.model, 0), digits_config.data
-    step = jax.jit(make_eval_step(graphdef, data.mean, data.std))
-    batch = plan.test(range(20))
-    sums = step(params, {**batch, "valid": np.arange(20) < 13})
-    logits = np.asarray(nnx.merge(graphdef, params)(normalize(batch["image"], data.mean, data.std)))[:13]
-    labels = batch["label"][:13]
-    order = np.argsort(-logits, axis=1)
-    assert sums["images"] == 13
-    assert sums["top1"] == np.sum(order[:, 0] == labels)
-    assert sums["top5"] == np.sum(order[:, :5] == labels[:, None]) > 0
-    loss = np.sum(np.log(np.exp(logits).sum(1)) - logits[np.arange(13), labels])
-    np.testing.assert_allclose(sums["loss"], loss, rtol=1e-5)
