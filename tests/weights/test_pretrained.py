@@ -248,21 +248,8 @@ def test_a_training_starts_from_weights(golden, golden_config, tmp_path, capsys,
     assert "Starting from" not in printed
 
 
-@pytest.mark.parametrize(
-    ("damaged", "message"),
-    [
-        (False, "has depth=4, but config.model asks for depth=5: set model.name"),
-        (True, "cannot read .*damaged.pth: it is damaged .BadZipFile: Bad CRC-32"),
-    ],
-)
-def test_weights_that_cannot_be_used_stop_a_training_before_anything_is_written(
-    golden, golden_config, tmp_path, damaged, message
-):
-    save_torch(tmp_path / "damaged.pth", golden.tensors)
-    data = bytearray((tmp_path / "damaged.pth").read_bytes())
-    data[data.index(golden.tensors["head.weight"].tobytes()) + 1000] ^= 1
-    (tmp_path / "damaged.pth").write_bytes(data)
-    golden_config.init_from, golden_config.model.depth = str(tmp_path / "damaged.pth" if damaged else WEIGHTS), 5
-    with pytest.raises(UserError, match=message):
+def test_weights_of_another_depth_stop_a_training_before_anything_is_written(golden_config, tmp_path):
+    golden_config.init_from, golden_config.model.depth = str(WEIGHTS), 5
+    with pytest.raises(UserError, match=r"has depth=4, but config.model asks for depth=5: set model.name"):
         train(golden_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
