@@ -39,18 +39,6 @@ def test_scanned_blocks_equal_the_blocks_one_by_one(name):
     np.testing.assert_allclose(small(name).features(IMAGES), expected, atol=1e-5)
 
 
-def test_the_class_token_of_convit_joins_late_and_that_of_deit_at_once():
-    convit, deit = small(), small("deit_tiny")
-    maps = convit.attention_maps(IMAGES)
-    assert [m.shape for m in maps] == [(3, 4, 6, 6)] * 2 + [(3, 4, 7, 7)] * 2
-    for m in maps:
-        np.testing.assert_allclose(m.sum(-1), 1, atol=1e-6)
-    assert [m.shape for m in jax.eval_shape(deit.attention_maps, IMAGES)] == [(3, 4, 7, 7)] * 4
-    assert (convit.pos_embed.shape, deit.pos_embed.shape) == ((1, 6, 16), (1, 7, 16))
-    assert convit.blocks[0].attn.qk.bias is None
-    assert deit.blocks[0].attn.qkv.bias is not None
-
-
 def test_the_distillation_token_has_its_own_head_and_logits_are_the_mean_of_both():
     model = small("deit_tiny", distilled=True)
     class_logits, distillation_logits = model.both_logits(IMAGES)
