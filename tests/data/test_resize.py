@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from convit_jax.data import examples
 from convit_jax.data.examples import EvalExample, Slots, TrainExample
 from convit_jax.data.images import decode
 from convit_jax.data.resize import shown_images
@@ -62,14 +61,6 @@ def test_the_device_shows_what_the_host_shows(size):
     assert 0 < second["too_large"].sum() < 6
     np.testing.assert_array_equal(second["valid"], first["valid"])
     assert_close(shown(second, size), first["image"])
-
-
-def test_repeats_share_a_decoded_image_and_a_canvas(monkeypatch):
-    slots, decoded = Slots(np.arange(len(PHOTOS)), 0, repeats=3), []
-    monkeypatch.setattr(examples, "decode", lambda *record: decoded.append(record) or decode(*record))
-    batch = TrainExample(PHOTOS, slots, (56, 56), "resized", canvas=128, group=6)(range(1, 13))
-    assert len(decoded) == 5
-    assert batch["on"].tolist() == [0, 0, 1, 1, 1, 2, 0, 1, 1, 1, 2, 2]  # an epoch has 8 slots, the last image two
 
 
 @pytest.mark.parametrize(("count", "repeats"), [(1, 3), (7, 3), (8, 3), (300, 3), (9, 1), (20, 5)])
