@@ -35,10 +35,6 @@ def test_forced_gates_leave_one_part_of_the_attention(to, layers, dtype):
             part = {"position": attn.positional_probabilities()[None], "content": attn.content_maps(x)}[to]
             maps = attn.attention_maps(x)
             np.testing.assert_array_equal(maps, jnp.broadcast_to(part, maps.shape))
-            explicit = jnp.einsum("bhnm,bmhd->bnhd", maps, attn.v(x).reshape(2, 12, 4, 4).astype(maps.dtype))
-            tolerance = 1e-5 if dtype == "float32" else 0.05
-            out = attn(x).astype(jnp.float32)
-            np.testing.assert_allclose(out, attn.proj(explicit.reshape(x.shape)), atol=tolerance)
         elif number < 3:
             np.testing.assert_array_equal(attn.gates(), model.blocks[number].attn.gates())
     logits = forced(IMAGES)
