@@ -52,14 +52,6 @@ def test_the_small_deit_is_a_deit_of_the_same_size(data):
         assert configs["ConViT"][section].to_dict() == configs["DeiT"][section].to_dict()
 
 
-def test_runs_of_a_study_show_as_many_images():
-    for run in read_study("studies/imagenet.py:sample_efficiency").runs:
-        assert run.config.data.keep_total_images
-        assert run.config.data.sampling_ratio == run.column
-    for run in read_study("studies/digits.py:sample_efficiency").runs:
-        assert run.config.optim.warmup_epochs == 5 / run.column
-
-
 def test_a_change_reaches_every_run_and_its_command(make_study, tmp_path):
     study = make_study({"overrides": {"epochs": 3}}, changes=["--config.epochs=7"])
     assert [(run.config.epochs, run.config.seed) for run in study.runs] == [(7, 0), (7, 1)]
