@@ -2,18 +2,13 @@
 
 import json
 import re
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from convit_jax import visualize as command
 from convit_jax.analysis import maps
 from convit_jax.errors import UserError
-from convit_jax.models.variants import model_settings
 from convit_jax.training import preview
-from convit_jax.weights.preprocess import Preprocessing
 
 MODEL = {"embed_dim": 16, "num_heads": 4, "depth": 3, "local_up_to_layer": 2, "drop_path_rate": 0.0}  # the trained one
 SMALL = ["--config=configs/digits.py", *(f"--config.model.{name}={value}" for name, value in MODEL.items())]
@@ -68,17 +63,3 @@ def test_augmentations_into_a_file_or_a_folder(visualize, tmp_path):
             assert min(picture.size) > 400
     with pytest.raises(UserError, match=r"cannot write the picture x\.gif\.x \(Format 'x' is not"):
         visualize("--augmentations", "--output=x.gif.x")
-
-
-def test_the_image_is_what_the_network_sees(tmp_path, monkeypatch):
-    pixels = np.zeros((30, 60, 3), np.uint8)
-    pixels[:, 20:40] = 255
-    Image.fromarray(pixels).save(tmp_path / "wide.png")
-    given = SimpleNamespace(image=f"{tmp_path}/wide.png", checkpoint=None)
-    monkeypatch.setattr(command.flags, "FLAGS", given)
-    settings = model_settings("convit_tiny", image_size=(32, 16))
-    how = Preprocessing(crop_ratio=1.0, mean=(0.5,) * 3, std=(0.25,) * 3)
-    image, normalised = command.read_image(settings, how)
-    assert image.shape == (32, 16, 3)
-    assert image.min() == 255  # the centre
-    np.testing.assert_allclose(normalised, 2)
