@@ -19,6 +19,7 @@ import site
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import jax
@@ -201,17 +202,37 @@ def names(source):
     return [source.name(number) for number in range(len(source.labels))]
 
 
-def run_train(*arguments, **kwargs):
-    """train.py in a process of its own, on one device: a CompletedProcess with text output."""
-    return run_python("train.py", *arguments, **kwargs)
-
-
-def run_python(*arguments, xla_flags=QUICK, **kwargs):
-    """Python in the clone, on one device, warnings as errors: a CompletedProcess with text output."""
-    environment = {**os.environ, "XLA_FLAGS": xla_flags, "PYTHONUNBUFFERED": "1"}
+def python_call(*arguments, xla_flags=QUICK, cwd=ROOT, **environment):
+    """How subprocess starts Python: by default in the clone and on one device; warnings as errors, text output."""
     warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
     command = [sys.executable, *warnings, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)
+    environment = {**os.environ, "XLA_FLAGS": xla_flags, "PYTHONUNBUFFERED": "1", **environment}
+    return dict(args=command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_python(*arguments, timeout=None, **how):
+    """Runs Python as python_call says: a CompletedProcess."""
+    return subprocess.run(**python_call(*arguments, **how), timeout=timeout)
+
+
+@contextlib.contextmanager
+def python_process(*arguments, **how):
+    """Python that runs as python_call says: a Popen, which is killed at the end of the context."""
+    with subprocess.Popen(**python_call(*arguments, **how)) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until(condition, *processes, seconds=300):
+    """Waits until a condition holds, which processes bring about."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        ended = [process.communicate() for process in processes if process.poll() is not None]
+        assert not ended, ended
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def says(*arguments):

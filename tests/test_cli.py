@@ -1,10 +1,7 @@
 """Commands report mistakes in their flags in one sentence, and end cleanly."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -74,9 +71,7 @@ def test_installed_commands_run_in_any_directory(tmp_path):
 
     def run(script, *arguments):
         code = f"import sys; sys.argv[0] = 'convit-{script}'; from convit_jax.cli import console; console()"
-        command = [sys.executable, "-c", code, *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+        return run_python("-c", code, *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"), timeout=100)
 
     for script in PROJECT["project"]["scripts"]:
         done = run(script.removeprefix("convit-"), "--help")

@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import safetensors
-from conftest import GOLDEN, ROOT, assert_same, run_python
+from conftest import GOLDEN, assert_same, run_python
 
 from convit_jax.convert import check_target
 from convit_jax.errors import UserError
@@ -89,5 +87,5 @@ def test_only_converted_weights_are_replaced(tmp_path, run_here):
 
 def test_importing_the_package_stays_light():
     script = "import sys, convit_jax; print([m for m in ('orbax', 'huggingface_hub', 'PIL') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    done = run_python("-c", script)
     assert done.stdout == "[]\n", done.stderr

@@ -1,12 +1,10 @@
 """A run directory: whole files, one lock, one run."""
 
 import contextlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import python_process
 
 from convit_jax.errors import UserError
 from convit_jax.rundir import (
@@ -51,16 +49,13 @@ def test_lock_keeps_others_out_and_a_kill_frees_it(tmp_path):
         "lock = lock_directory(pathlib.Path(sys.argv[1]), owner='me'); lock.__enter__(); "
         "print('locked', flush=True); time.sleep(60)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(DirectoryLocked, match="another process is training in"):
-        lock_directory(tmp_path).__enter__()
-    wait_for_owner(tmp_path, "me", seconds=0)  # the attempt above did not erase it
-    with pytest.raises(UserError, match="not the directory that process 0 writes to"):
-        wait_for_owner(tmp_path, "someone else", seconds=0)
-    holder.kill()
-    holder.wait()
-    holder.stdout.close()
+    with python_process("-c", code, tmp_path) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(DirectoryLocked, match="another process is training in"):
+            lock_directory(tmp_path).__enter__()
+        wait_for_owner(tmp_path, "me", seconds=0)  # the attempt above did not erase it
+        with pytest.raises(UserError, match="not the directory that process 0 writes to"):
+            wait_for_owner(tmp_path, "someone else", seconds=0)
     for wait in (False, True):
         with lock_directory(tmp_path, wait=wait):
             pass

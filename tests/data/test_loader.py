@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_same, collect, run_python
+from conftest import ROOT, assert_same, collect, run_python, wait_until
 from PIL import Image
 
 from convit_jax.data import loader
@@ -75,9 +75,8 @@ def test_the_shared_memory_that_workers_take_is_known(example):
 
     stream = loader.batches(example, batch_size=5, start=0, stop=1000, workers=2)
     next(stream)
-    batch, deadline = next(stream), time.monotonic() + 60
-    while held() != loader.batches_at_once(2) and time.monotonic() < deadline:
-        time.sleep(0.1)  # the workers fill what they may
+    batch = next(stream)
+    wait_until(lambda: held() == loader.batches_at_once(2), seconds=60)  # the workers fill what they may
     time.sleep(0.5)
     assert held() == loader.batches_at_once(2)
     assert [loader.batches_at_once(workers) for workers in (0, 1, 2)] == [0, 5, 9]

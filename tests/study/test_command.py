@@ -2,14 +2,10 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
-from conftest import QUICK, ROOT
+from conftest import QUICK, python_process, wait_until
 
 from convit_jax.errors import UserError
 
@@ -56,19 +52,11 @@ def states(output):
 def test_a_study_survives_a_failure_and_a_signal_and_skips_what_is_done(plan, study, tmp_path, monkeypatch):
     output = tmp_path / "out"
     pretend_done(output / "runs/first-seed0")
-    arguments = [sys.executable, "-m", "convit_jax.study", plan, f"--output={output}"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK}, **pipes)
     metrics = output / "runs/last-seed0/metrics.jsonl"
-    try:
-        until = time.monotonic() + 300
-        while not (metrics.exists() and "train_loss" in metrics.read_text()) and process.poll() is None:
-            assert time.monotonic() < until
-            time.sleep(0.02)
+    with python_process("-m", "convit_jax.study", plan, f"--output={output}") as process:
+        wait_until(lambda: metrics.exists() and "train_loss" in metrics.read_text(), process)
         process.send_signal(signal.SIGINT)
         printed, errors = process.communicate(timeout=100)
-    finally:
-        process.kill()
     assert (process.returncode, errors) == (130, "")
     assert f"runs in {output}: 1 done, 2 to do" in printed
     assert "[2/3] broken-seed0: failed: cannot read " in printed

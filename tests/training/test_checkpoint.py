@@ -1,12 +1,9 @@
 """Checkpoints: complete or absent, latest and best, independent of what the run does meanwhile."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import ROOT
+from conftest import ROOT, run_python
 
 from convit_jax.rundir import checkpoint_steps
 from convit_jax.training.checkpoint import Checkpoints
@@ -83,8 +80,7 @@ except UserError as error:
     log.close()
     print(error)
 """
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run_python("-c", script, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     checkpoint, log = done.stdout.splitlines()
     assert checkpoint.startswith(f"cannot write {tmp_path}/checkpoints (File too large): free some space")

@@ -7,12 +7,9 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import pytest
-from conftest import QUICK, ROOT, assert_same, saved
+from conftest import QUICK, ROOT, assert_same, python_process, saved, wait_until
 
 from convit_jax.config import flatten
 from convit_jax.errors import UserError
@@ -34,27 +31,17 @@ def two(command, *, slurm_tasks, flags=False, **environment):
     with socket.socket() as trial:  # the system does not give its port again soon
         trial.bind(("127.0.0.1", 0))
         port = trial.getsockname()[1]
-    warnings = ["-W", "error", "-W", "ignore:the load_module"]  # ml_collections on Python 3.11
     xla = f"--xla_force_host_platform_device_count=2 {QUICK}"
     # What srun sets, and JAX reads.
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": slurm_tasks}
     slurm |= {"SLURM_STEP_NUM_NODES": "1", "JAX_COORDINATOR_PORT": f"{port}"}
-    ours = {**os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1", **environment, **slurm}
     with contextlib.ExitStack() as stack:
         processes = []
         for index in range(2):
             which = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"] if flags else []
-            process = subprocess.Popen(
-                [sys.executable, *warnings, *command, *which],
-                cwd=ROOT,
-                env={**ours, "SLURM_PROCID": f"{index}", "SLURM_LOCALID": f"{index}"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            stack.callback(process.communicate)
-            stack.callback(process.kill)
-            processes.append(process)
+            slurm |= {"SLURM_PROCID": f"{index}", "SLURM_LOCALID": f"{index}"}
+            process = python_process(*command, *which, xla_flags=xla, **environment, **slurm)
+            processes.append(stack.enter_context(process))
         yield processes
 
 
@@ -121,11 +108,7 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
     fields = {n: v for n, v in flatten(config).items() if v is not None and not isinstance(v, list)}
     settings = [f"--config.{name}={value}" for name, value in fields.items()]
     with two(["train.py", f"--workdir={run}", *settings], slurm_tasks="2") as processes:
-        deadline = time.monotonic() + 300
-        while not any(line["step"] >= 4 for line in read_metrics(run / "metrics.jsonl")):
-            assert all(process.poll() is None for process in processes), ends(processes)
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: any(line["step"] >= 4 for line in read_metrics(run / "metrics.jsonl")), *processes)
         processes[1].send_signal(signal.SIGUSR1)  # passed on as SIGTERM
         (status, output, errors), other = ends(processes)
     assert (status, errors) == (0, ""), errors

@@ -5,7 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from conftest import assert_same, run_train, saved
+from conftest import assert_same, run_python, saved
 
 from configs import finetune
 from convit_jax.data import loader
@@ -27,7 +27,7 @@ def on_folder(config, folder, **fields):
 def test_what_a_run_leaves_behind(tmp_path):
     run = tmp_path / "run"
     small = ["--config.model.depth=2", "--config.model.local_up_to_layer=1", "--config.model.embed_dim=18"]
-    done = run_train(f"--workdir={run}", "--config.steps=4", "--config.log_every=2", *small)
+    done = run_python("train.py", f"--workdir={run}", "--config.steps=4", "--config.log_every=2", *small)
     assert done.returncode == 0, done.stderr
     facts = json.loads((run / "run.json").read_text())
     assert (facts["steps"], facts["images"]) == (4, 512)

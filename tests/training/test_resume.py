@@ -6,13 +6,10 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SPEEDS, assert_same, run_train, saved
+from conftest import SPEEDS, assert_same, python_process, run_python, saved, wait_until
 
 from convit_jax.errors import UserError
 from convit_jax.rundir import checkpoint_steps, lock_directory, read_metrics, wait_for_owner
@@ -138,20 +135,15 @@ def test_killed_in_its_own_process_and_continued(tmp_path):
     fields |= {f"model.{name}": value for name, value in model.items()}
     arguments = [f"--config.{name}={value}" for name, value in fields.items()]
     killed, whole = (f"--workdir={tmp_path}/{name}" for name in ("killed", "whole"))
-    environment = {**os.environ, "XLA_FLAGS": ""}  # compiled as a user's
     kill_at = np.random.default_rng().integers(4, 24)
     print("kill at", kill_at)
-    command = [sys.executable, "train.py", killed, *arguments, "--config.data.workers=1"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not any(line["step"] >= kill_at for line in read_metrics(tmp_path / "killed/metrics.jsonl")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)  # ends when the loader's worker is gone as well
+    command, log = ["train.py", *arguments], tmp_path / "killed/metrics.jsonl"
+    with python_process(*command, killed, "--config.data.workers=1", xla_flags="") as process:  # compiled as a user's
+        wait_until(lambda: any(line["step"] >= kill_at for line in read_metrics(log)), process)
+        process.kill()
+        process.communicate(timeout=30)  # ends when the loader's worker is gone as well
     for workdir in (killed, whole):
-        assert run_train(workdir, *arguments, xla_flags="").returncode == 0
+        assert run_python(*command, workdir, xla_flags="").returncode == 0
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "killed"))
     assert curves(tmp_path / "whole") == curves(tmp_path / "killed")
 

@@ -4,14 +4,13 @@ import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 import time
 
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, run_python
 from forgery import call, named, program, rebuilt, save_torch, storage, torch_zip, value
 
 from convit_jax.errors import UserError
@@ -270,8 +269,7 @@ def test_memory_stays_near_the_size_of_the_file(tmp_path):
         "def used(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = used(); read_state_dict(sys.argv[1]); print(used() - before, 'torch' in sys.modules)"
     )
-    command = [sys.executable, "-c", code, tmp_path / "large.pth"]
-    kilobytes, has_torch = subprocess.check_output(command, cwd=ROOT, text=True).split()
+    kilobytes, has_torch = run_python("-c", code, tmp_path / "large.pth").stdout.split()
     assert int(kilobytes) < 2 * 2**16 + 2**12
     assert has_torch == "False"
 
