@@ -32,6 +32,8 @@ from convit_jax.rundir import checkpoint_steps
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
+TINY = {"batch_size": 80, "mesh.data": 1, "optim.warmup_epochs": 0.0}
+TINY |= {"model.embed_dim": 16, "model.num_heads": 4, "model.depth": 3, "model.local_up_to_layer": 2}
 SPEEDS = ("images_per_second", "data_wait", "mfu")  # fields of metrics.jsonl that depend on the clock
 QUICK = os.environ["XLA_FLAGS"]  # for processes that tests start; here there are eight devices beside it
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
@@ -72,22 +74,12 @@ def xla_for_cudnn(monkeypatch):
 
 @pytest.fixture
 def digits_config():
-    """configs/digits.py with a model so small that a step takes milliseconds: 18 steps an epoch."""
+    """configs/digits.py with TINY, a model so small that a step takes milliseconds: 18 steps an epoch."""
     from configs import digits
 
     config = digits.get_config()
-    config.batch_size = 80
-    config.epochs = 2
-    config.steps = 12
-    config.model.embed_dim = 16
-    config.model.num_heads = 4
-    config.model.depth = 3
-    config.model.local_up_to_layer = 2
-    config.model.drop_path_rate = 0.0
-    config.optim.warmup_epochs = 0.0
-    config.mesh.data = 1
-    config.log_every = 4
-    config.checkpoint_every = 5
+    fields = {"epochs": 2, "steps": 12, "model.drop_path_rate": 0.0, "log_every": 4, "checkpoint_every": 5}
+    config.update_from_flattened_dict(TINY | fields)
     return config
 
 

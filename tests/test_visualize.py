@@ -4,14 +4,14 @@ import json
 import re
 
 import pytest
+from conftest import TINY
 from PIL import Image
 
 from convit_jax.analysis import maps
 from convit_jax.errors import UserError
 from convit_jax.training import preview
 
-MODEL = {"embed_dim": 16, "num_heads": 4, "depth": 3, "local_up_to_layer": 2, "drop_path_rate": 0.0}  # the trained one
-SMALL = ["--config=configs/digits.py", *(f"--config.model.{name}={value}" for name, value in MODEL.items())]
+SMALL = ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in TINY.items())]
 
 
 @pytest.fixture

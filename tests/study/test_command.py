@@ -5,23 +5,17 @@ import json
 import signal
 
 import pytest
-from conftest import QUICK, python_process, wait_until
+from conftest import QUICK, TINY, python_process, wait_until
 
 from convit_jax.errors import UserError
-
-TINY = {"batch_size": 80, "steps": 80, "log_every": 5, "mesh.data": 1, "optim.warmup_epochs": 0.0} | {
-    "model.embed_dim": 16,
-    "model.num_heads": 4,
-    "model.depth": 3,
-    "model.local_up_to_layer": 2,
-}
 
 
 @pytest.fixture
 def plan(make_study, tmp_path):
     """The file of a study of three runs, of which the second fails: a plan is no checkpoint."""
     rows = {"first": {}, "broken": {"init_from": str(tmp_path / "mine.py")}, "last": {}}
-    make_study(*({"row": row, "overrides": TINY | own, "seeds": [0]} for row, own in rows.items()))
+    fields = TINY | {"steps": 80, "log_every": 5}
+    make_study(*({"row": row, "overrides": fields | own, "seeds": [0]} for row, own in rows.items()))
     return str(tmp_path / "mine.py")
 
 
