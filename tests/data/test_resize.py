@@ -9,7 +9,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from convit_jax.data.examples import EvalExample, Slots, TrainExample
-from convit_jax.data.images import decode
 from convit_jax.data.resize import shown_images
 from convit_jax.training.sharding import make_mesh, put_batch
 
