@@ -79,7 +79,8 @@ def main(arguments: list[str]) -> None:
     say(f"{describe_weights(loaded)}\nfrom {loaded.source}, computed in {loaded.settings['dtype']}")
     if changes:
         say(f"Changed for this evaluation: {'; '.join(changes)}")
-    result, rows = evaluate_weights(config, loaded, params, mesh)
+    wanted = bool(predictions or values.per_class or confusion)
+    result, rows = evaluate_weights(config, loaded, params, mesh, predictions=wanted)
 
     def name(label: int) -> str:
         return words(loaded.class_name(label))

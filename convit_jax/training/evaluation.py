@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from convit_jax.data.examples import Batch, EvalExample, TrainExample, Unreadable
+from convit_jax.data.index import Source
 from convit_jax.data.loader import batches, batches_at_once, check_shared_memory
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select
@@ -25,6 +26,7 @@ from convit_jax.weights.formats import Pretrained
 from convit_jax.weights.pretrained import fingerprint, match_classes
 
 Rows = dict[str, np.ndarray]
+ROWS = ("valid", "predicted", "probability")  # what an evaluation step returns of each row, if asked to
 AHEAD = 2  # steps that the host is ahead of the device: hides the host's work, keeps few batches in memory
 
 
@@ -34,13 +36,13 @@ def evaluate(
     eval_step: Callable[[Any, Arrays], Arrays],
     mesh: Mesh,
     stopped: Callable[[], object] = lambda: False,
-) -> dict[str, dict[str, Any]] | None:
+) -> dict[str, dict[str, float]] | None:
     """Evaluates one or several sets of weights, {name: parameters}, in one pass over `our_batches`.
 
-    Returns {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count, and what the step returns of
-    each row}}, or None if `stopped`, which all processes call before each batch, ended it.
+    Returns {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count}}, or None if `stopped`,
+    which all processes call before each batch, ended it.
     """
-    parts: list[dict[str, Arrays]] = []  # of each batch, on the devices
+    parts: list[dict[str, Arrays]] = []  # sums over each batch, on the devices
     for batch in batches:
         if stopped():
             return None
@@ -55,8 +57,7 @@ def evaluate(
         if not images:
             raise distributed.Everywhere("none of the test images can be read: restore them, or change data.dir.")
         counts = {"top1": 100 * int(best) / int(images), "top5": 100 * int(best5) / int(images)}
-        rows = {key: np.concatenate([s[key] for s in of_batches]) for key in ("valid", "predicted", "probability")}
-        results[name] = counts | {"loss": float(loss) / int(images), "images": int(images)} | rows
+        results[name] = counts | {"loss": float(loss) / int(images), "images": int(images)}
     return results
 
 
@@ -89,12 +90,12 @@ def _useful(workers: int, steps: range) -> int:
 
 
 def evaluate_weights(
-    config: ConfigDict, loaded: Pretrained, params: dict[str, Any], mesh: Mesh
-) -> tuple[dict[str, Any], Rows]:
+    config: ConfigDict, loaded: Pretrained, params: dict[str, Any], mesh: Mesh, *, predictions: bool = False
+) -> tuple[dict[str, float], Rows]:
     """Evaluates parameters of weights on the test images of a config, with the weights' preprocessing.
 
-    Returns what `evaluate` does, and the "image" (its name), "label", "predicted" and "probability" of each readable
-    image, [images]; the labels are the weights'.
+    Returns the numbers, and with `predictions` the "image" (its name), "label", "predicted" and "probability" of each
+    readable image, [images]; the labels are the weights'.
     """
     classes, how = config.data.num_classes, loaded.preprocessing
     phase("reading the lists of images")
@@ -131,18 +132,26 @@ def evaluate_weights(
             progress.update(number * batch_size, "")
             yield {**batch, "label": labels[batch["label"]]}
 
-    step = jax.jit(make_eval_step(loaded.network[0], how.mean, how.std), out_shardings=replicated(mesh))
+    step = make_eval_step(loaded.network[0], how.mean, how.std, predictions=predictions)
+    compiled, kept = jax.jit(step, out_shardings=replicated(mesh)), []
+
+    def keep_rows(params: Any, batch: Arrays) -> Arrays:
+        sums = compiled(params, batch)
+        kept.append([sums.pop(name) for name in ROWS if predictions])
+        return sums
+
     params = put_same(params, jax.tree.map(lambda _: replicated(mesh), params))
     phase("the first batch, which is compiled")
-    results = evaluate({"": params}, relabelled(), step, mesh)
+    results = evaluate({"": params}, relabelled(), keep_rows, mesh)
     progress.close()
     assert results is not None  # nothing stops it
-    found = results[""]
-    valid = found["valid"]  # neither unreadable nor padding
-    shown = indices[valid[:count]]
-    return found, {
-        "image": np.array([source.name(index) for index in shown]),
-        "label": labels[source.labels[shown]],
-        "predicted": found["predicted"][valid],
-        "probability": found["probability"][valid],
-    }
+    return results[""], _rows_of_images(source, indices, labels, jax.device_get(kept)) if predictions else {}
+
+
+def _rows_of_images(source: Source, indices: np.ndarray, labels: np.ndarray, batches: list[list[np.ndarray]]) -> Rows:
+    """The rows of all batches (ROWS) as evaluate_weights returns them; it leaves out unreadable images and padding."""
+    valid, predicted, probability = map(np.concatenate, zip(*batches, strict=True))
+    indices = indices[valid[: len(indices)]]
+    names = np.array([source.name(index) for index in indices])
+    label = labels[source.labels[indices]]
+    return {"image": names, "label": label, "predicted": predicted[valid], "probability": probability[valid]}

@@ -145,11 +145,13 @@ def make_eval_step(
     mean: Sequence[float],
     std: Sequence[float],
     whole: Callable[[Any], Any] = lambda x: x,
+    *,
+    predictions: bool = False,
 ) -> Callable[[Any, Arrays], Arrays]:
-    """Returns step(params, batch), to be compiled; see make_train_step.
+    """Returns step(params, batch) -> sums over a batch, to be compiled; see make_train_step.
 
-    It returns sums over the rows whose batch["valid"] (bool [B]) is True, and of each row "valid", the class
-    "predicted", int32 [B], and its "probability", float32 [B]. With C < 5 classes top-5 is top-C.
+    Rows whose batch["valid"] (bool [B]) is False do not count. With C < 5 classes top-5 is top-C. `predictions` adds
+    "predicted" int32 [B] and its "probability" float32 [B].
     """
 
     def step(params: Any, batch: Arrays) -> Arrays:
@@ -159,14 +161,15 @@ def make_eval_step(
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = (best == label[:, None]) & valid[:, None]
-        return {
+        sums = {
             "loss": jnp.sum(jnp.where(valid, loss, 0.0)),
             "top1": jnp.sum(hits[:, 0]),
             "top5": jnp.sum(hits),
             "images": jnp.sum(valid),
-            "valid": valid,
-            "predicted": best[:, 0],
-            "probability": jnp.max(jax.nn.softmax(logits), axis=-1),
         }
+        if not predictions:
+            return sums
+        probability = jnp.max(jax.nn.softmax(logits), axis=-1)
+        return sums | {"valid": valid, "predicted": best[:, 0], "probability": probability}
 
     return step
