@@ -168,7 +168,7 @@ FIELDS = {
     # What is measured of attention at every evaluation.
     "locality.images": Field(
         None,
-        "test images for non-locality; None: 1 in 100, at most 64; 0: off",
+        "test images for non-locality, all on every device; None: 1 in 100, at most 64; 0: off",
         "[0, inf)",
         kind=int,
         may_change=True,

@@ -12,6 +12,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -29,29 +30,37 @@ def main(arguments: list[str]) -> int:
     """Predicts the classes of the images; returns the exit status."""
     import jax
     import numpy as np
+    from flax import nnx
 
+    from convit_jax.data.augment import normalize
     from convit_jax.data.class_names import words
+    from convit_jax.data.images import centre_crop, open_image
 
     paths = find_images(arguments)
     loaded = load_weights(needs_head=True)
-    model = loaded.model()
-    assert model.preprocess is not None
+    how, size = loaded.preprocessing, loaded.settings["image_size"]
     batch_size = min(flags.FLAGS.batch_size, len(paths))
+
+    @jax.jit
+    def predict(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = nnx.merge(loaded.network[0], params)(normalize(images, how.mean, how.std))
+        return jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
+
+    params = jax.device_put(loaded.params())
     failed = False
     for first in range(0, len(paths), batch_size):
-        images = np.zeros((batch_size, *model.image_size, 3), np.float32)
+        images = np.zeros((batch_size, *size, 3), np.uint8)
         read: list[str] = []
         for path in paths[first : first + batch_size]:
             try:
-                images[len(read)] = model.preprocess(path)[0]
+                images[len(read)] = centre_crop(open_image(path), size, how.crop_ratio, how.interpolation)
                 read.append(path)
             except UserError as error:
                 failed = True
                 print(f"predict: {error}", file=sys.stderr)
         if not read:
             continue
-        best = jax.lax.top_k(jax.nn.softmax(model(jax.numpy.asarray(images))), min(5, model.num_classes))
-        for path, probabilities, labels in zip(read, *jax.device_get(best), strict=False):  # padded
+        for path, probabilities, labels in zip(read, *jax.device_get(predict(params, images)), strict=False):  # padded
             answers, text = [], [path]
             for label, probability in zip(labels.tolist(), probabilities.tolist(), strict=True):
                 name = loaded.class_name(label)

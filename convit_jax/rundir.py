@@ -71,8 +71,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the content of a run's JSON file, {} if there is none. Raises UserError if it is damaged."""
     try:
-        return json.loads(_read_text(path) or "{}")
-    except json.JSONDecodeError as error:
+        return json.loads(_read(path)) if path.exists() else {}
+    except ValueError as error:
         words = "remove it and run the same command again; the training is kept."
         raise UserError(f"{path} is damaged ({error}): {words}") from error
 
@@ -80,16 +80,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl without those that a kill cut off; [] if there is no file."""
     lines = []
-    for text in _read_text(path).splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for text in _read(path).splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
     return lines
 
 
-def _read_text(path: Path) -> str:
-    """The text of a file, "" if there is none; UserError if it cannot be read."""
+def _read(path: Path) -> bytes:
     with explained(path):
-        return path.read_text(errors="replace") if path.exists() else ""
+        return path.read_bytes()
 
 
 def read_scores(path: Path, name: str) -> dict[int, float]:

@@ -35,9 +35,10 @@ def test_damaged_and_missing_files_of_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "tr')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
     assert (read_metrics(tmp_path / "none"), read_json(tmp_path / "none")) == ([], {})
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run.json is damaged .* remove it"):
-        read_json(tmp_path / "run.json")
+    for damaged in (b"{", b"", b'{"a": "\xff"}'):
+        (tmp_path / "run.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"run.json is damaged .* remove it"):
+            read_json(tmp_path / "run.json")
     (tmp_path / "config.json").mkdir()  # in place of an error of the disk
     with pytest.raises(UserError, match=r"cannot read .*config\.json"):
         read_json(tmp_path / "config.json")

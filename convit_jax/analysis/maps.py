@@ -5,6 +5,7 @@ s = sigma(lambda) are given separately. Each layer gets its true input.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ class LayerMaps:
     rows: np.ndarray | None  # A_y, [H, rows, rows]; see models/attention.py
     columns: np.ndarray | None  # A_x, [H, columns, columns]
 
-    @property
+    @functools.cached_property
     def position(self) -> np.ndarray:
         """The position part of a GPSA layer, A_y (x) A_x, [H, N, N]."""
         assert self.rows is not None

@@ -107,7 +107,7 @@ class _Shared(SharedMemoryArray):
 
 def _black(shape: tuple[int, ...]) -> np.ndarray:
     """uint8 zeros; in a worker of the loader in shared memory, so that Grain does not copy them there."""
-    if images.worker is None:
+    if not images.in_worker:
         return np.zeros(shape, np.uint8)
     array = _Shared(shape, np.uint8)
     array.unlink_on_del()

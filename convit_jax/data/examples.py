@@ -9,6 +9,7 @@ index of the image that could not be read, or -1; in evaluation also "valid" boo
 those of canvas.py replace "image".
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -156,6 +157,8 @@ class Unreadable:
         self.seen: set[int] = set()  # indices
         self.rows = self.too_large = 0  # rows so far, and those whose image did not fit on a canvas
         self._warned = False
+        with contextlib.suppress(UserError):
+            _decoded(source, 0)  # warns of images without contrast, which the workers of a loader do not
 
     def take(self, batch: Batch) -> Batch:
         """Returns a batch without its remarks; raises UserError if more than `limit` images are unreadable."""

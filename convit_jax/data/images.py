@@ -38,7 +38,7 @@ LONG = 16  # aspect of views beyond which only what is shown is resized
 AREA = (0.08, 1.0)  # of a random crop, share of the image
 NARROWEST, WIDEST = 3 / 4, 4 / 3  # of a random crop, width / height
 
-worker: int | None = None  # number of this process among the workers of a loader, which sets it
+in_worker = False  # this process is a worker of the loader, which sets it
 _flat: list[str] = []  # the image that was warned of; one stands for all
 
 
@@ -88,8 +88,8 @@ def _converted(image: Image.Image) -> Image.Image:
 
 
 def _warn_if_flat(pixels: np.ndarray, name: str) -> None:
-    """Warns once that an image has lost its contrast; of a loader's workers the first one does."""
-    if _flat or worker:
+    """Warns once that an image has lost its contrast; the loader's workers leave that to the main process."""
+    if _flat or in_worker:
         return
     levels = int(np.ptp(pixels)) + 1
     if levels < 256 / 10:

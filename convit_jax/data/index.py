@@ -1,8 +1,8 @@
 """Sources of images, and their index: a label, a name and the place of each image, kept on disk between runs.
 
 Listing takes a pass over the data, so the index is kept next to the data or, where that is read-only, in
-the user's cache folder. It is memory-mapped: loader workers share it. Its name tells the data that an index
-is of, so that changed data take nothing from a run that still reads the old one.
+the user's cache folder. It is memory-mapped: loader workers share it. The file name contains a hash of the data, so
+changed data get a new index, and running jobs keep theirs.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from convit_jax.rundir import atomic_write
+
+FORMAT = 4  # of the tables; another one has other file names
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,31 +75,33 @@ def cached_index(
 
     Other facts (about the data, for JSON) have another index. `keep` tells whether a table is worth keeping.
     """
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(json.dumps([FORMAT, facts]).encode()).hexdigest()[:16]
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
     places = [directory / f".convit_jax-{name}-{fingerprint}.npy"]
     with contextlib.suppress(RuntimeError):  # the user has no home directory
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         places.append(cache / f"convit_jax/indices/{key}-{name}-{fingerprint}.npy")
     for path in places:
-        with contextlib.suppress(Exception):  # missing, or damaged, for which NumPy raises all kinds
+        try:
             return _read(path)
+        except OSError:  # missing, or not to be read now
+            pass
+        except Exception:  # damaged: NumPy raises all kinds
+            with contextlib.suppress(OSError):
+                path.unlink()
     index = build()
     for path in places if keep(index.table) else ():
         with contextlib.suppress(OSError):  # read-only or full
-            _write(path, index.table)
+            if not path.exists():  # another run may have been faster, and has mapped it
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path, "wb") as file:
+                    np.save(file, index.table)
             return _read(path)
     return index
 
 
-def _write(path: Path, table: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "wb") as file:
-        np.save(file, table)
-
-
 def _read(path: Path) -> Index:
-    """Maps the table in a file; raises any exception if it is damaged or of another kind."""
+    """Maps the table in a file. Raises OSError if it cannot be read, any other exception if it is damaged."""
     table = np.asarray(open_memmap(path, mode="r"))  # memmaps are slower
     if not {"labels", "names"} <= {*(table.dtype.names or ())}:
         raise ValueError(f"{path} is not an index")

@@ -1,6 +1,5 @@
 """Batches from Grain: threads or worker processes call an example for the slots of each step."""
 
-import functools
 import gc
 import multiprocessing
 import multiprocessing.resource_tracker
@@ -22,6 +21,8 @@ from convit_jax.data import images
 from convit_jax.data.examples import Batch
 from convit_jax.errors import UserError
 
+_get_preparation_data = multiprocessing.spawn.get_preparation_data
+
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # of a closed terminal, and of Slurm's --signal
 STOPPING = (signal.SIGINT, signal.SIGTERM, *WARNINGS)  # the main process saves for them, workers leave them to it
 SHARED_MEMORY = Path("/dev/shm")  # on Linux, where the workers put their batches
@@ -40,7 +41,8 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """Yields this process's rows of the batches of steps start .. stop - 1, which all `processes` share equally.
 
-    `workers` processes load the images, or two threads if it is 0. The batches do not depend on it.
+    `workers` processes load the images, or two threads if it is 0. The batches do not depend on it. The processes do
+    not import the script that started them, so they do not see what it sets.
     """
     local = batch_size // processes
 
@@ -52,6 +54,7 @@ def batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.range(stop).map(rows)[start:].to_iter_dataset(options)
     if workers:
+        multiprocessing.spawn.get_preparation_data = _prepare_process
         flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which a notebook never parses
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=WAITING)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_init_worker)
@@ -109,25 +112,21 @@ def _start_workers(iterator: Iterator[Batch]) -> Batch | None:
         pool.shutdown(wait=False)
 
 
-def _prepare_process(name: str, prepare: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    """What `multiprocessing` tells a new process; Grain's are not to import the script that started them.
+def _prepare_process(name: str) -> dict[str, Any]:
+    """What `multiprocessing` tells a new process, of which Grain's skip importing the script that started them.
 
-    Without a guard `if __name__ == "__main__":`, they would start its training again instead of their work.
+    A script without `if __name__ == "__main__":` would start its training again in each worker, and a worker that
+    fails in this import leaves the process that started it waiting.
     """
-    told = prepare(name)
+    data = _get_preparation_data(name)
     if name.startswith("grain-process-prefetch"):
-        told = {key: value for key, value in told.items() if not key.startswith("init_main")}
-    return told
-
-
-multiprocessing.spawn.get_preparation_data = functools.partial(
-    _prepare_process, prepare=multiprocessing.spawn.get_preparation_data
-)
+        data = {key: value for key, value in data.items() if not key.startswith("init_main")}
+    return data
 
 
 def _init_worker(worker: int, workers: int) -> None:
     """Leaves STOPPING to the main process, which needs batches until it stops, and dies with it."""
-    images.worker = worker
+    images.in_worker = True
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

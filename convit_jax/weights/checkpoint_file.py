@@ -20,6 +20,7 @@ from convit_jax.weights.torch_pickle import ELEMENTS, Storage, Tensor, damaged, 
 PLACES = ("model", "state_dict", "model_state_dict")  # where checkpoints keep the model's state dict
 EMA_PLACES = ("model_ema", "state_dict_ema")  # of the authors' and of timm's training
 NETWORK = "patch_embed.proj.weight"  # every network here has it; what comes before is a wrapper's prefix
+HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 COUNTERS = ("n_averaged", "total_ops", "total_params")  # of torch's AveragedModel and of profilers
 
 SAFETENSORS = {code: np.dtype(name) for name, _, code in ELEMENTS if code}
@@ -112,11 +113,16 @@ def _only_weights(entries: dict[Any, Any]) -> dict[str, Any]:
         names = ", ".join(sorted(prefixes))
         raise UserError(f"it holds several networks (names begin with {names}): save the one you want alone.")
     prefix = prefixes.pop() if prefixes else ""
-    parts = (prefix, "head.", "head_dist.")  # a wrapper may have the head
-    foreign = [name for name in tensors if not name.startswith(parts) or name.rpartition(".")[2] in COUNTERS]
-    if left_out := [*map(str, others), *foreign]:
+    found, left_out = {}, [*map(str, others)]
+    for name, tensor in tensors.items():
+        is_wrappers_head = name in HEADS and prefix + name not in tensors
+        if (name.startswith(prefix) or is_wrappers_head) and name.rpartition(".")[2] not in COUNTERS:
+            found[name.removeprefix(prefix)] = tensor
+        else:
+            left_out.append(name)
+    if left_out:
         print(f"Left out of the state dict: {printable(', '.join(left_out))}", file=sys.stderr)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name not in foreign}
+    return found
 
 
 def _described(tree: Any) -> str:

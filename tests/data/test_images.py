@@ -76,6 +76,16 @@ def test_every_kind_of_image_decodes_to_uint8_rgb(kind, monkeypatch):
     np.testing.assert_array_equal(decode(record, "a/1.jpg"), pixels)
 
 
+@pytest.mark.parametrize("settings", [{}, {"subsampling": 0}, {"progressive": True, "quality": 30}, {"mode": "L"}])
+def test_jpeg_files_have_pillows_pixels(settings, monkeypatch):
+    mode = settings.get("mode", "RGB")
+    photo = Image.fromarray(load_sample_image("flower.jpg")[:101, 200:337]).convert(mode)
+    record = encoded(photo, "JPEG", **{name: value for name, value in settings.items() if name != "mode"})
+    pixels = decode(record, "a/1.jpg")
+    monkeypatch.setattr(images, "simplejpeg", None)
+    np.testing.assert_array_equal(decode(record, "a/1.jpg"), pixels)
+
+
 def test_a_deep_image_without_contrast_is_reported_once(monkeypatch, capsys):
     monkeypatch.setattr(images, "_flat", [])
     ramp = np.linspace(0, 1, 64, dtype=np.float32)[None]

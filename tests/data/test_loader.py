@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT, assert_same, collect, run_python, wait_until
 from PIL import Image
 
-from convit_jax.data import loader
-from convit_jax.data.examples import Slots, TrainExample
+from convit_jax.data import images, loader
+from convit_jax.data.examples import Slots, TrainExample, Unreadable
 from convit_jax.data.sources import ImageFolder
 from convit_jax.errors import UserError
 
@@ -33,7 +33,7 @@ def test_a_restart_at_any_step_continues_the_stream(example):
         assert_same(collect(example, batch_size=5, start=start, stop=7), steps[start:])
 
 
-def test_workers_load_the_same_stream_although_signals_reach_them(example, image_folder, capfd):
+def test_workers_load_the_same_stream_although_signals_reach_them(example):
     """Ctrl-C and SIGTERM reach them from their first moment on, as when they are sent to a process group."""
     before, signalled, done = {*multiprocessing.active_children()}, set(), threading.Event()
 
@@ -48,7 +48,6 @@ def test_workers_load_the_same_stream_although_signals_reach_them(example, image
 
     sender = threading.Thread(target=send_signals)
     sender.start()
-    Image.fromarray(np.eye(64, dtype=np.float32)).save(image_folder / "train/bee/3.jpg", "TIFF")
     example = dataclasses.replace(example, canvas=32, group=3)  # for devices that crop and resize
     settings = dict(batch_size=6, start=1, stop=8)
     try:
@@ -57,9 +56,16 @@ def test_workers_load_the_same_stream_although_signals_reach_them(example, image
         done.set()
         sender.join()
     assert len(signalled) == 2
-    assert capfd.readouterr().err.count("bee/3.jpg (mode F) has 2 of 256 grey levels") == 1
     assert_same(loaded, collect(example, **settings))
     assert any((batch["unreadable"] == 8).any() for batch in loaded)
+
+
+def test_an_image_without_contrast_is_named_once_although_workers_load_it(example, image_folder, monkeypatch, capfd):
+    monkeypatch.setattr(images, "_flat", [])
+    Image.fromarray(np.eye(64, dtype=np.float32)).save(image_folder / "train/ant/0.jpg", "TIFF")
+    Unreadable(example.source, 9, print)
+    collect(example, batch_size=18, start=0, stop=1, workers=1)
+    assert capfd.readouterr().err.count("ant/0.jpg (mode F) has 2 of 256 grey levels") == 1
 
 
 @pytest.mark.skipif(not loader.SHARED_MEMORY.exists(), reason="Linux has it")
@@ -112,6 +118,8 @@ os.kill(os.getpid(), 9)
 """)
     done = run_python(tmp_path / "script.py", timeout=60)  # until the workers, which inherit stdout, have ended too
     assert done.returncode == -signal.SIGKILL, done.stderr
+    other, grains = (loader._prepare_process(name) for name in ("other", "grain-process-prefetch-1"))
+    assert [name for name in other if name not in grains] == ["init_main_from_name"]  # pytest's main module
 
 
 @pytest.mark.parametrize(("end", "status"), [("stream.close()", 0), ("next(stream)", 1)])

@@ -117,8 +117,9 @@ def test_unreadable_images_are_named_and_counted_until_there_are_too_many(
     assert last["val_top1"] in [pytest.approx(100 * hits / 5) for hits in range(6)]  # of 6 images
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-2]["unreadable_images"] == 1
 
-    config.data.max_unreadable = 0
-    with pytest.raises(UserError, match=r"bee/3\.jpg .* than data\.max_unreadable=0 allows"):
+    (image_folder / "train/ant/2.jpg").write_bytes(b"")
+    config.data.max_unreadable = 1
+    with pytest.raises(UserError, match=r"\.jpg .* than data\.max_unreadable=1 allows"):
         train(config, tmp_path / "too many")
     assert not list((tmp_path / "too many/checkpoints").glob("[4-9]*"))
 

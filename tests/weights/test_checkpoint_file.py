@@ -132,15 +132,23 @@ NAME = checkpoint_file.NETWORK
         ({f"_orig_mod.module.{NAME}": FOUR, "_orig_mod.module.b": FOUR}, ""),
         ({"n_averaged": FOUR, f"module.{NAME}": FOUR, "module.b": FOUR}, "n_averaged"),
         ({"state_dict": {f"model.{NAME}": FOUR, "model.b": FOUR, "loss.w": FOUR}, "epoch": 3, "loops": {}}, "loss.w"),
+        ({f"model.{NAME}": FOUR, "model.b": FOUR, "head.mlp.weight": FOUR}, "head.mlp.weight"),
         ({"module": {NAME: FOUR, "b": FOUR}, "buffer_names": [], "loss": FOUR}, ""),
         ({"net": {NAME: FOUR, "b": FOUR, "epoch": 5, "total_ops": FOUR}, "acc": 91.2}, "epoch, total_ops"),
     ],
-    ids=["compiled", "averaged", "lightning", "deepspeed", "net"],
+    ids=["compiled", "averaged", "lightning", "dino", "deepspeed", "net"],
 )
 def test_the_network_is_found_in_what_trainers_wrap_around_it(tree, left_out, tmp_path, capsys):
     save_torch(tmp_path / "a.pth", tree)
     assert list(read_state_dict(tmp_path / "a.pth")) == [NAME, "b"]
     assert capsys.readouterr().err == (f"Left out of the state dict: {left_out}\n" if left_out else "")
+
+
+def test_the_head_of_a_wrapper_counts_where_the_network_has_none(tmp_path):
+    save_torch(tmp_path / "a.pth", {f"backbone.{NAME}": FOUR, "head.bias": FOUR})
+    assert list(read_state_dict(tmp_path / "a.pth")) == [NAME, "head.bias"]
+    save_torch(tmp_path / "a.pth", {f"backbone.{NAME}": FOUR, "backbone.head.bias": FOUR, "head.bias": 2 * FOUR})
+    same(read_state_dict(tmp_path / "a.pth")["head.bias"], FOUR)
 
 
 def test_which_of_two_networks_is_asked(tmp_path):
