@@ -182,7 +182,7 @@ def _explain(error: flags.Error, config: str | None) -> str:
     """Returns the message for a flag error; better than absl's for flags that mean a config field."""
     name = error.flagname if isinstance(error, flags.UnrecognizedFlagError) else ""
     if name.startswith("config."):
-        return f"--{name} changes a config: add --config=FILE."
+        return f"--{name} changes a config: add --config=FILE, for a folder of images configs/finetune.py."
     if config is not None and name in declared_fields():
         return f"there is no flag --{name}, did you mean --config.{name}?"
     return str(error).strip()
@@ -197,7 +197,10 @@ def source_name(source: str) -> str:
 def required_config() -> ConfigDict:
     """Returns the config of the command line. Raises UserError if there is none."""
     if flags.FLAGS.config is None:
-        raise UserError("this needs a config: add --config=configs/convit_s.py --config.data.dir=IMAGES, or another.")
+        raise UserError(
+            "this needs a config: add --config=configs/convit_s.py --config.data.dir=IMAGENET, or for a folder of "
+            "images --config=configs/finetune.py --config.data.dir=FOLDER."
+        )
     return flags.FLAGS.config
 
 

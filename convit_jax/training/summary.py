@@ -125,7 +125,7 @@ def _cautions(config: ConfigDict, run: Mapping[str, Any]) -> Iterator[str]:
         yield f"the model's name says {side} px: set model.image_size={side} for images of that size"
     if run["batch_size"] > run["train_images"]:
         yield f"batch_size {run['batch_size']:,} is larger than the {run['train_images']:,} training images: lower it"
-    if 0 < run["warmup_steps"] < 1:
+    if 0 < run["warmup_steps"] < 1 and config.optim.warmup_epochs is not None:
         yield "the warm-up is shorter than one step: raise optim.warmup_epochs, or lower batch_size"
     if run["warmup_steps"] > run["steps"]:
         yield (

@@ -14,6 +14,7 @@ PUBLISHED = {name: f"timm/{name}.fb_in1k" for name in (  # the authors' name: th
     "deit_base_distilled_patch16_224", "deit_base_distilled_patch16_384",
 )}
 # fmt: on
+PUBLISHED |= {f"deit_{size}": PUBLISHED[f"deit_{size}_patch16_224"] for size in ("tiny", "small", "base")}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # one of them is in a repository
 
 

@@ -92,7 +92,5 @@ def test_what_is_no_network_of_this_kind_is_said_in_a_sentence():
             check_state_dict(broken, abstract_model(infer(broken, "it"))[1], "it")
     all_kinds = {**gap, **whole, "more.weight": np.zeros(2)}
     del all_kinds["norm.bias"]
-    with pytest.raises(
-        UserError, match=r"missing: norm.bias; unexpected: more.weight; .*blocks.1.norm1.bias .*int64"
-    ):
+    with pytest.raises(UserError, match=r"missing: norm.bias; unexpected: more.weight; .*blocks.1.norm1.bias .*int64"):
         check_state_dict(all_kinds, abstract_model(infer(tensors, "it"))[1], "it")
