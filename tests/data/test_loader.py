@@ -5,6 +5,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -104,7 +105,7 @@ def test_shared_memory_that_is_too_small_is_named_before_and_after(monkeypatch, 
         collect(killed, batch_size=1, start=0, stop=4, workers=1)
 
 
-def test_a_script_needs_no_guard_and_its_workers_end_with_it(tmp_path):
+def test_a_script_needs_no_guard_and_its_workers_end_with_it(tmp_path, monkeypatch):
     (tmp_path / "script.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -118,8 +119,10 @@ os.kill(os.getpid(), 9)
 """)
     done = run_python(tmp_path / "script.py", timeout=60)  # until the workers, which inherit stdout, have ended too
     assert done.returncode == -signal.SIGKILL, done.stderr
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)
     other, grains = (loader._prepare_process(name) for name in ("other", "grain-process-prefetch-1"))
-    assert [name for name in other if name not in grains] == ["init_main_from_name"]  # pytest's main module
+    assert [name for name in other if name not in grains] == ["init_main_from_path"]  # others do import it
 
 
 @pytest.mark.parametrize(("end", "status"), [("stream.close()", 0), ("next(stream)", 1)])
