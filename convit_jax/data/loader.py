@@ -68,7 +68,9 @@ def batches(
         if not (ended := re.search(r"terminated unexpectedly with exit code (-?)(\d+)", str(error))):
             raise
         if not ended[1]:
-            raise UserError("a worker of the loader has ended; its own output says why.") from error
+            raise UserError(
+                "a worker of the loader has ended: its own output says why; data.workers=0 loads without workers."
+            ) from error
         raise UserError(
             f"a worker of the loader was killed by {signal.Signals(int(ended[2])).name}, probably because memory or "
             "/dev/shm was full: lower data.workers, or give the container more (docker run --shm-size=24g)."
