@@ -15,6 +15,7 @@ os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # they would put 
 import contextlib
 import runpy
 import shutil
+import signal
 import site
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from absl import flags
 
 from convit_jax import cli
 from convit_jax.rundir import checkpoint_steps
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs that ignore it
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
