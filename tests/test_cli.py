@@ -130,7 +130,6 @@ def test_device_out_of_memory():
 def test_ctrl_c_is_not_lost_where_other_code_catches_it_or_jax_compiles(line):
     code = f"""if True:
         import os, signal, threading, time
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
         import jax
         from convit_jax.cli import launch
 

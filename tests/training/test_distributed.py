@@ -154,9 +154,7 @@ def test_two_stop_and_continue_together_as_one_would_and_what_ends_one_ends_both
 # Both processes stay in collective operations until something happens to one of them.
 LOST = """
 import sys; sys.path.insert(0, "@ROOT@")
-import signal
 import numpy as np
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 from convit_jax import cli
 from jax.experimental import multihost_utils
 
