@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, run_python
 from forgery import call, named, program, rebuilt, save_torch, storage, torch_zip, value
+from numpy.testing import assert_array_equal  # np.testing would be imported while `read` looks for new modules
 
 from convit_jax.errors import UserError
 from convit_jax.weights import checkpoint_file
@@ -55,7 +56,7 @@ def refused(read):
 def same(array, expected):
     """Equal in numbers, shape and element type."""
     assert array.dtype == expected.dtype
-    np.testing.assert_array_equal(array, expected, strict=True)
+    assert_array_equal(array, expected, strict=True)
 
 
 def state_dict(tensor, name="a"):
