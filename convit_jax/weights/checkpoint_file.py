@@ -20,7 +20,7 @@ from convit_jax.weights.torch_pickle import ELEMENTS, Storage, Tensor, damaged, 
 PLACES = ("model", "state_dict", "model_state_dict")  # where checkpoints keep the model's state dict
 EMA_PLACES = ("model_ema", "state_dict_ema")  # of the authors' and of timm's training
 NETWORK = "patch_embed.proj.weight"  # every network here has it; what comes before is a wrapper's prefix
-HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
+HEAD_WEIGHTS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 COUNTERS = ("n_averaged", "total_ops", "total_params")  # of torch's AveragedModel and of profilers
 
 SAFETENSORS = {code: np.dtype(name) for name, _, code in ELEMENTS if code}
@@ -115,7 +115,7 @@ def _only_weights(entries: dict[Any, Any]) -> dict[str, Any]:
     prefix = prefixes.pop() if prefixes else ""
     found, left_out = {}, [*map(str, others)]
     for name, tensor in tensors.items():
-        is_wrappers_head = name in HEADS and prefix + name not in tensors
+        is_wrappers_head = name in HEAD_WEIGHTS and prefix + name not in tensors
         if (name.startswith(prefix) or is_wrappers_head) and name.rpartition(".")[2] not in COUNTERS:
             found[name.removeprefix(prefix)] = tensor
         else:
