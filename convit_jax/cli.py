@@ -6,7 +6,6 @@ prints a UserError alone and exits with status 1.
 
 import contextlib
 import faulthandler
-import gc
 import io
 import os
 import runpy
@@ -75,13 +74,13 @@ def launch(
         message = out_of_memory(error) or missing_platform(error) or missing_home(error)
         if message is None:
             raise
-    # Outside of `except`, where the error no longer holds a loader's batch in shared memory.
-    gc.collect()
     if message is not None:
         sys.exit(f"{name}: {message}")
     print(f"{name}: {interrupted}", file=sys.stderr)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
+    if loader := sys.modules.get("convit_jax.data.loader"):
+        loader.free_shared_memory()  # outside of `except`, where the error no longer holds a batch
     os._exit(130)  # JAX may still compile in a thread, which crashes when Python's shutdown removes the device
 
 

@@ -59,7 +59,8 @@ def home(tmp_path_factory):
     os.environ.pop("XDG_CACHE_HOME", None)
     compiled = session / "home/.cache/convit_jax/compiled"
     if kept := os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # keeps compiled programs between test runs
-        compiled.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (Path(kept), compiled.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             compiled.symlink_to(Path(kept).absolute())
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)

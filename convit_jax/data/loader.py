@@ -1,5 +1,6 @@
 """Batches from Grain: threads or worker processes call an example for the slots of each step."""
 
+import atexit
 import gc
 import multiprocessing
 import multiprocessing.resource_tracker
@@ -16,6 +17,7 @@ from typing import Any
 
 import grain
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 
 from convit_jax.data import images
 from convit_jax.data.examples import Batch
@@ -78,7 +80,15 @@ def batches(
     finally:
         iterator.close()
         del iterator, dataset
-        gc.collect()  # Grain keeps the last batches, and their shared memory, in reference cycles
+        free_shared_memory()
+
+
+@atexit.register
+def free_shared_memory() -> None:
+    """Frees the batches that nobody uses any more; Python reports as leaked what is not free at exit."""
+    gc.collect()  # Grain keeps the last batches in reference cycles
+    if pool := SharedMemoryArray._del_thread_pool:
+        pool.apply_async(int).wait(10)  # its only thread has freed all that came before
 
 
 def batches_at_once(workers: int) -> int:

@@ -128,7 +128,6 @@ os.kill(os.getpid(), 9)
 @pytest.mark.parametrize(("end", "status"), [("stream.close()", 0), ("next(stream)", 1)])
 def test_a_command_leaves_no_shared_memory_when_it_closes_a_stream_or_a_worker_fails(end, status):
     code = f"""
-import atexit, time
 import numpy as np
 from convit_jax.cli import launch
 from convit_jax.data.examples import EvalExample
@@ -145,7 +144,6 @@ def main(arguments):
     stream = batches(fails_later, batch_size=4, start=0, stop=90, workers=1)
     next(stream)
     {end}
-atexit.register(time.sleep, 1)  # Grain frees memory in a thread
 launch("test", main)
 """
     done = run_python("-W", "always", "-c", code, timeout=60)
