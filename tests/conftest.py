@@ -233,7 +233,7 @@ def wait_until(condition, *processes, seconds=300):
 
 def says(*arguments):
     """What a command (run_python) prints to the error stream when it refuses; never a trace."""
-    done = run_python(*arguments, timeout=100)
+    done = run_python(*arguments, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]

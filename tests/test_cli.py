@@ -71,7 +71,7 @@ def test_installed_commands_run_in_any_directory(tmp_path):
 
     def run(script, *arguments):
         code = f"import sys; sys.argv[0] = 'convit-{script}'; from convit_jax.cli import console; console()"
-        return run_python("-c", code, *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"), timeout=100)
+        return run_python("-c", code, *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"), timeout=300)
 
     for script in PROJECT["project"]["scripts"]:
         done = run(script.removeprefix("convit-"), "--help")
@@ -153,5 +153,5 @@ def test_ctrl_c_is_not_lost_where_other_code_catches_it_or_jax_compiles(line):
 
         launch("sleep", main)
     """
-    done = run_python("-c", code, timeout=100)
+    done = run_python("-c", code, timeout=300)
     assert (done.returncode, done.stderr) == (130, "sleep: interrupted.\n")

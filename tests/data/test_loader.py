@@ -117,7 +117,7 @@ example = EvalExample(Digits("test"), np.arange(360).repeat(50), (8, 8), 1.0)  #
 next(batches(example, batch_size=4, start=0, stop=90, workers=1))
 os.kill(os.getpid(), 9)
 """)
-    done = run_python(tmp_path / "script.py", timeout=60)  # until the workers, which inherit stdout, have ended too
+    done = run_python(tmp_path / "script.py", timeout=300)  # until the workers, which inherit stdout, have ended too
     assert done.returncode == -signal.SIGKILL, done.stderr
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)
@@ -146,7 +146,7 @@ def main(arguments):
     {end}
 launch("test", main)
 """
-    done = run_python("-W", "always", "-c", code, timeout=60)
+    done = run_python("-W", "always", "-c", code, timeout=300)
     assert done.returncode == status, done.stderr
     assert ("test: expected" in done.stderr, "leaked" in done.stderr) == (status == 1, False)  # Python looks for it
 

@@ -50,7 +50,7 @@ def test_a_study_survives_a_failure_and_a_signal_and_skips_what_is_done(plan, st
     with python_process("-m", "convit_jax.study", plan, f"--output={output}") as process:
         wait_until(lambda: metrics.exists() and "train_loss" in metrics.read_text(), process)
         process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=100)
+        printed, errors = process.communicate(timeout=300)
     assert (process.returncode, errors) == (130, "")
     assert f"runs in {output}: 1 done, 2 to do" in printed
     assert "[2/3] broken-seed0: failed: cannot read " in printed

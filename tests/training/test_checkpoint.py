@@ -80,7 +80,7 @@ except UserError as error:
     log.close()
     print(error)
 """
-    done = run_python("-c", script, cwd=tmp_path, timeout=120)
+    done = run_python("-c", script, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     checkpoint, log = done.stdout.splitlines()
     assert checkpoint.startswith(f"cannot write {tmp_path}/checkpoints (File too large): free some space")

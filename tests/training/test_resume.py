@@ -141,7 +141,7 @@ def test_killed_in_its_own_process_and_continued(tmp_path):
     with python_process(*command, killed, "--config.data.workers=1", xla_flags="") as process:  # compiled as a user's
         wait_until(lambda: any(line["step"] >= kill_at for line in read_metrics(log)), process)
         process.kill()
-        process.communicate(timeout=30)  # ends when the loader's worker is gone as well
+        process.communicate(timeout=300)  # ends when the loader's worker is gone as well
     for workdir in (killed, whole):
         assert run_python(*command, workdir, xla_flags="").returncode == 0
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "killed"))
