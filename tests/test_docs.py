@@ -110,9 +110,9 @@ def test_the_script_for_cifar10_makes_an_image_folder(tmp_path, monkeypatch):
     for name in ("data_batch_1", "data_batch_2", "test_batch"):
         pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), np.uint8)
         (source / name).write_bytes(pickle.dumps({b"labels": [0, 1, 0, 1], b"data": pixels}))
-    monkeypatch.chdir(tmp_path)
-    exec(snippet("docs/data.md"), {})
-    train, test = (ImageFolder("CIFAR10", split) for split in ("train", "test"))
+    monkeypatch.setattr(sys, "argv", ["cifar10_folder.py", str(source), str(tmp_path / "CIFAR10")])
+    runpy.run_path(str(ROOT / "examples/cifar10_folder.py"))
+    train, test = (ImageFolder(str(tmp_path / "CIFAR10"), split) for split in ("train", "test"))
     assert (len(train.labels), len(test.labels), train.class_names) == (8, 4, ("cat", "dog"))
 
 
