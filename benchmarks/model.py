@@ -36,10 +36,14 @@ TIMM = {"timm-convit": "convit_{}", "timm-deit": "deit_{}_patch16_224"}  # {}: t
 DEFAULT = ("convit", "plain", "timm-convit", "timm-convit+compiled", "timm-deit", "timm-deit+compiled")
 
 
-def is_known(program):
-    """Returns whether a program is one of ours in some forms, or one of timm's, perhaps compiled."""
-    base, *forms = program.split("+")
-    return set(forms) <= set(FORMS) if base in OURS else base in TIMM and forms in ([], ["compiled"])
+def program_names(text):
+    """Returns a list of programs, each one of ours in some forms, or one of timm's, perhaps compiled."""
+    for program in text.split(","):
+        base, *forms = program.split("+")
+        if not (set(forms) <= set(FORMS) if base in OURS else base in TIMM and forms in ([], ["compiled"])):
+            bases = ", ".join((*OURS, *TIMM))
+            raise argparse.ArgumentTypeError(f"unknown program {program!r}: give a base of {bases} and its forms")
+    return text.split(",")
 
 
 def command(program, model, image_size, batch, options, cache):
@@ -175,17 +179,16 @@ def parse_options():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2, help="of one task in one round")
     parser.add_argument("--settings", default="{}", help="""of our models, as '{"dtype": "bfloat16"}'""")
-    parser.add_argument("--programs", help=f"default: {','.join(DEFAULT)}; forms of ours: {', '.join(FORMS)}")
+    programs = f"default: {','.join(DEFAULT)}; forms of ours: {', '.join(FORMS)}"
+    parser.add_argument("--programs", type=program_names, help=programs)
     parser.add_argument("--peer", help="a Python with PyTorch and timm; without it timm is left out")
     parser.add_argument("--other", help="another checkout of this repository")
     parser.add_argument("--minutes", type=float, default=600, help="limit for all models together")
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
-    given = options.programs.split(",") if options.programs else [*DEFAULT]
+    given = options.programs or [*DEFAULT]
     if options.other and not options.programs:
         given[2:2] = ["other-convit", "other-plain"]
-    if unknown := [program for program in given if not is_known(program)]:
-        parser.error(f"unknown program {unknown[0]!r}: give a base of {', '.join((*OURS, *TIMM))} and its forms")
     if any(program.startswith("other-") for program in given) and not options.other:
         parser.error("other-convit and other-plain need --other=CHECKOUT")
     options.programs = [program for program in dict.fromkeys(given) if options.peer or "timm" not in program]

@@ -32,7 +32,7 @@ class Field:
     allowed: str | tuple[str, ...] = ""  # an interval such as "[0, 1)", for each number of a tuple, or the choices
     _: dataclasses.KW_ONLY
     kind: type | None = None  # type of the values, if the default does not tell it
-    may_change: bool = False  # whether a run may continue with another value: it changes nothing but rounding
+    may_change: bool = False  # whether a run may continue with another value: no step changes but by rounding
 
     def check(self, name: str, value: Any) -> None:
         """Raises UserError if a value is not allowed."""

@@ -57,7 +57,7 @@ def models(data, config, width_divisor, seeds, overrides):
     runs = []
     for name, (width, heads) in SIZES.items():
         kind, size, *plus = name.split("_")
-        row = f"{'ConViT' if kind == 'convit' else 'DeiT'}-{PAPER_SIZES[size]}{'+' if plus else ''}"
+        row = f"{'ConViT' if kind == 'convit' else 'DeiT'}-{PAPER_SIZES.get(size, size)}{'+' if plus else ''}"
         own = {"model.embed_dim": width // width_divisor, "model.num_heads": heads}
         own |= DEIT if kind == "deit" else {}
         runs.append(dict(row=row, config=config, overrides=overrides | own, seeds=seeds))

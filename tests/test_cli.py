@@ -93,7 +93,7 @@ def test_a_mistake_is_one_sentence(tmp_path):
 
 def test_platform_that_jax_does_not_have(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    assert says("-m", "convit_jax.predict", WEIGHTS, "docs/digits.png").startswith(
+    assert says("-m", "convit_jax.predict", WEIGHTS, "docs/attention.png").startswith(
         "predict: JAX cannot use JAX_PLATFORMS=cuda"
     )
 

@@ -64,8 +64,7 @@ def load_pretrained(
     )
     rates = {"drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_path_rate": 0.0}
     loaded = with_behaviour(loaded, **{**rates, **behaviour})
-    if is_run(path):
-        print(f"Loaded {loaded.source}, computed in {loaded.settings['dtype']}", file=sys.stderr)
+    print(f"Loaded {loaded.source}, computed in {loaded.settings['dtype']}", file=sys.stderr)
     return loaded.model()
 
 

@@ -40,7 +40,7 @@ def test_studies_of_the_repository(file):
         assert len(study.runs) == len(identities) == runs
         assert all(settings(run.config) for run in study.runs)
         assert f":{name}" in text
-        assert f"`studies/{file}:{name}`" in docs
+        assert f":{name}`" in docs
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
