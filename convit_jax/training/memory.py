@@ -17,7 +17,7 @@ def memory_caution(step: Compiled, devices: Sequence[jax.Device]) -> str | None:
     if needed is None:
         return None
     free = free_host_memory() / len(devices) if on_host else min(map(free_memory, devices))
-    # Beside its arguments, which are on the device.
+    # In addition to its arguments, which are on the device.
     more = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
     if more <= free:
         return None
