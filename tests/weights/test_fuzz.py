@@ -80,7 +80,7 @@ def main(count, seed):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES,) * 2)
     for number in range(count):
-        rng = random.Random(f"{seed} {number}")
+        rng = random.Random(seed << 32 | number)
         path.write_bytes(mutate(rng.choice(files), files, rng))
         signal.alarm(SECONDS)
         try:
