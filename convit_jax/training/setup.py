@@ -140,7 +140,7 @@ class Training:
 
     def compile_step(self, batch: Arrays) -> None:
         """Compiles the training step for batches of this kind; says so if it needs more memory than there is."""
-        self.progress.say("Compiling the training step ...")
+        self.progress.say("Compiling the training step, up to a minute the first time ...")
         compiled = self.steps.lower_train(self.state, self.sums, batch).compile()  # kept for the calls
         if caution := memory_caution(compiled, self.mesh.local_devices):
             self.progress.say(f"Caution  {caution}")
