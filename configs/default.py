@@ -102,7 +102,7 @@ FIELDS = {
     "augment.padding": Field(4, "pixels, with crop = pad", "[0, inf)"),
     "augment.hflip": Field(True, "mirror half of the images"),
     "augment.policy": Field("randaugment", "three_augment is DeiT III's", ("randaugment", "three_augment", "none")),
-    "augment.num_ops": Field(2, "operations of RandAugment per image, each applied with probability 0.5", "[0, 15]"),
+    "augment.num_ops": Field(2, "operations of RandAugment per image, each applied with probability 0.5", "[1, 15]"),
     "augment.magnitude": Field(9.0, "magnitude of RandAugment's operations", "[0, 10]"),
     "augment.magnitude_std": Field(0.5, "standard deviation of the magnitude", "[0, 10]"),
     "augment.color_jitter": Field(

@@ -230,4 +230,6 @@ def load_weights(source: str | None = None, *, needs_head: bool = False, **optio
     loaded = load(source, image_size=values.image_size, num_heads=values.heads, ema=values.ema, **options)
     if needs_head and not loaded.settings["num_classes"]:
         raise UserError(f"{source} has no head: train one with config.init_from, or give weights with a head.")
+    if needs_head and (channels := loaded.settings["in_chans"]) != 3:
+        raise UserError(f"{source} is for images of {channels} channels: give weights for RGB images.")
     return with_behaviour(loaded, dtype=values.dtype) if values.dtype else loaded

@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
         for path in filter(None, [predictions, confusion] if is_first() else []):
             check_output(path)
         loaded = load_weights(needs_head=True)
-        params, changes = loaded.params(), []
+        params, changes = loaded.params(), [*loaded.changes]
         if values.mask:
             params = mask_position_embedding(params)
             changes.append("position embedding set to 0")
@@ -104,8 +104,9 @@ def write_predictions(path: Path, rows: "Rows", class_name: Callable[[int], str]
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "label", "prediction", "probability"])
         for image, label, predicted, probability in zip(*rows.values(), strict=True):
-            name = image.encode(errors="backslashreplace").decode()  # it may not be UTF-8
-            writer.writerow([name, class_name(label), class_name(predicted), f"{probability:.6f}"])
+            names = [image, class_name(label), class_name(predicted)]
+            names = [name.encode(errors="backslashreplace").decode() for name in names]  # they may not be UTF-8
+            writer.writerow([*names, f"{probability:.6f}"])
 
 
 def per_class_table(rows: "Rows", class_name: Callable[[int], str]) -> str:

@@ -82,7 +82,7 @@ def find_images(arguments: list[str]) -> list[str]:
         path = Path(argument).expanduser()
         found: list[str] = []
         if path.is_dir():
-            found = [*walk_images(path, Counter())]
+            found = [*walk_images(path, Counter(), set())]
         elif not path.exists():
             found = [file for file in glob.glob(str(path), recursive=True) if not Path(file).is_dir()]
         paths += sorted(found) or [str(path)]

@@ -68,8 +68,8 @@ class Lasting(io.FileIO):
     def write(self, data: Any, /) -> int:
         """Writes, or drops, bytes."""
         with contextlib.suppress(OSError):
-            if (written := super().write(data)) is not None:  # None: it cannot take more now, and must not block
-                return written
+            written = super().write(data)
+            return len(data) if written is None else written  # None: it can take no more now, and must not block
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
         return super().write(data)
 

@@ -123,8 +123,10 @@ def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout as error:
+            # Where flock is missing, the lock is a file with a text, which a machine that crashed leaves.
+            gone = f", remove {lock.lock_file} if its machine is gone" if Path(lock.lock_file).stat().st_size else ""
             raise DirectoryLocked(
-                f"another process is training in {directory}: wait until it ends, or use another --workdir."
+                f"another process is training in {directory}: wait until it ends{gone}, or use another --workdir."
             ) from error
         if owner:  # in another file: whoever tries to get the lock empties its file
             with atomic_write(directory / f"{name}.owner") as file:
@@ -135,7 +137,7 @@ def lock_directory(directory: Path, name: str = "lock", *, owner: str = "", wait
         lock.release()
 
 
-def wait_for_owner(workdir: Path, owner: str, seconds: float = 10) -> None:
+def wait_for_owner(workdir: Path, owner: str, seconds: float = 90) -> None:
     """Waits until the text of the lock's owner is visible, which network file systems may show late."""
     deadline = time.monotonic() + seconds
     while True:

@@ -32,11 +32,19 @@ def test_a_new_head_and_larger_images_and_a_file_that_knows_what_shapes_do_not_t
     shapes = state_dict_shapes(abstract_model(settings)[1])
     write_safetensors(tmp_path / "it.safetensors", {name: np.zeros(shape, "f4") for name, shape in shapes.items()})
     files = [tmp_path / "it.safetensors", tmp_path / "new.safetensors"]
-    done = run_here("convert", *files, "--num_classes=5", "--image_size=16x32", "--heads=4", "--dtype=bfloat16")
-    assert "16 x 32 px in patches of 16, 5 classes\nnew head for 5 classes\nposition emb" in done.stdout
+    done = run_here("convert", *files, "--num_classes=5", "--image_size=16x64", "--heads=4", "--dtype=bfloat16")
+    assert "16 x 64 px in patches of 16, 5 classes\nnew head for 5 classes\nposition emb" in done.stdout
     assert "std 0.229, 0.224, 0.225; without names of classes\nWritten to" in done.stdout
     kept = pretrained.load(tmp_path / "new.safetensors").settings
-    assert (kept["num_heads"], kept["image_size"], kept["dtype"]) == (4, (16, 32), "bfloat16")
+    assert (kept["num_heads"], kept["image_size"], kept["dtype"]) == (4, (16, 64), "bfloat16")  # 4 patches, no square
+    run_here("convert", tmp_path / "new.safetensors", tmp_path / "timm", "--for=timm")
+    assert pretrained.load(tmp_path / "timm").settings == {**kept, "dtype": "float32"}
+    written = json.loads((tmp_path / "timm/config.json").read_text())
+    (tmp_path / "timm/config.json").write_text(json.dumps({**written, "label_names": {"0": "cat", "2": "dog"}}))
+    assert pretrained.load(tmp_path / "timm").class_names == ("cat", "class 1", "dog", "class 3", "class 4")
+    (tmp_path / "timm/config.json").write_text(json.dumps({**written, "global_pool": "avg"}))
+    with pytest.raises(UserError, match="global_pool is 'avg', but heads here read the class token"):
+        pretrained.load(tmp_path / "timm")
 
 
 def test_a_run_keeps_its_preprocessing_and_classes_in_a_file(trained, tmp_path, run_here):

@@ -1,11 +1,12 @@
 """The progress display: lines in a file, one bar in a terminal."""
 
+import os
 import subprocess
 import sys
 
 from conftest import ROOT
 
-from convit_jax.progress import Progress
+from convit_jax.progress import Lasting, Progress
 
 
 def test_file_gets_a_line_now_and_then(capsys):
@@ -54,3 +55,14 @@ def test_a_training_outlives_the_readers_of_its_output(tmp_path):
     )
     assert (done.returncode, done.stdout) == (0, b"first\n")
     assert (tmp_path / "end").read_text() == "went on"
+
+
+def test_an_output_that_is_full_for_a_moment_goes_on():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with Lasting(writer, "w") as output, open(reader, "rb", buffering=0) as pipe:
+        for _ in range(100):
+            output.write(bytes(4096))  # a pipe holds 16 of them
+        pipe.read(1 << 20)
+        output.write(b"goes on")
+        assert pipe.read(100) == b"goes on"

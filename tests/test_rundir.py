@@ -1,6 +1,8 @@
 """A run directory: whole files, one lock, one run."""
 
 import contextlib
+import errno
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,17 @@ def test_lock_keeps_others_out_and_a_kill_frees_it(tmp_path):
     for wait in (False, True):
         with lock_directory(tmp_path, wait=wait):
             pass
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_lock_without_flock_may_be_left_by_a_machine_that_crashed(tmp_path, monkeypatch):
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    told = rf"ends, remove {tmp_path}/lock if its machine is gone, or use another"
+    with lock_directory(tmp_path), pytest.raises(DirectoryLocked, match=told):
+        lock_directory(tmp_path).__enter__()
 
 
 def test_run_directory_belongs_to_one_config_and_its_data(digits_config, tmp_path):

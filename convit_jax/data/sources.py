@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -68,7 +68,7 @@ class ImageFolder(Source):
                 f"{parent} has no folder {' or '.join(folder.name for folder in choices)}: data.dir must contain "
                 f"{parent}/train/CLASS/*.jpg and {parent}/val/CLASS/*.jpg (or test/) if data.name is folder."
             )
-        self.root = root
+        self.root, self._flat = root, True  # no class has subfolders
         self.class_names = _folders(train if train.is_dir() else root)
         if len(self.class_names) == 1:
             only = self.class_names[0]
@@ -86,7 +86,7 @@ class ImageFolder(Source):
             f"folder-{root.name}",
             [self.class_names, [(name, os.stat(root / name).st_mtime_ns) for name in _folders(root)]],
             self._list,
-            keep=lambda table: len(table) >= LARGE_FOLDER and bool((np.char.count(table["names"], b"/") == 1).all()),
+            keep=lambda table: len(table) >= LARGE_FOLDER and self._flat,
         )
         empty = set(range(len(self.class_names))) - set(self.labels.tolist())
         if not len(self.labels) or (split == "train" and empty):
@@ -104,22 +104,27 @@ class ImageFolder(Source):
         names: list[str] = []
         labels: list[int] = []
         unused: Counter[str] = Counter()
+        present = {*_folders(self.root)}
         for label, class_name in enumerate(tqdm(self.class_names, "Listing", unit=" classes", disable=None, delay=2)):
-            found = walk_images(self.root / class_name, unused)
+            if class_name not in present:
+                continue
+            visited: set[str] = set()
+            found = walk_images(self.root / class_name, unused, visited)
             names += [path[len(f"{self.root}/") :] for path in found]
             labels += [label] * (len(names) - len(labels))
+            self._flat &= len(visited) == 1
         if unused:
             self.note = f"{self.root}: not used: " + ", ".join(f"{unused[kind]:,} {kind}" for kind in sorted(unused))
         return make_index(labels, names)
 
 
-def walk_images(folder: str | Path, unused: Counter[str]) -> Iterator[str]:
+def walk_images(folder: str | Path, unused: Counter[str], visited: set[str]) -> Iterator[str]:
     """Yields the paths of the images in a folder at any depth; `unused` counts the other files by kind.
 
-    Links are followed, but each real folder is visited once. Hidden files and what other programs leave are skipped.
+    Links are followed, but each real folder is visited once: `visited` gets it. Hidden files and what other programs
+    leave are skipped. Raises UserError for a folder that cannot be read.
     """
-    visited: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         real = os.path.realpath(parent)
         if real in visited:
             folders.clear()
@@ -136,6 +141,10 @@ def walk_images(folder: str | Path, unused: Counter[str]) -> Iterator[str]:
                 unused[suffix or "without suffix"] += 1
 
 
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"cannot read {error.filename} ({error.strerror}): check its permissions.") from error
+
+
 def _is_data(name: str) -> bool:
     return not name.startswith(".") and name not in LEFTOVERS
 
@@ -147,7 +156,10 @@ def open_source(data: Any, split: str) -> Source:
     if data.name == "folder":
         if not data.dir:
             raise UserError("data.name is folder, but data.dir is empty: add --config.data.dir=FOLDER.")
-        return ImageFolder(data.dir, split)
+        try:
+            return ImageFolder(data.dir, split)
+        except OSError as error:
+            _refuse(error)
     return TfdsImages(data.name, data.dir, split)
 
 

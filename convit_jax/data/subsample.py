@@ -7,6 +7,7 @@ depend on other classes or on the machine.
 
 import hashlib
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def select(
                 f"{len(members)}: give at least {math.ceil(1e4 / len(members)) / 1e4}."
             )
         if rule == "random" and keep < len(members):
-            hashes = [hashlib.sha256(f"{seed}/{source.name(index)}".encode()).digest() for index in members]
+            hashes = [hashlib.sha256(os.fsencode(f"{seed}/{source.name(index)}")).digest() for index in members]
             members = members[np.argsort(hashes)]
         chosen.append(members[:keep])
     return np.sort(np.concatenate(chosen))

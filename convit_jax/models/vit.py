@@ -174,7 +174,10 @@ class VisionTransformer(nnx.Module):
 
     @_one_program
     def features(self, images: jax.Array, *, key: Key = None, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Returns the class token after the last norm, float32 [B, D]. Arguments as for a call."""
+        """Returns the class token after the last norm, float32 [B, D]. Arguments as for a call.
+
+        timm's features of a distilled DeiT are the mean of class and distillation token instead.
+        """
         return self._final_tokens(images, key, 2 if self.distilled else 1)[:, 0]
 
     @_one_program
@@ -243,6 +246,7 @@ class VisionTransformer(nnx.Module):
 
     def map_attention(self, images: jax.Array, function: Callable[[Any, jax.Array], Any]) -> list[Any]:
         """Returns function(attn, x) of every attention layer and its input x [B, N, D], stacked as in `stacks`."""
+        self._check_images(images)
         return self._map_blocks(images, lambda block, x: function(block.attn, block.norm1(x)))
 
     def _map_blocks(self, images: jax.Array, function: Callable[[Block, jax.Array], Any]) -> list[Any]:
@@ -306,7 +310,9 @@ class VisionTransformer(nnx.Module):
             )
         if images.ndim != 4 or images.shape[1:] != expected:
             remedy = "resize them, or create the model with another image_size"
-            if images.ndim == 4 and images.shape[1:] == (self.in_chans, *self.image_size):
+            if images.shape == expected:
+                remedy = "it is one image, pass images[None]"
+            elif images.ndim == 4 and images.shape[1:] == (self.in_chans, *self.image_size):
                 remedy = "they are channels first, pass images.transpose(0, 2, 3, 1)"
             raise ValueError(
                 f"images have shape {list(images.shape)}, but this model takes [B, {', '.join(map(str, expected))}] "

@@ -94,13 +94,16 @@ def layer_scales(params: Any, layer_decay: float, freeze: str | int) -> Any:
 
 
 def count_trained(params: Any, optim: ConfigDict) -> int:
-    """Returns the number of parameters that are not frozen; params may be shapes."""
+    """Returns the number of parameters that are not frozen, at least 1; params may be shapes."""
     scales, frozen = layer_scales(params, 1.0, optim.freeze), frozen_mask(params, optim.frozen)
 
     def trained(leaf: Any, scale: np.ndarray, is_frozen: bool) -> int:
         return 0 if is_frozen else int(np.count_nonzero(scale)) * (math.prod(leaf.shape) // scale.size)
 
-    return sum(jax.tree.leaves(jax.tree.map(trained, params, scales, frozen)))
+    count = sum(jax.tree.leaves(jax.tree.map(trained, params, scales, frozen)))
+    if not count:
+        raise UserError("optim.freeze and optim.frozen leave no parameter to train: freeze fewer.")
+    return count
 
 
 def detach_backbone(params: Any, freeze: str | int) -> Any:

@@ -76,7 +76,9 @@ class Training:
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
         check_same({"workdir": str(workdir), **distributed.comparable(config)})
         with together():
-            kept = from_first(read_json(workdir / "run.json") if checkpoint_steps(workdir) else None)
+            kept = read_json(workdir / "run.json") if checkpoint_steps(workdir) else None
+        kept = from_first(kept)
+        with together():
             config = follow_weights(config, workdir if kept is not None else None)
         self.config, self.workdir = config, workdir
 

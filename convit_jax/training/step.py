@@ -112,7 +112,7 @@ def make_train_step(
         new: State = {"step": number + 1, "params": params, "opt_state": opt_state}
         if "ema" in state:
             decay = config.optim.ema_decay
-            new["ema"] = jax.tree.map(lambda ema, p: decay * ema + (1.0 - decay) * p, state["ema"], params)
+            new["ema"] = jax.tree.map(lambda ema, p: ema + (1.0 - decay) * (p - ema), state["ema"], params)
         return new, metrics
 
     return step

@@ -27,10 +27,14 @@ def infer(
     tensors: Mapping[str, np.ndarray],
     source: str,
     *,
+    trained_size: tuple[int, int] | None = None,
     image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the model_settings() of a state dict. `names.check_state_dict` finds what does not fit them."""
+    """Returns the model_settings() of a state dict. `names.check_state_dict` finds what does not fit them.
+
+    trained_size: of the images, if it is known. image_size: what it is if the patches make no square.
+    """
     blocks = [name.split(".", 2) for name in tensors if name.startswith("blocks.") and name.count(".") > 2]
     local = len({number for _, number, within in blocks if within in GPSA_ONLY})
     required = REQUIRED | ({"blocks.0.attn.gating_param": 1} if local else {})
@@ -46,7 +50,7 @@ def infer(
     distilled = "dist_token" in tensors
     tokens = 2 if distilled else 1
     extras = (0, tokens) if local else (tokens, 0)
-    (rows, columns), extra = _grid(shapes["pos_embed"][1], extras, patch_size, image_size, source)
+    (rows, columns), extra = _grid(shapes["pos_embed"][1], extras, patch_size, (trained_size, image_size), source)
     biased = any(within in BIASES for _, _, within in blocks)
     if num_heads is None:
         known = {embed_dim: shapes["blocks.0.attn.gating_param"][0]} if local else _heads_by_width(biased, extra > 0)
@@ -80,16 +84,17 @@ def _heads_by_width(qkv_bias: bool, pos_embed_class_token: bool) -> dict[int, in
 
 
 def _grid(
-    positions: int, extras: Sequence[int], patch_size: int, image_size: tuple[int, int] | None, source: str
+    positions: int, extras: Sequence[int], patch_size: int, sizes: Sequence[tuple[int, int] | None], source: str
 ) -> tuple[tuple[int, int], int]:
     """((rows, columns), number of entries for class and distillation token) of a position embedding.
 
-    `extras` are the two candidates for that number, the likelier first.
+    `extras` are the two candidates for that number, the likelier first; `sizes` the image sizes to try before and
+    after a square.
     """
+    first, last = ([side // patch_size for side in size or (0, 0)] for size in sizes)
     for extra in extras:
         side = math.isqrt(max(positions - extra, 0))
-        height, width = image_size or (0, 0)
-        for rows, columns in ((side, side), (height // patch_size, width // patch_size)):
+        for rows, columns in (first, (side, side), last):
             if rows * columns == positions - extra > 0:
                 return (rows, columns), extra
     raise UserError(

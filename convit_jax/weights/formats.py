@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.errors import UserError, explained
-from convit_jax.models.variants import abstract_model, given_settings, model_settings
+from convit_jax.models.variants import abstract_model, given_settings, model_settings, parse_image_size
 from convit_jax.models.vit import VisionTransformer
 from convit_jax.rundir import atomic_write
 from convit_jax.weights import names
@@ -105,15 +105,21 @@ def from_state_dict(
         if "model" in config:  # ours has every setting
             settings, how = model_settings("convit_tiny", **config["model"]), Preprocessing(**config["preprocessing"])
             return Pretrained(tensors, settings, how, tuple(config["class_names"] or ()) or None, source)
-        config |= config.get("pretrained_cfg", {})
+        config |= (config.get("pretrained_cfg") or {}) | (config.get("model_args") or {})
+        if (pool := config.get("global_pool") or "token") != "token":
+            raise UserError(f"global_pool is {pool!r}, but heads here read the class token: train with 'token'.")
         given = {ours: config[theirs] for ours, theirs in TIMM.items() if config.get(theirs) is not None}
-        how, class_names = Preprocessing(**given), tuple(config.get("label_names") or ())
-    settings = infer(tensors, source, image_size=image_size, num_heads=num_heads)
+        how, class_names = Preprocessing(**given), config.get("label_names") or ()
+        size = config.get("img_size") or config.get("input_size", [])[1:]
+        trained_size, num_heads = parse_image_size(size) if size else None, num_heads or config.get("num_heads")
+    settings = infer(tensors, source, trained_size=trained_size, image_size=image_size, num_heads=num_heads)
+    if isinstance(class_names, dict):  # {"0": "cat", "2": "dog"}
+        class_names = [class_names.get(str(label), f"class {label}") for label in range(settings["num_classes"])]
     if max(settings["image_size"]) <= 32 and "crop_ratio" not in given:  # the authors do not resize such images
         how = dataclasses.replace(how, crop_ratio=1.0)
     if settings["num_classes"] == len(IMAGENET):
-        class_names = class_names or tuple(IMAGENET)
-    return Pretrained(tensors, settings, how, class_names or None, source)
+        class_names = class_names or IMAGENET
+    return Pretrained(tensors, settings, how, tuple(class_names) or None, source)
 
 
 def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:

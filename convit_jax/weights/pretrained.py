@@ -64,7 +64,8 @@ def load_pretrained(
     )
     rates = {"drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_path_rate": 0.0}
     loaded = with_behaviour(loaded, **{**rates, **behaviour})
-    print(f"Loaded {loaded.source}, computed in {loaded.settings['dtype']}", file=sys.stderr)
+    facts = [f"Loaded {loaded.source}", *loaded.changes, f"computed in {loaded.settings['dtype']}"]
+    print(", ".join(facts), file=sys.stderr)
     return loaded.model()
 
 

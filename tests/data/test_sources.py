@@ -1,8 +1,10 @@
 """Sources: the digits' fixed split, image folders as torchvision reads them, messages about unusable ones."""
 
+import errno
 import os
 import pickle
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -157,6 +159,11 @@ def test_the_list_of_a_large_flat_folder_is_kept_until_a_file_comes_or_goes(fold
     write_image(folder / "train/a/deep/er/new.jpg")  # changes no time of a class folder
     assert len(ImageFolder(folder, "train").labels) == len(before) + 1
     shutil.rmtree(folder / "train/a/deep")
+    (folder / "train/a/empty").mkdir()
+    before = names(ImageFolder(folder, "train"))
+    write_image(folder / "train/a/empty/new.jpg")
+    assert len(ImageFolder(folder, "train").labels) == len(before) + 1
+    shutil.rmtree(folder / "train/a/empty")
 
     listed = names(ImageFolder(folder, "train"))
     with monkeypatch.context() as patch:
@@ -169,3 +176,17 @@ def test_the_list_of_a_large_flat_folder_is_kept_until_a_file_comes_or_goes(fold
     assert names(ImageFolder(folder, "train")) == sorted([*listed, "a/new.jpg"])
     (folder / "train/a/new.jpg").unlink()
     assert names(ImageFolder(folder, "train")) == listed
+
+
+@pytest.mark.parametrize("lost", ["train", "train/a", "val/c"])
+def test_a_folder_that_cannot_be_read_is_no_empty_folder(lost, folder, monkeypatch):
+    def scandir(path, real=os.scandir):
+        if Path(path) == folder / lost:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(sources, "LARGE_FOLDER", 1)
+    with pytest.raises(UserError, match=rf"cannot read {folder / lost} \(Permission denied\): check its perm"):
+        open_source(SimpleNamespace(name="folder", dir=folder), lost.split("/")[0].replace("val", "test"))
+    assert sorted(os.listdir(folder)) == ["train", "val"]  # no list is kept

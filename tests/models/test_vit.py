@@ -162,9 +162,12 @@ def test_init_has_the_original_distributions():
         (np.ones((3, 24, 24, 3), np.float32), r"\[3, 24, 24, 3\], but this model takes \[B, 16, 24, 3\]"),
         (np.ones((3, 16, 24, 3), np.uint8), r"images are uint8, but .*: use model.preprocess\(images\)"),
         (np.ones((3, 3, 16, 24), np.float32), r"channels first, pass images.transpose\(0, 2, 3, 1\)"),
+        (np.ones((16, 24, 3), np.float32), r"it is one image, pass images\[None\]"),
         ([[0.0]], "images are a builtins.list: pass a JAX or numpy array"),
     ],
 )
 def test_unsuitable_images_are_refused(images, message):
     with pytest.raises(ValueError, match=message):
         small()(images)
+    with pytest.raises(ValueError, match=message):
+        small().map_attention(images, lambda attn, x: x)

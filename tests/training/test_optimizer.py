@@ -13,7 +13,7 @@ from conftest import ROOT
 from configs import default
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, model_settings
-from convit_jax.training.optimizer import frozen_mask, make_optimizer, run_schedule
+from convit_jax.training.optimizer import count_trained, frozen_mask, make_optimizer, run_schedule
 
 IMAGENET = 1_281_167
 
@@ -113,6 +113,9 @@ def test_frozen_parameters_stay_and_the_others_do_not():
         frozen_mask(start, ("gates",))
     with pytest.raises(UserError, match=r"\['e', 'o', 'a'\], which leaves no parameter to train"):
         frozen_mask(start, ("e", "o", "a"))
+    optim.freeze, optim.frozen = "backbone", ("head",)
+    with pytest.raises(UserError, match="leave no parameter to train: freeze fewer"):
+        count_trained(start, optim)
 
 
 def test_clipping_bounds_the_gradient_of_all_parameters_together():
