@@ -62,7 +62,7 @@ def test_a_change_reaches_every_run_and_its_command(make_study, tmp_path):
 @pytest.mark.parametrize(
     ("entries", "keys", "sentence"),
     [
-        ([{}], {"titel": ""}, r"cannot read the plan .*/mine.py \(TypeError: .*'titel'\): .* lists all keys"),
+        ([{}], {"titel": ""}, r"cannot read the plan .*/mine.py \(TypeError: .*'titel'.*\): .* lists all keys"),
         ([{}, {}], {}, "two runs have the same row, column and seed"),
         ([{}], {"baseline": "b"}, r"baseline \['b'\]: choose from \[None, 'a'\]"),
         ([{"overrides": {"optim.lrr": 1}}], {}, "the config has no field 'optim.lrr'"),
