@@ -38,12 +38,13 @@ DEFAULT = ("convit", "plain", "timm-convit", "timm-convit+compiled", "timm-deit"
 
 def program_names(text):
     """Returns a list of programs, each one of ours in some forms, or one of timm's, perhaps compiled."""
-    for program in text.split(","):
+    programs = text.split(",")
+    for program in programs:
         base, *forms = program.split("+")
         if not (set(forms) <= set(FORMS) if base in OURS else base in TIMM and forms in ([], ["compiled"])):
             bases = ", ".join((*OURS, *TIMM))
             raise argparse.ArgumentTypeError(f"unknown program {program!r}: give a base of {bases} and its forms")
-    return text.split(",")
+    return programs
 
 
 def command(program, model, image_size, batch, options, cache):

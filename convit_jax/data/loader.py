@@ -86,8 +86,8 @@ def batches(
 @atexit.register
 def free_shared_memory() -> None:
     """Frees the batches that nobody uses any more; Python reports as leaked what is not free at exit."""
-    gc.collect()  # Grain keeps the last batches in reference cycles
-    if pool := SharedMemoryArray._del_thread_pool:
+    if pool := SharedMemoryArray._del_thread_pool:  # there have been workers
+        gc.collect()  # Grain keeps the last batches in reference cycles
         pool.apply_async(int).wait(10)  # its only thread has freed all that came before
 
 

@@ -75,7 +75,8 @@ class ImageFolder(Source):
             inside = _folders(root / only) if (root / only).is_dir() else ()
             remedy = f"move the folders in it ({', '.join(inside[:3])}, ...) up" if inside else "add other classes"
             raise UserError(f"{root} has a single class folder, {only!r}: {remedy}.")
-        if unknown := sorted({*_folders(root)} - {*self.class_names}):
+        present = _folders(root)
+        if unknown := sorted({*present} - {*self.class_names}):
             raise UserError(
                 f"{root} has {len(unknown)} classes that {train} lacks, such as {unknown[0]!r}: "
                 "both must have the same class folders."
@@ -84,8 +85,8 @@ class ImageFolder(Source):
         self.index = cached_index(
             parent,  # not in a split's folder, whose folders are classes
             f"folder-{root.name}",
-            [self.class_names, [(name, os.stat(root / name).st_mtime_ns) for name in _folders(root)]],
-            self._list,
+            [self.class_names, [(name, os.stat(root / name).st_mtime_ns) for name in present]],
+            lambda: self._list({*present}),
             keep=lambda table: len(table) >= LARGE_FOLDER and self._flat,
         )
         empty = set(range(len(self.class_names))) - set(self.labels.tolist())
@@ -100,11 +101,10 @@ class ImageFolder(Source):
         with explained(path):
             return path.read_bytes()
 
-    def _list(self) -> Index:
+    def _list(self, present: set[str]) -> Index:
         names: list[str] = []
         labels: list[int] = []
         unused: Counter[str] = Counter()
-        present = {*_folders(self.root)}
         for label, class_name in enumerate(tqdm(self.class_names, "Listing", unit=" classes", disable=None, delay=2)):
             if class_name not in present:
                 continue

@@ -34,7 +34,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert facts["flops"] == 2 * facts["macs"] > 0
     assert f"{facts['parameters']:,} parameters" in done.stdout
     assert "augment.policy=none" in done.stdout
-    assert "the first time ...\nFirst step after" in done.stdout
+    assert "Compiling the training step, up to a minute the first time ...\nFirst step after" in done.stdout
     assert json.loads((run / "config.json").read_text())["batch_size"] == 128
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").glob("events*"))
