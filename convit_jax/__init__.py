@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convit_jax.models.variants import create_model, list_models
-    from convit_jax.weights.pretrained import load_pretrained
+    from convit_jax.weights.pretrained import load_pretrained, save_pretrained
 
-__all__ = ["create_model", "list_models", "load_pretrained"]
+__all__ = ["create_model", "list_models", "load_pretrained", "save_pretrained"]
 __version__ = "0.1.0"
 
 
@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
     from convit_jax.models import variants
     from convit_jax.weights import pretrained
 
-    return getattr(pretrained if name == "load_pretrained" else variants, name)
+    return getattr(pretrained if name.endswith("_pretrained") else variants, name)
 
 
 def __dir__() -> list[str]:

@@ -17,9 +17,6 @@ from convit_jax.cli import define_weights, launch, load_weights
 from convit_jax.errors import UserError
 from convit_jax.rundir import disk_errors
 
-FILE = ".safetensors"
-OTHERS = (".pth", ".pt", ".bin", ".ckpt", ".h5", ".npz", ".onnx", ".pkl", ".tar")  # rather mistakes than directories
-
 
 def _define_flags() -> None:
     define_weights(checkpoint=False)
@@ -31,12 +28,14 @@ def _define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     """Converts SOURCE to TARGET."""
-    from convit_jax.weights.formats import save_converted, save_for_timm
+    from convit_jax.weights.formats import check_target, save_converted, save_for_timm
     from convit_jax.weights.pretrained import describe_weights
 
     source, target = arguments[0], Path(arguments[1]).expanduser()
-    check_target(target, flags.FLAGS.overwrite)
-    if target.suffix == FILE and flags.FLAGS["for"].value:
+    if target.exists() and not flags.FLAGS.overwrite and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists: give another TARGET, or add --overwrite to replace it.")
+    check_target(target)
+    if target.suffix == ".safetensors" and flags.FLAGS["for"].value:
         raise UserError(f"--for=timm writes a directory: name it {target.with_suffix('')}.")
     loaded = load_weights(source, num_classes=flags.FLAGS.num_classes, seed=flags.FLAGS.seed)
     named = "with" if loaded.class_names else "without"
@@ -46,24 +45,6 @@ def main(arguments: list[str]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         (save_for_timm if flags.FLAGS["for"].value else save_converted)(loaded, target)
     print(f"Written to {target}")
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raises UserError if TARGET is of a kind that is not written, or exists and must not be replaced."""
-    if target.suffix in OTHERS:
-        raise UserError(
-            f"convert writes no {target.suffix}: give a directory or {target.with_suffix(FILE)}, "
-            "which PyTorch and timm load too (docs/checkpoints.md has the line that makes a .pth of it)."
-        )
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{target} exists: give another TARGET, or add --overwrite to replace it.")
-    from convit_jax.weights.formats import FILES
-
-    converted = {path.name for path in target.iterdir()} <= FILES if target.is_dir() else target.suffix == FILE
-    if not converted:
-        raise UserError(f"{target} holds other things than converted weights: give another TARGET.")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import pytest
 import safetensors
 from conftest import GOLDEN, assert_same, run_python
 
-from convit_jax.convert import check_target
 from convit_jax.errors import UserError
 from convit_jax.models.variants import abstract_model, model_settings
 from convit_jax.weights import pretrained
@@ -79,18 +78,19 @@ def test_a_directory_for_timm_names_the_model_its_sizes_and_its_preprocessing(go
 def test_only_converted_weights_are_replaced(tmp_path, run_here):
     with pytest.raises(UserError, match=r"cannot read .*/README.md: it is neither"):
         run_here("convert", GOLDEN / "README.md", tmp_path / "new")
-    check_target(tmp_path / "new", overwrite=False)
     for suffix in (".bin", ".pth"):
-        with pytest.raises(UserError, match=rf"writes no {suffix}: give a directory or .*new.safetensors"):
-            check_target(tmp_path / f"new{suffix}", overwrite=True)
-    (tmp_path / "weights.safetensors").touch()
+        with pytest.raises(UserError, match=r"not written: give a directory or .*new.safetensors"):
+            run_here("convert", GOLDEN / "convit_golden.pth", tmp_path / f"new{suffix}")
+    target = tmp_path / "mine"
+    target.mkdir()  # an empty directory
+    run_here("convert", GOLDEN / "convit_golden.pth", target)
     with pytest.raises(UserError, match="exists: give another TARGET, or add --overwrite"):
-        check_target(tmp_path, overwrite=False)
-    check_target(tmp_path, overwrite=True)
-    (tmp_path / "thesis.tex").touch()
-    for target in (tmp_path, tmp_path / "thesis.tex"):
+        run_here("convert", GOLDEN / "convit_golden.pth", target)
+    run_here("convert", GOLDEN / "convit_golden.pth", target, "--overwrite")
+    (target / "thesis.tex").touch()
+    for other in (target, target / "thesis.tex"):
         with pytest.raises(UserError, match="holds other things"):
-            check_target(target, overwrite=True)
+            run_here("convert", GOLDEN / "convit_golden.pth", other, "--overwrite")
 
 
 def test_importing_the_package_stays_light():

@@ -32,6 +32,7 @@ TIMM = {"crop_ratio": "crop_pct", "interpolation": "interpolation", "mean": "mea
 
 METADATA = "convit_jax"  # key of the config in a .safetensors file
 FILES = {"weights.safetensors", "model.safetensors", "config.json", "README.md"}  # that a conversion writes
+OTHERS = (".pth", ".pt", ".bin", ".ckpt", ".h5", ".npz", ".onnx", ".pkl", ".tar")  # rather mistakes than directories
 CARD = """\
 ---
 library_name: timm
@@ -164,6 +165,18 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], config: str
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with atomic_write(path, "wb") as file:
         file.write(save(contiguous, metadata={"format": "pt"} | ({METADATA: config} if config else {})))
+
+
+def check_target(target: Path) -> None:
+    """Raises UserError if weights cannot be written to this path, or would replace anything but converted weights."""
+    if target.suffix in OTHERS:
+        raise UserError(
+            f"{target} is of a kind that is not written: give a directory or {target.with_suffix('.safetensors')}, "
+            "which PyTorch and timm load too (docs/checkpoints.md has the line that makes a .pth of it)."
+        )
+    in_place = {path.name for path in target.iterdir()} <= FILES if target.is_dir() else target.suffix == ".safetensors"
+    if target.exists() and not in_place:
+        raise UserError(f"{target} holds other things than converted weights: give another path.")
 
 
 def save_converted(loaded: Pretrained, target: Path) -> None:

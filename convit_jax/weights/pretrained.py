@@ -11,17 +11,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from convit_jax.data.class_names import IMAGENET
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.initializers import trunc_normal
 from convit_jax.models.variants import SIZES, model_settings, parse_image_size
 from convit_jax.models.vit import VisionTransformer, patch_grid
-from convit_jax.rundir import is_run
+from convit_jax.rundir import disk_errors, is_run
+from convit_jax.weights.architecture import infer
 from convit_jax.weights.checkpoint_file import read_state_dict
-from convit_jax.weights.formats import Pretrained, checked_json, from_run, from_state_dict
+from convit_jax.weights.formats import Pretrained, check_target, checked_json, from_run, from_state_dict, save_converted
 from convit_jax.weights.hub import WEIGHTS, fetch
-from convit_jax.weights.names import check_state_dict
+from convit_jax.weights.names import check_state_dict, to_state_dict
 from convit_jax.weights.positions import resize_pos_embed
+from convit_jax.weights.preprocess import Preprocess, Preprocessing
 
 BEHAVIOUR = ("dtype", "attention", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
 NO_MATTER = (*BEHAVIOUR, "conv_init", "locality_strength", "gate_init")  # to trained weights
@@ -67,6 +71,42 @@ def load_pretrained(
     facts = [f"Loaded {loaded.source}", *loaded.changes, f"computed in {loaded.settings['dtype']}"]
     print(", ".join(facts), file=sys.stderr)
     return loaded.model()
+
+
+def save_pretrained(
+    model: VisionTransformer,
+    path: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+    **preprocessing: Any,
+) -> None:
+    """Writes a model to a file or directory that `load_pretrained`, all commands, PyTorch and timm read.
+
+    Args:
+      model: weights and settings are kept, but drop rates, as all that changes no weight except the dtype.
+      path: with the ending .safetensors a file, otherwise a directory; converted weights that are there are replaced.
+      class_names: of each label; model.class_names by default.
+      **preprocessing: crop_ratio, interpolation, and mean and std of pixels in 0..1; what is not given is that of
+        model.preprocess or, without one, of the recipe (0.875, "bicubic", ImageNet's).
+
+    Raises:
+      UserError: the path is of another kind or cannot be written, or the names are not one per class.
+    """
+    target = Path(path).expanduser()
+    check_target(target)
+    names = tuple(map(str, (model.class_names or ()) if class_names is None else class_names))
+    if names and len(names) != model.num_classes:
+        raise UserError(f"{len(names)} class_names for a model of {model.num_classes} classes: give one for each.")
+    if names == tuple(IMAGENET.values()):  # the words of load_pretrained
+        names = tuple(IMAGENET)
+    tensors = to_state_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    heads = model.sa_blocks.attn.num_heads
+    settings = infer(tensors, "the model", trained_size=model.image_size, num_heads=heads) | {"dtype": model.dtype.name}
+    how = model.preprocess.how if isinstance(model.preprocess, Preprocess) else Preprocessing()
+    how = dataclasses.replace(how, **preprocessing)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_converted(Pretrained(tensors, settings, how, names or None, "save_pretrained"), target)
 
 
 def load(

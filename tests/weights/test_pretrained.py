@@ -15,6 +15,7 @@ from forgery import save_torch
 from orbax.checkpoint import v1 as ocp
 
 import convit_jax
+from convit_jax.data.class_names import IMAGENET
 from convit_jax.errors import UserError
 from convit_jax.training import setup
 from convit_jax.training.loop import train
@@ -96,6 +97,29 @@ def test_a_new_head_and_larger_images(golden):
     model = convit_jax.load_pretrained(WEIGHTS, num_classes=3, image_size=(48, 64), dtype="bfloat16")
     assert model(np.zeros((2, 48, 64, 3), np.float32)).shape == (2, 3)
     assert pretrained.load(WEIGHTS, num_classes=10).changes == ()
+
+
+@pytest.mark.parametrize("name", ["mine.safetensors", "mine"])
+def test_a_model_is_saved_from_python(tmp_path, name):
+    sizes = {"embed_dim": 24, "depth": 2, "local_up_to_layer": 0, "num_heads": 2, "patch_size": 8}
+    model = convit_jax.create_model("deit_tiny", num_classes=2, image_size=(48, 64), dtype="bfloat16", **sizes)
+    convit_jax.save_pretrained(model, tmp_path / name, class_names=np.array(["ant", "bee"]), mean=[0.5] * 3)
+    again = convit_jax.load_pretrained(tmp_path / name)
+    image = np.random.default_rng(0).integers(0, 256, (1, 48, 64, 3), np.uint8)
+    np.testing.assert_array_equal(again(again.preprocess(image)), model(again.preprocess(image)))
+    assert (again.class_names, again.preprocess.how) == (("ant", "bee"), Preprocessing(mean=(0.5,) * 3))
+    with pytest.raises(UserError, match="3 class_names for a model of 2 classes"):
+        convit_jax.save_pretrained(model, tmp_path / name, class_names=["a", "b", "c"])
+    again.reset_classifier(0)
+    convit_jax.save_pretrained(again, tmp_path / name)  # with what it was loaded with
+    assert pretrained.load(tmp_path / name).preprocessing == again.preprocess.how
+
+
+def test_a_saved_model_still_knows_the_classes_of_imagenet(tmp_path):
+    loaded = pretrained.load(WEIGHTS, num_classes=1000)
+    named = dataclasses.replace(loaded, class_names=tuple(IMAGENET))
+    convit_jax.save_pretrained(named.model(), tmp_path / "mine.safetensors")
+    assert pretrained.load(tmp_path / "mine.safetensors").class_names == named.class_names
 
 
 def test_weights_without_a_head_take_a_new_one(golden, tmp_path):
