@@ -1,4 +1,4 @@
-"""README.md and docs/: every command can be typed as it stands, every Python snippet runs, every link leads somewhere.
+"""README.md, docs/ and examples/: commands can be typed as they stand, Python snippets run, links lead somewhere.
 
 docs/python.md has a test of its own, test_python_page.py.
 """
@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from convit_jax.config import load_config
 from convit_jax.study import plan
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = [ROOT / "examples/slurm.sh"]
 # What a page leaves out.
 WHOLE = {"--config=...": "--config=configs/convit_s.py", "train.py ...": "train.py", "\\\n": " "}
 ADDED = ["--config=configs/convit_s.py"]  # stands for the command to which a table adds flags
@@ -31,7 +33,8 @@ class Parsed(Exception):
 
 def code(page):
     """The lines of a page's blocks of code, and the code inside its text, unless it is of an earlier commit."""
-    text = re.sub(r"^```(python|bibtex)\n.*?^```", "", page.read_text(), flags=re.S | re.M)
+    text = page.read_text() if page.suffix == ".md" else textwrap.indent(page.read_text(), "    ")
+    text = re.sub(r"^```(python|bibtex)\n.*?^```", "", text, flags=re.S | re.M)
     for part, whole in WHOLE.items():
         text = text.replace(part, whole)
     text = re.sub(r"(`[^`]+`|^    .*)[, ]+at\s+commit", "", text, flags=re.M)
@@ -42,8 +45,9 @@ def commands(page):
     """The commands of this project on a page, as lists of words: ["train.py", "--config=configs/convit_s.py"]."""
     for line in code(page):
         words = shlex.split(line, comments=True)
-        if "python" in words:
-            words = words[words.index("python") + 1 :]
+        programs = [word.removeprefix(".venv/bin/") for word in words]
+        if "python" in programs:
+            words = words[programs.index("python") + 1 :]
             yield words[1:] if words[0] == "-m" else words
         elif words and re.fullmatch("convit-[a-z]+", words[0]):
             name = words[0].removeprefix("convit-")
@@ -51,7 +55,7 @@ def commands(page):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # other tests import commands
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + SCRIPTS, ids=lambda page: page.name)
 def test_every_command_can_be_typed(page, monkeypatch):
     def launch(name, main, *, define=lambda: None, config=None, arguments="", processes=False, **others):
         cli._parse(sys.argv, [cli._define_processes, define] if processes else [define], config, arguments)
@@ -116,9 +120,8 @@ def test_the_script_for_cifar10_makes_an_image_folder(tmp_path, monkeypatch):
     assert (len(train.labels), len(test.labels), train.class_names) == (8, 4, ("cat", "dog"))
 
 
-def test_the_plan_of_experiments_is_a_study(tmp_path):
-    (tmp_path / "mine.py").write_text(snippet("docs/experiments.md"))
-    assert len(plan.read_study(str(tmp_path / "mine.py"), []).runs) == 9
+def test_the_example_of_a_study_can_be_read():
+    assert len(plan.read_study(str(ROOT / "examples/learning_rate.py"), []).runs) == 9
 
 
 def test_weights_load_for_other_classes_and_sizes():
