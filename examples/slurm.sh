@@ -7,6 +7,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@120     # saves two minutes before the end
 #SBATCH --requeue
+# srun needs --cpus-per-task again since Slurm 22.05.
 srun --cpus-per-task=$SLURM_CPUS_PER_TASK --kill-on-bad-exit=1 \
     .venv/bin/python train.py --config=configs/convit_b_plus.py --config.batch_size=4096 \
     --config.data.dir="$IMAGENET" --config.data.workers=10 --workdir=runs/b_plus

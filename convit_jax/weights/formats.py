@@ -26,7 +26,7 @@ from convit_jax.models.vit import VisionTransformer
 from convit_jax.rundir import atomic_write
 from convit_jax.weights import names
 from convit_jax.weights.architecture import infer
-from convit_jax.weights.preprocess import Preprocess, Preprocessing
+from convit_jax.weights.preprocess import Preprocess, Preprocessing, usual_crop_ratio
 
 TIMM = {"crop_ratio": "crop_pct", "interpolation": "interpolation", "mean": "mean", "std": "std"}  # its names
 
@@ -116,8 +116,8 @@ def from_state_dict(
     settings = infer(tensors, source, trained_size=trained_size, image_size=image_size, num_heads=num_heads)
     if isinstance(class_names, dict):  # {"0": "cat", "2": "dog"}
         class_names = [class_names.get(str(label), f"class {label}") for label in range(settings["num_classes"])]
-    if max(settings["image_size"]) <= 32 and "crop_ratio" not in given:  # the authors do not resize such images
-        how = dataclasses.replace(how, crop_ratio=1.0)
+    if "crop_ratio" not in given:
+        how = dataclasses.replace(how, crop_ratio=usual_crop_ratio(settings["image_size"]))
     if settings["num_classes"] == len(IMAGENET):
         class_names = class_names or IMAGENET
     return Pretrained(tensors, settings, how, tuple(class_names) or None, source)

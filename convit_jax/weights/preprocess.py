@@ -44,6 +44,11 @@ class Preprocessing:
         return f"crop {self.crop_ratio:g}, {self.interpolation}, mean {mean}, std {std}"
 
 
+def usual_crop_ratio(image_size: tuple[int, int]) -> float:
+    """Returns the recipe's crop_ratio; images of 32 px and less are not cropped, as by the authors."""
+    return 1.0 if max(image_size) <= 32 else Preprocessing.crop_ratio
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
     """A function from images to a model's input, made for a preprocessing and an image size."""

@@ -25,7 +25,7 @@ from convit_jax.weights.formats import Pretrained, check_target, checked_json, f
 from convit_jax.weights.hub import WEIGHTS, fetch
 from convit_jax.weights.names import check_state_dict, to_state_dict
 from convit_jax.weights.positions import resize_pos_embed
-from convit_jax.weights.preprocess import Preprocess, Preprocessing
+from convit_jax.weights.preprocess import Preprocess, Preprocessing, usual_crop_ratio
 
 BEHAVIOUR = ("dtype", "attention", "drop_rate", "attn_drop_rate", "drop_path_rate", "remat", "scan_unroll")
 NO_MATTER = (*BEHAVIOUR, "conv_init", "locality_strength", "gate_init")  # to trained weights
@@ -87,7 +87,7 @@ def save_pretrained(
       path: with the ending .safetensors a file, otherwise a directory; converted weights that are there are replaced.
       class_names: of each label; model.class_names by default.
       **preprocessing: crop_ratio, interpolation, and mean and std of pixels in 0..1; what is not given is that of
-        model.preprocess or, without one, of the recipe (0.875, "bicubic", ImageNet's).
+        model.preprocess or, without one, of the recipe: 0.875 (1 up to 32 px), "bicubic", ImageNet's.
 
     Raises:
       UserError: the path is of another kind or cannot be written, or the names are not one per class.
@@ -102,7 +102,8 @@ def save_pretrained(
     tensors = to_state_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     heads = model.sa_blocks.attn.num_heads
     settings = infer(tensors, "the model", trained_size=model.image_size, num_heads=heads) | {"dtype": model.dtype.name}
-    how = model.preprocess.how if isinstance(model.preprocess, Preprocess) else Preprocessing()
+    recipe = Preprocessing(crop_ratio=usual_crop_ratio(model.image_size))
+    how = model.preprocess.how if isinstance(model.preprocess, Preprocess) else recipe
     how = dataclasses.replace(how, **preprocessing)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)

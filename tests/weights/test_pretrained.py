@@ -110,6 +110,9 @@ def test_a_model_is_saved_from_python(tmp_path, name):
     assert (again.class_names, again.preprocess.how) == (("ant", "bee"), Preprocessing(mean=(0.5,) * 3))
     with pytest.raises(UserError, match="3 class_names for a model of 2 classes"):
         convit_jax.save_pretrained(model, tmp_path / name, class_names=["a", "b", "c"])
+    small = convit_jax.create_model("deit_tiny", image_size=32, **sizes)
+    convit_jax.save_pretrained(small, tmp_path / name)
+    assert pretrained.load(tmp_path / name).preprocessing == Preprocessing(crop_ratio=1.0)
     again.reset_classifier(0)
     convit_jax.save_pretrained(again, tmp_path / name)  # with what it was loaded with
     assert pretrained.load(tmp_path / name).preprocessing == again.preprocess.how
