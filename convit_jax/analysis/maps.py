@@ -52,18 +52,18 @@ def layer_maps(model: VisionTransformer, image: jax.Array | np.ndarray) -> list[
 
     The model must be in evaluation mode.
     """
-
-    def look(attn: SelfAttention | GatedPositionalSelfAttention, x: jax.Array) -> dict[str, jax.Array | None]:
-        if isinstance(attn, SelfAttention):
-            return dict(content=attn.attention_maps(x)[0], gates=None, rows=None, columns=None)
-        rows, columns = attn.positional_factors()
-        return dict(content=attn.content_maps(x)[0], gates=attn.gates(), rows=rows, columns=columns)
-
     return [
         LayerMaps(**jax.tree.map(lambda values, number=number: values[number], stack))
-        for stack in jax.device_get(model.map_attention(jnp.asarray(image)[None], look))
+        for stack in jax.device_get(model.map_attention(jnp.asarray(image)[None], _look))
         for number in range(len(stack["content"]))
     ]
+
+
+def _look(attn: SelfAttention | GatedPositionalSelfAttention, x: jax.Array) -> dict[str, jax.Array | None]:
+    if isinstance(attn, SelfAttention):
+        return dict(content=attn.attention_maps(x)[0], gates=None, rows=None, columns=None)
+    rows, columns = attn.positional_factors()
+    return dict(content=attn.content_maps(x)[0], gates=attn.gates(), rows=rows, columns=columns)
 
 
 def init_maps(

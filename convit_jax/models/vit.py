@@ -30,26 +30,24 @@ Settings = dict[str, Any]  # all settings of a VisionTransformer by name; also s
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "method"), inline=True)
-def _call(graphdef: Any, params: Any, method: Callable[..., Any], images: jax.Array, **key: Any) -> Any:
-    return method(nnx.merge(graphdef, params), images, **key)
+@functools.partial(jax.jit, static_argnames=("graphdef", "method", "static"))
+def _call(graphdef: Any, params: Any, method: Callable[..., Any], static: Any, images: jax.Array, **key: Any) -> Any:
+    return method(nnx.merge(graphdef, params), images, *static, **key)
 
 
 def _one_program(method: Method) -> Method:
-    """Checks the images, takes a key from `rngs`, and compiles eager calls once for all models of the same settings.
+    """Checks the images, takes a key from `rngs`, and compiles a call once for all models of the same settings.
 
-    Otherwise every eager call would recompile its scans, because each call passes `lax.scan` a new closure.
+    Otherwise eager calls and gradients would recompile their scans, because each passes `lax.scan` a new closure.
     """
     is_random = "key" in inspect.signature(method).parameters
 
     @functools.wraps(method)
-    def call(model: Any, images: jax.Array, **randomness: Any) -> Any:
+    def call(model: Any, images: jax.Array, *static: Any, **randomness: Any) -> Any:
         model._check_images(images)
         key = {"key": model._training_key(**randomness)} if is_random else randomness
         graphdef, params = nnx.split(model)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
-            return method(model, images, **key)  # part of another program
-        return _call(graphdef, params, method, images, **key)
+        return _call(graphdef, params, method, static, images, **key)
 
     return cast(Method, call)
 
@@ -244,9 +242,9 @@ class VisionTransformer(nnx.Module):
         stacks = self.map_attention(images, lambda attn, x: attn.attention_maps(x))
         return [maps for stack in stacks for maps in stack]
 
+    @_one_program
     def map_attention(self, images: jax.Array, function: Callable[[Any, jax.Array], Any]) -> list[Any]:
         """Returns function(attn, x) of every attention layer and its input x [B, N, D], stacked as in `stacks`."""
-        self._check_images(images)
         return self._map_blocks(images, lambda block, x: function(block.attn, block.norm1(x)))
 
     def _map_blocks(self, images: jax.Array, function: Callable[[Block, jax.Array], Any]) -> list[Any]:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from convit_jax import create_model
+from convit_jax.analysis.maps import layer_maps
 
 SMALL = dict(num_classes=7, image_size=(16, 24), patch_size=8, embed_dim=16, num_heads=4, depth=4)
 IMAGES = jax.random.normal(jax.random.key(5), (3, 16, 24, 3))
@@ -50,20 +51,23 @@ def test_the_distillation_token_has_its_own_head_and_logits_are_the_mean_of_both
     assert (other.both_logits(IMAGES)[1] != distillation_logits).all()
 
 
-def test_eager_calls_are_compiled_once_for_all_models_of_the_same_settings():
-    model = small()
-    key = jax.random.key(0)
-    calls = (model, model.features, model.attention_maps, functools.partial(model, key=key))
-    before = jax.device_get([call(IMAGES) for call in calls])
-    np.testing.assert_allclose(before[0], as_one_program(lambda model: model(IMAGES), model), atol=1e-7)
+def test_eager_calls_and_gradients_are_compiled_once_for_all_models_of_the_same_settings():
+    def results(model):
+        def loss_fn(model):
+            return model(IMAGES, key=jax.random.key(0)).mean()
+
+        outputs = [model(IMAGES), model.features(IMAGES), model.attention_maps(IMAGES), layer_maps(model, IMAGES[0])]
+        return jax.device_get([*outputs, loss_fn(model), nnx.grad(loss_fn)(model)])
+
+    before = results(small())
+    np.testing.assert_allclose(before[0], as_one_program(lambda model: model(IMAGES), small()), atol=1e-7)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
     other = create_model("convit_tiny", seed=1, **SMALL, local_up_to_layer=2)
     for model in (small(), other):
-        calls = (model, model.features, model.attention_maps, functools.partial(model, key=key))
-        after = jax.device_get([call(IMAGES) for call in calls])
+        after = results(model)
         assert (model is other) == (np.abs(after[0] - before[0]).max() > 0)  # parameters are no constants
     assert not compiled
 
