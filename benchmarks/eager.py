@@ -1,4 +1,4 @@
-"""Seconds and compilations of the Python API: create_model and eager calls, and eager against jitted calls.
+"""Seconds and compilations of the Python API: create_model, eager calls and gradients, and eager against jitted calls.
 
 python -m benchmarks.eager
 """
@@ -34,6 +34,9 @@ def measure(name, batch):
     for method in ("__call__", "features", "attention_maps"):
         for count in ("first", "second"):
             seconds(getattr(model, method), images, words=f"  {method}, {count}")
+    gradient = nnx.grad(lambda model: model(images).mean())
+    for count in ("first", "second"):
+        seconds(gradient, model, words=f"  gradient, {count}")
     graphdef, params = nnx.split(model)
     jitted = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
     seconds(jitted, params, images)

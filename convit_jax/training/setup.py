@@ -158,10 +158,10 @@ class Training:
         if config.init_from and not continues:
             phase("reading init_from")
             with together():
-                start_from, changes = load_into(config.init_from, self.plan.model, config.seed)
+                start_from, facts = load_into(config.init_from, self.plan.model, config.seed)
             digest = {"the digest of the weights of init_from": fingerprint(start_from)}
             check_same(digest, "give all processes the same weights")
-            say("; ".join([f"Starting from {config.init_from}", *changes]))
+            say(f"Starting from {'; '.join(facts)}")
         phase(f"taking {workdir}")
         owner = from_first(secrets.token_hex())
         with together():

@@ -164,7 +164,7 @@ def with_behaviour(loaded: Pretrained, **behaviour: Any) -> Pretrained:
 
 
 def load_into(source: str, settings: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns (parameters, changes for people) of weights from which a training with these model_settings() starts.
+    """Returns (parameters, source and changes for people) of weights from which a training of these settings starts.
 
     Another number of classes gets a new head, initialised from `seed`, and another image size a resized position
     embedding. Other differences raise UserError.
@@ -183,7 +183,7 @@ def load_into(source: str, settings: Mapping[str, Any], seed: int) -> tuple[dict
             f"init_from {source} has {theirs}, but config.model asks for {ours}: "
             "set model.name, or these fields, to those of the weights."
         )
-    return loaded.params(), loaded.changes
+    return loaded.params(), (loaded.source, *loaded.changes)
 
 
 def as_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
