@@ -1,8 +1,6 @@
 """Compares how fast one core makes images: the host resizes, or only decodes; plain Pillow; timm's transform.
 
     python -m benchmarks.loader --images=DIR [--peer=PYTHON] [--seconds=10] [--rounds=3]
-    python -m benchmarks.loader --images=DIR --measure=share     # of a ConViT-S training step that is resizing
-    python -m benchmarks.loader --images=DIR --measure=memory    # of two workers after 1,000 and 10,000 small batches
 
 DIR holds JPEG photos at any depth, as ImageNet's. Every program reads the same photos from memory in its own
 process, and the programs take turns; medians over the rounds. The ratios count: rates move with the machine. A second
@@ -14,8 +12,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -110,48 +106,6 @@ def ours(files, program):
             yield BATCH
 
 
-def small_batches(files, rows):
-    """Returns the example for batches of this many rows, which the device resizes, three repeats."""
-    slots = Slots(np.arange(len(files)), 0, 3)
-    return TrainExample(InMemory(files), slots, (SIZE, SIZE), "resized", canvas=CANVAS, group=rows)
-
-
-def share(files, rounds=7):
-    """Prints the processor time of a training step of ConViT-S, and of resizing its images, a row."""
-    import jax
-
-    from benchmarks.model_jax import make_training
-    from convit_jax.data.resize import shown_images
-    from convit_jax.models.variants import abstract_model, initial_params, model_settings
-
-    rows, settings = 12, model_settings("convit_small")
-    example = small_batches(files, rows)
-    batch = jax.device_put({name: example(range(rows))[name] for name in ("canvas", "on", "view")})
-    resize = jax.jit(lambda batch: shown_images(batch, (SIZE, SIZE)))
-    graphdef, params = abstract_model(settings)[0], initial_params(settings, 0)
-    step, _ = make_training(graphdef, params, jax.random.normal(jax.random.key(0), (rows, SIZE, SIZE, 3)))
-    times = {"resizing": [], "step": []}
-    for call, measured in [(lambda: resize(batch), times["resizing"]), (step, times["step"])] * (1 + rounds):
-        began = time.process_time()
-        jax.block_until_ready(call())
-        measured.append((time.process_time() - began) / rows)
-    resizing, whole = (1e3 * statistics.median(values[1:]) for values in times.values())  # the first compiles
-    shares = [a / b for a, b in zip(*times.values(), strict=True)][1:]
-    print(f"{resizing:.1f} of {whole:.0f} ms a row: {min(shares):.1%} to {max(shares):.1%}")
-
-
-def memory(files):
-    """Prints the MB of this process and its two workers, each shared page counted once."""
-    example = small_batches(files, 6)
-    with contextlib.closing(batches(example, batch_size=6, start=0, stop=10**6, workers=2)) as stream:
-        for step in range(10_001):
-            next(stream)
-            if step in (1_000, 10_000):
-                processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-                lines = [Path(f"/proc/{pid}/smaps_rollup").read_text().split("\nPss:")[1] for pid in processes]
-                print(f"{sum(int(line.split()[0]) for line in lines) / 1e3:.0f} MB after {step:,} batches", flush=True)
-
-
 def rate(program, files, seconds):
     """Returns the images/s of a program, after some items to warm up."""
     with contextlib.closing(pillow(files) if program == "pillow" else ours(files, program)) as stream:
@@ -175,23 +129,20 @@ def run_alone(program, paths, seconds, peer):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", default="", help="folder of JPEG photos")
+    parser.add_argument("--images", help="folder of JPEG photos")
     parser.add_argument("--peer", help="a Python with PyTorch and timm, to compare with")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measure", choices=["share", "memory"], help="what else to measure")
     parser.add_argument("--program", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.program:
         files = [Path(path).read_bytes() for path in sys.stdin.read().split("\n")]
         print(rate(options.program, files, options.seconds))
         return
-    paths = sorted(str(p) for p in Path(options.images).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
-    if not options.images or not paths:
+    photos = Path(options.images).rglob("*") if options.images else []
+    paths = sorted(str(path) for path in photos if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not paths:
         parser.error("--images must be a folder of JPEG photos")
-    if options.measure:
-        {"share": share, "memory": memory}[options.measure]([Path(path).read_bytes() for path in paths])
-        return
     rates = {name: [] for name in PROGRAMS if name != "timm" or options.peer}
     for _ in range(options.rounds):
         for name in rates:

@@ -203,6 +203,10 @@ FIELDS = {
 }
 
 
-def get_config() -> ConfigDict:
-    """Returns the config for ImageNet from scratch (ConViT, section 3; DeiT, Table 9)."""
-    return make_config(FIELDS)
+def get_config(model: str = "convit_small") -> ConfigDict:
+    """Returns the config of a model for ImageNet from scratch (ConViT, section 3; DeiT, Table 9)."""
+    config = make_config(FIELDS)
+    config.model.name = model
+    if model.endswith("_plus"):  # the paper trains these with another rate and batch
+        config.optim.lr, config.batch_size = 4e-4, 512
+    return config

@@ -1,14 +1,7 @@
-"""DeiT-Ti+ on ImageNet, 300 epochs; the paper's top-1 (top-5): 75.9 (93.2).
-
-python train.py --config=configs/deit_ti_plus.py --config.data.dir=IMAGENET
-"""
+"""DeiT-Ti+ on ImageNet, 300 epochs; the paper's top-1 (top-5): 75.9 (93.2)."""
 
 from configs import default
 
 
 def get_config():
-    config = default.get_config()
-    config.model.name = "deit_tiny_plus"
-    config.optim.lr = 4e-4  # the paper trains the "plus" models with this rate and batch
-    config.batch_size = 512
-    return config
+    return default.get_config("deit_tiny_plus")

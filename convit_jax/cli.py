@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from convit_jax.config import ROOT, declared_fields, load_config_file, load_run_config, take_config, take_option
+from convit_jax.config import (
+    ROOT,
+    check_config,
+    declared_fields,
+    load_config_file,
+    load_run_config,
+    take_config,
+    take_option,
+)
 from convit_jax.errors import UserError, missing_home, missing_platform, out_of_memory
 from convit_jax.rundir import is_run
 
@@ -194,12 +202,13 @@ def source_name(source: str) -> str:
 
 
 def required_config() -> ConfigDict:
-    """Returns the config of the command line. Raises UserError if there is none."""
+    """Returns the config of the command line, checked. Raises UserError if there is none or a value is wrong."""
     if flags.FLAGS.config is None:
         raise UserError(
             "this needs a config: add --config=configs/convit_s.py --config.data.dir=IMAGENET, or for a folder of "
             "images --config=configs/finetune.py --config.data.dir=FOLDER."
         )
+    check_config(flags.FLAGS.config)
     return flags.FLAGS.config
 
 

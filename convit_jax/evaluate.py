@@ -16,18 +16,15 @@ embedding, and with gates forced to position or content.
 import csv
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 from absl import flags
 
 from convit_jax.cli import define_weights, launch, load_weights, required_config
 from convit_jax.errors import UserError
 from convit_jax.rundir import atomic_write, check_output, disk_errors
-
-if TYPE_CHECKING:
-    from convit_jax.training.evaluation import Rows
 
 
 def _define_flags() -> None:
@@ -35,7 +32,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("mask", None, ["position_embedding"], "Set it to 0 (Table 5).")
     flags.DEFINE_enum("gates", None, ["position", "content"], "Force sigma(lambda) to 1 or to 0 (Table 6).")
     flags.DEFINE_string("predictions", None, "Write a CSV file: image, label, prediction, probability.")
-    flags.DEFINE_string("confusion", None, "Draw the confusion matrix, of up to 100 classes, into this file.")
+    flags.DEFINE_string("confusion", None, "Draw the confusion matrix into this file; up to 100 classes are named.")
     flags.DEFINE_bool("per_class", False, "Print the top-1 of each class.")
     flags.DEFINE_integer("gpsa_layers", None, "Number of leading GPSA layers to change; all by default.")
 
@@ -44,7 +41,7 @@ def main(arguments: list[str]) -> None:
     """Evaluates what the flags describe."""
     from convit_jax.analysis.interventions import force_gates, mask_position_embedding
     from convit_jax.data.class_names import words
-    from convit_jax.figures.style import check_picture
+    from convit_jax.figures.style import check_picture, save_figure
     from convit_jax.training.distributed import is_first, phase, say, several, together
     from convit_jax.training.evaluation import evaluate_weights
     from convit_jax.training.setup import use_compilation_cache
@@ -92,13 +89,14 @@ def main(arguments: list[str]) -> None:
         write_predictions(predictions, rows, loaded.class_name)
         print(f"Written to {predictions}", file=sys.stderr)
     if confusion and is_first():
-        from convit_jax.figures.confusion import draw_confusion
+        from convit_jax.figures.confusion import plot_confusion
 
-        draw_confusion(confusion, rows["label"], rows["predicted"], name)
+        figure = plot_confusion(rows["label"], rows["predicted"], name)
+        save_figure(figure, confusion.parent, confusion.stem, [confusion.suffix[1:]])
         print(f"Written to {confusion}", file=sys.stderr)
 
 
-def write_predictions(path: Path, rows: "Rows", class_name: Callable[[int], str]) -> None:
+def write_predictions(path: Path, rows: Mapping[str, np.ndarray], class_name: Callable[[int], str]) -> None:
     """Writes a CSV file with a line per image: its name, its class, the predicted class and the probability of that."""
     with disk_errors(path), atomic_write(path) as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -109,7 +107,7 @@ def write_predictions(path: Path, rows: "Rows", class_name: Callable[[int], str]
             writer.writerow([*names, f"{probability:.6f}"])
 
 
-def per_class_table(rows: "Rows", class_name: Callable[[int], str]) -> str:
+def per_class_table(rows: Mapping[str, np.ndarray], class_name: Callable[[int], str]) -> str:
     """Returns a table with the number of images and the top-1 of each class."""
     lines = ["images   top-1  class"]
     for label in sorted({*rows["label"].tolist()}):

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     values = flags.FLAGS
     draw = {
         "augmentations": visualize_augmentations,
-        "html": visualize_page,
+        "html": visualize_attention,
         "init": visualize_init,
         "run": visualize_run,
     }
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("give --checkpoint=PATH and --image=IMAGE, or one of --init, --run=DIR and --augmentations.")
     if values.output is None:
         raise UserError("there is no place for the pictures: add --output=DIR.")
-    for path in (draw[modes[0]] if modes else visualize_attention)(Path(values.output).expanduser()):
+    for path in draw[(modes or ["html"])[0]](Path(values.output).expanduser()):
         print(path)
 
 
@@ -79,10 +79,11 @@ def visualize_run(directory: Path) -> list[Path]:
     return [*draw_curves(run, directory), *draw_locality(run, directory, settings)]
 
 
-def visualize_attention(directory: Path) -> list[Path]:
-    """Draws the attention maps of --checkpoint for --image."""
+def visualize_attention(output: Path) -> list[Path]:
+    """Draws the attention of --checkpoint for --image: maps into a directory, or with --html a page into a file."""
     from convit_jax.analysis.maps import layer_maps
     from convit_jax.figures.maps import draw_attention_maps
+    from convit_jax.figures.page import write_page
 
     loaded = load_weights()
     query, numbers = _read_query(loaded.settings), _read_layers(loaded.settings)
@@ -90,22 +91,10 @@ def visualize_attention(directory: Path) -> list[Path]:
     model = loaded.model()
     layers = layer_maps(model, normalised)
     wanted = {number: layers[number - 1] for number in numbers}
-    return draw_attention_maps(directory, wanted, image, model.grid, query)
-
-
-def visualize_page(path: Path) -> list[Path]:
-    """Writes the page of --html for --checkpoint and --image into a file, or into attention.html of a directory."""
-    from convit_jax.analysis.maps import layer_maps
-    from convit_jax.figures.page import write_page
-
-    loaded = load_weights()
-    numbers = _read_layers(loaded.settings)
-    image, normalised = read_image(loaded.settings, loaded.preprocessing)
-    model = loaded.model()
-    layers = layer_maps(model, normalised)
+    if not flags.FLAGS.html:
+        return draw_attention_maps(output, wanted, image, model.grid, query)
     title = f"Attention of {Path(flags.FLAGS.checkpoint).name}, image {Path(flags.FLAGS.image).name}"
-    wanted = {number: layers[number - 1] for number in numbers}
-    return write_page(_as_file(path, "attention.html"), wanted, image, model.grid, title)
+    return write_page(_as_file(output, "attention.html"), wanted, image, model.grid, title)
 
 
 def visualize_init(directory: Path) -> list[Path]:

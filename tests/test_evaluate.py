@@ -100,6 +100,17 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(flag, run_here
         run_here("evaluate", "--checkpoint=gone", flag.replace("DIR", str(tmp_path)))
 
 
+def test_what_cannot_be_evaluated_is_refused(trained, image_folder, run_here, tmp_path):
+    with pytest.raises(UserError, match="eval_batch_size is 0"):
+        run_here("evaluate", f"--checkpoint={trained}", "--config.eval_batch_size=0")
+    for image in (image_folder / "val/ant").iterdir():
+        image.unlink()
+    first = ["--config=configs/finetune.py", f"--config.data.dir={image_folder}", "--config.data.num_classes=1"]
+    save_converted(pretrained.load(trained, num_classes=1), tmp_path / "w")
+    with pytest.raises(UserError, match="none of the 1 classes has a test image"):
+        run_here("evaluate", f"--checkpoint={tmp_path}/w", *first)
+
+
 def test_a_split_of_which_no_image_can_be_read_is_refused():
     with pytest.raises(UserError, match="none of the test images can be read"):
         evaluate({"": None}, [], None, make_mesh(1, 1))

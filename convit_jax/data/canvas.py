@@ -6,7 +6,9 @@ rows. A row shows a view (`images.View`) of the canvas number `on` of its group.
 rows whose image does not fit on a canvas: the host has resized them.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from grain.multiprocessing import SharedMemoryArray, SharedMemoryArrayMetadata
@@ -22,9 +24,10 @@ class HostRows:
         self._images = _black((rows, *size, 3))
         self._size, self._interpolation = size, interpolation
 
-    def put(self, row: int, image: np.ndarray, view: View) -> None:
-        """Shows a view of an image, uint8 [height, width, 3], in a row."""
-        self._images[row] = show(image, self._size, view, self._interpolation)
+    def put(self, rows: Sequence[int], image: np.ndarray, views: Sequence[View]) -> None:
+        """Shows views of an image, uint8 [height, width, 3], in rows."""
+        for row, view in zip(rows, views, strict=True):
+            self._images[row] = show(image, self._size, view, self._interpolation)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns "image"."""
@@ -44,56 +47,40 @@ class CanvasRows:
         self._size, self._group, self._columns = size, group, side // size[1]
         self._room = side // size[0] * self._columns  # images of this size on one canvas
         self._used = [0] * (rows // group)  # canvases
-        self._image = np.zeros(0)
-        self._waiting: list[tuple[int, View]] = []  # rows with this image
 
-    def put(self, row: int, image: np.ndarray, view: View) -> None:
-        """Shows a view of an image, uint8 [height, width, 3], in a row; rows come in ascending order."""
-        if image is not self._image or row % self._group == 0 or len(self._waiting) == self._room:
-            self._place()
-        self._image = image
-        self._waiting.append((row, view))
+    def put(self, rows: Sequence[int], image: np.ndarray, views: Sequence[View]) -> None:
+        """Shows views of an image, uint8 [height, width, 3], in ascending rows, once for each image."""
+        for group, found in itertools.groupby(zip(rows, views, strict=True), lambda pair: pair[0] // self._group):
+            pairs = [*found]
+            for first in range(0, len(pairs), self._room):
+                self._place(group, image, pairs[first : first + self._room])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns "canvas", "on", "view" and "too_large", after the last row."""
-        self._place()
+        """Returns "canvas", "on", "view" and "too_large"."""
         return {"canvas": self._canvas, "on": self._on, "view": self._view, "too_large": self._too_large}
 
-    def _place(self) -> None:
-        """Puts what the waiting rows need of their image on the next canvas."""
-        if not self._waiting:
-            return
-        rows, views = [row for row, _ in self._waiting], [view for _, view in self._waiting]
-        group = rows[0] // self._group
+    def _place(self, group: int, image: np.ndarray, pairs: Sequence[tuple[int, View]]) -> None:
+        """Puts what some rows of a group need of an image on the next canvas."""
+        rows, views = [row for row, _ in pairs], [view for _, view in pairs]
         canvas = self._canvas[group, self._used[group]]
         (top, bottom), (left, right) = (_needed([view[n] for view in views], self._size[n]) for n in range(2))
         if max(bottom - top, right - left) > len(canvas) or any(map(is_long, views)):
             self._too_large[rows] = True
-            views = self._resize(canvas, views)
+            views = self._resize(canvas, image, views)
         else:
-            canvas[: bottom - top, : right - left] = self._image[top:bottom, left:right]
+            canvas[: bottom - top, : right - left] = image[top:bottom, left:right]
             views = [(y._replace(start=y.start - top), x._replace(start=x.start - left)) for y, x in views]
         self._on[rows], self._view[rows] = self._used[group], views
         self._used[group] += 1
-        self._waiting.clear()
 
-    def _resize(self, canvas: np.ndarray, views: list[View]) -> list[View]:
+    def _resize(self, canvas: np.ndarray, image: np.ndarray, views: list[View]) -> list[View]:
         """Resizes the views of an image on the host, puts them side by side and returns them as views of the canvas."""
         (h, w), placed = self._size, []
         for number, view in enumerate(views):
             top, left = number // self._columns * h, number % self._columns * w
-            canvas[top : top + h, left : left + w] = show(self._image, self._size, view)
+            canvas[top : top + h, left : left + w] = show(image, self._size, view)
             placed.append((Axis(top, h, h), Axis(left, w, w)))
         return placed
-
-
-def black_rows(
-    rows: int, size: tuple[int, int], interpolation: str, *, side: int, group: int = 1, canvases: int = 1
-) -> HostRows | CanvasRows:
-    """Returns rows that the host resizes if the side of the canvases is 0, otherwise the device."""
-    if side:
-        return CanvasRows(rows, size, side=side, group=group, canvases=canvases)
-    return HostRows(rows, size, interpolation)
 
 
 class _Shared(SharedMemoryArray):

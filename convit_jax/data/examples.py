@@ -11,13 +11,14 @@ those of canvas.py replace "image".
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from convit_jax.data.canvas import CanvasRows, HostRows, black_rows
+from convit_jax.data.canvas import CanvasRows, HostRows
 from convit_jax.data.images import Axis, View, centre_view, decode, random_resized_crop_box
 from convit_jax.data.index import Source
 from convit_jax.errors import UserError
@@ -78,21 +79,20 @@ class TrainExample:
     def __call__(self, slots: Sequence[int]) -> Batch:
         """Returns one row for each slot; raises UserError if `TRIES` images in a row are unreadable."""
         batch, rows = _no_labels(len(slots)), self.rows(len(slots))
-        wanted = None
-        for row, slot in enumerate(slots):
-            index = self.slots.example(slot)
-            if index != wanted:  # the repeats of an image are neighbours: decode it once
-                wanted = index
-                image, shown = self._readable(wanted)
-            rows.put(row, image, self._view(image, slot))
-            batch["label"][row] = self.source.labels[shown]
-            batch["unreadable"][row] = -1 if shown == wanted else wanted
+        for wanted, found in itertools.groupby(range(len(slots)), lambda row: self.slots.example(slots[row])):
+            together = [*found]  # the repeats of an image are neighbours: decode it once
+            image, shown = self._readable(wanted)
+            rows.put(together, image, [self._view(image, slots[row]) for row in together])
+            batch["label"][together] = self.source.labels[shown]
+            batch["unreadable"][together] = -1 if shown == wanted else wanted
         return batch | rows.arrays()
 
     def rows(self, count: int) -> HostRows | CanvasRows:
         """Returns `count` black rows."""
+        if not self.canvas:
+            return HostRows(count, self.size, self.interpolation)
         most = self.slots.most_images(self.group)
-        return black_rows(count, self.size, self.interpolation, side=self.canvas, group=self.group, canvases=most)
+        return CanvasRows(count, self.size, side=self.canvas, group=self.group, canvases=most)
 
     def _view(self, image: np.ndarray, slot: int) -> View:
         if self.crop == "pad":
@@ -137,7 +137,7 @@ class EvalExample:
             index = int(self.indices[slot])
             try:
                 image = _decoded(self.source, index)
-                rows.put(row, image, centre_view(image, self.size, self.crop_ratio))
+                rows.put([row], image, [centre_view(image, self.size, self.crop_ratio)])
                 batch["label"][row] = self.source.labels[index]
                 batch["valid"][row] = True
             except UserError:
@@ -146,7 +146,9 @@ class EvalExample:
 
     def rows(self, count: int) -> HostRows | CanvasRows:
         """Returns `count` black rows."""
-        return black_rows(count, self.size, self.interpolation, side=self.canvas)
+        if not self.canvas:
+            return HostRows(count, self.size, self.interpolation)
+        return CanvasRows(count, self.size, side=self.canvas, group=1, canvases=1)
 
 
 class Unreadable:

@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from convit_jax.errors import UserError, explained
-
-try:
-    import simplejpeg
-except ImportError:  # there is no build for this machine: Pillow reads all files
-    simplejpeg = None
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
@@ -52,7 +48,7 @@ def decode(record: bytes | np.ndarray, name: str) -> np.ndarray:
         return record
     try:
         with Image.open(io.BytesIO(record)) as image:
-            if simplejpeg and image.format == "JPEG" and image.mode in ("RGB", "L"):  # takes half of Pillow's time
+            if image.format == "JPEG" and image.mode in ("RGB", "L"):  # takes half of Pillow's time
                 with contextlib.suppress(ValueError):  # of a damaged file, which Pillow describes
                     return simplejpeg.decode_jpeg(record)
             return to_rgb(image, name)
@@ -70,11 +66,18 @@ def open_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image, name: str = "an image") -> np.ndarray:
-    """Returns the pixels of a Pillow image, as `decode` describes."""
+    """Returns the pixels of a Pillow image, as `decode` describes.
+
+    Warns once of an image that has lost its contrast; the loader's workers leave that to the main process.
+    """
     image.load()
     pixels = np.asarray(image if image.mode == "RGB" else _converted(image))
-    if image.mode[0] in "IF":
-        _warn_if_flat(pixels, f"{name} (mode {image.mode})")
+    if image.mode[0] in "IF" and not (_flat or in_worker):
+        levels = int(np.ptp(pixels)) + 1
+        if levels < 256 / 10:
+            _flat.append(name)
+            found = f"{name} (mode {image.mode}) has {levels} of 256 grey levels in 8 bits"
+            print(f"Warning: {found}: rescale such images to the full range.", file=sys.stderr, flush=True)
     return pixels
 
 
@@ -85,17 +88,6 @@ def _converted(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:  # converted directly, Pillow warns
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def _warn_if_flat(pixels: np.ndarray, name: str) -> None:
-    """Warns once that an image has lost its contrast; the loader's workers leave that to the main process."""
-    if _flat or in_worker:
-        return
-    levels = int(np.ptp(pixels)) + 1
-    if levels < 256 / 10:
-        _flat.append(name)
-        words = f"{name} has {levels} of 256 grey levels in 8 bits: rescale such images to the full range."
-        print(f"Warning: {words}", file=sys.stderr, flush=True)
 
 
 def random_resized_crop_box(width: int, height: int, rng: np.random.Generator) -> Box:

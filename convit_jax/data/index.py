@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
 
 from convit_jax.rundir import atomic_write
 
@@ -102,7 +101,7 @@ def cached_index(
 
 def _read(path: Path) -> Index:
     """Maps the table in a file. Raises OSError if it cannot be read, any other exception if it is damaged."""
-    table = np.asarray(open_memmap(path, mode="r"))  # memmaps are slower
+    table = np.asarray(np.load(path, mmap_mode="r"))  # memmaps are slower
     if not {"labels", "names"} <= {*(table.dtype.names or ())}:
         raise ValueError(f"{path} is not an index")
     return Index(table, path)

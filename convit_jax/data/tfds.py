@@ -3,27 +3,24 @@
 ArrayRecord and TFRecord files hold the same tf.train.Examples and give the same images in the same order.
 """
 
-import contextlib
 import functools
 import itertools
 import os
 import re
 import resource
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from google.protobuf.message import DecodeError
 from tqdm import tqdm
 
 from convit_jax.data.class_names import IMAGENET_IMAGES
 from convit_jax.data.index import Index, Source, cached_index, make_index
 from convit_jax.data.tfrecord import read_record, scan
-from convit_jax.errors import UserError, nearest
+from convit_jax.errors import UserError, explained, nearest
 
 FILE_NAMES = ("file_name", "filename", "image/filename", "id")  # features that may name the image
 KNOWN = {"digits", "folder", "imagenet2012"}  # values of data.name
@@ -58,7 +55,7 @@ class TfdsImages(Source):
         _allow_open_files(len(self.paths))
         facts = []
         for path in self.paths:
-            with _named(path):
+            with explained(path):
                 stat = os.stat(path)
             facts.append((os.path.basename(path), stat.st_size, stat.st_mtime_ns))
         self.index = cached_index(self.directory, info.name, facts, lambda: self._list(info))
@@ -66,7 +63,7 @@ class TfdsImages(Source):
     def __getitem__(self, number: int) -> bytes:
         shard, position = (int(self.index.table[name][number]) for name in ("shard", "position"))
         path = self.paths[shard]
-        with _named(path):
+        with explained(path):
             record = read_record(path, position) if self.tfrecord else _array_records(path)[position]
             return _parse(record)[self.image_key].bytes_list.value[0]
 
@@ -89,7 +86,7 @@ class TfdsImages(Source):
     def _list_shard(self, path: str, expected: int) -> list[tuple[int, int, bytes | None]]:
         """Returns the position, label and file name of each record."""
         found = []
-        with _named(path):
+        with explained(path):
             for position, record in scan(path) if self.tfrecord else enumerate(ArrayRecordDataSource(path)):
                 features = _parse(record)
                 label = features[self.label_key].int64_list.value[0]
@@ -105,16 +102,6 @@ def _parse(record: bytes) -> Any:
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example.FromString(record).features.feature
-
-
-@contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Turns errors raised while reading a shard into a UserError that names it."""
-    try:
-        yield
-    except (OSError, ValueError, IndexError, RuntimeError, DecodeError) as error:
-        reason = str(error).split(";")[0].split("\n")[0].strip() or type(error).__name__
-        raise UserError(f"cannot read the shard {path} ({reason}): if it is damaged, copy it again.") from error
 
 
 def _allow_open_files(shards: int) -> None:

@@ -1,35 +1,19 @@
 """The confusion matrix of an evaluation: a row per class, a column per prediction."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from convit_jax.errors import UserError
-from convit_jax.figures.style import save_figure
-
-MOST_CLASSES = 100
+MOST_NAMED = 100  # classes, for names at the axes
 MOST_NUMBERED = 20  # classes, for counts to be readable in the cells
-
-
-def draw_confusion(
-    path: Path, labels: np.ndarray, predicted: np.ndarray, class_name: Callable[[int], str]
-) -> list[Path]:
-    """Draws label and prediction of each image, int [images], into one file, whose ending is the format."""
-    return save_figure(plot_confusion(labels, predicted, class_name), path.parent, path.stem, [path.suffix[1:]])
 
 
 def plot_confusion(labels: np.ndarray, predicted: np.ndarray, class_name: Callable[[int], str]) -> Figure:
     """Returns the figure: counts, and colours for their share of the row. Classes without images are in one column."""
     classes = np.unique(labels)
-    if len(classes) > MOST_CLASSES:
-        raise UserError(
-            f"the images have {len(classes)} classes, and a confusion matrix is drawn for up to {MOST_CLASSES}: "
-            "use --per_class or --predictions."
-        )
     known = np.isin(predicted, classes)
     names = [class_name(label).split(",")[0] for label in classes]  # ImageNet has several words for a class
     of_columns = names if known.all() else [*names, "others"]
@@ -37,12 +21,13 @@ def plot_confusion(labels: np.ndarray, predicted: np.ndarray, class_name: Callab
     np.add.at(counts, (np.searchsorted(classes, labels), np.where(known, np.searchsorted(classes, predicted), -1)), 1)
     shares = counts / counts.sum(axis=1, keepdims=True)
 
-    side = 2.2 + max(0.15 * len(names), 2.2)
+    side = 2.2 + min(max(0.15 * len(names), 2.2), 15)
     figure = Figure(figsize=(1.1 * side, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # rare confusions are visible, too
-    axes.set_xticks(range(len(of_columns)), of_columns, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    if len(names) <= MOST_NAMED:
+        axes.set_xticks(range(len(of_columns)), of_columns, rotation=90)
+        axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0, labelsize=7)
     axes.set(xlabel="prediction", ylabel="class")
     if len(names) <= MOST_NUMBERED:

@@ -16,6 +16,7 @@ from convit_jax.data.index import Source
 from convit_jax.data.loader import batches, batches_at_once, check_shared_memory
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select
+from convit_jax.errors import UserError
 from convit_jax.progress import Progress
 from convit_jax.training import distributed
 from convit_jax.training.distributed import phase, say
@@ -103,6 +104,8 @@ def evaluate_weights(
     with distributed.together():
         labels, remark = match_classes(source.class_names[:classes], loaded)  # the weights' label of each class
         indices = select(source, num_classes=classes)
+        if not len(indices):
+            raise UserError(f"none of the {len(labels)} classes has a test image: add some.")
     if remark:
         say(remark)
     distributed.check_same(

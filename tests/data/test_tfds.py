@@ -100,7 +100,7 @@ DAMAGES = {
 def test_a_damaged_or_missing_shard_is_named(damage, root):
     path = shard(root)
     path.unlink() if damage == "missing" else path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(UserError, match=rf"^cannot read the shard {path} \(.*copy it again\.$"):
+    with pytest.raises(UserError, match=rf"^cannot read {path}.*\.$"):
         TfdsImages("imagenet2012", root, "train")
 
 
@@ -115,12 +115,12 @@ def test_tfrecord_damage_is_found_by_its_checksums_and_counts(tfds_data):
         except UserError as error:
             failures.append(str(error))
     assert len(failures) == 1
-    assert re.search(rf"{second} \(wrong CRC of the record at byte", failures[0])
+    assert re.search(rf"{second}: it is damaged \(ValueError: wrong CRC of the record at byte", failures[0])
     first.write_bytes(first.read_bytes() + second.read_bytes())
-    with pytest.raises(UserError, match=r"00000-of-00002 \(24 records instead of the 12"):
+    with pytest.raises(UserError, match=r"00000-of-00002: it is damaged \(ValueError: 24 records instead of the 12"):
         TfdsImages("imagenet2012", root, "train")
     flip_bit(first, 0)
-    with pytest.raises(UserError, match=r"\(wrong CRC of the length at byte 0"):
+    with pytest.raises(UserError, match=r"\(ValueError: wrong CRC of the length at byte 0"):
         TfdsImages("imagenet2012", root, "train")
 
 
