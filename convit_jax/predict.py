@@ -12,7 +12,6 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -30,7 +29,6 @@ def main(arguments: list[str]) -> int:
     """Predicts the classes of the images; returns the exit status."""
     import jax
     import numpy as np
-    from flax import nnx
 
     from convit_jax.data.augment import normalize
     from convit_jax.data.class_names import words
@@ -38,15 +36,9 @@ def main(arguments: list[str]) -> int:
 
     paths = find_images(arguments)
     loaded = load_weights(needs_head=True)
-    how, size = loaded.preprocessing, loaded.settings["image_size"]
+    model, how, size = loaded.model(), loaded.preprocessing, loaded.settings["image_size"]
     batch_size = min(flags.FLAGS.batch_size, len(paths))
 
-    @jax.jit
-    def predict(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(loaded.network[0], params)(normalize(images, how.mean, how.std))
-        return jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
-
-    params = jax.device_put(loaded.params())
     failed = False
     for first in range(0, len(paths), batch_size):
         images = np.zeros((batch_size, *size, 3), np.uint8)
@@ -60,7 +52,9 @@ def main(arguments: list[str]) -> int:
                 print(f"predict: {error}", file=sys.stderr)
         if not read:
             continue
-        for path, probabilities, labels in zip(read, *jax.device_get(predict(params, images)), strict=False):  # padded
+        logits = model(normalize(jax.device_put(images), how.mean, how.std))
+        best = jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
+        for path, probabilities, labels in zip(read, *jax.device_get(best), strict=False):  # padded
             answers, text = [], [path]
             for label, probability in zip(labels.tolist(), probabilities.tolist(), strict=True):
                 name = loaded.class_name(label)

@@ -87,8 +87,10 @@ def test_only_converted_weights_are_replaced(tmp_path, run_here):
     with pytest.raises(UserError, match="exists: give another TARGET, or add --overwrite"):
         run_here("convert", GOLDEN / "convit_golden.pth", target)
     run_here("convert", GOLDEN / "convit_golden.pth", target, "--overwrite")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/README.md").touch()
     (target / "thesis.tex").touch()
-    for other in (target, target / "thesis.tex"):
+    for other in (target, target / "thesis.tex", tmp_path / "project"):
         with pytest.raises(UserError, match="holds other things"):
             run_here("convert", GOLDEN / "convit_golden.pth", other, "--overwrite")
 

@@ -12,10 +12,9 @@ normalised to 1 again, as if the token were absent, so that uniform attention me
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention
-from convit_jax.models.vit import Block, VisionTransformer
+from convit_jax.models.vit import VisionTransformer
 
 
 def centres_and_spans(model: VisionTransformer) -> tuple[jax.Array, jax.Array]:
@@ -66,12 +65,7 @@ def nonlocality(
     if not as_logged:
         return jnp.concatenate(model.map_attention(images, distance))
     raw = model.patch_embed(images.astype(model.dtype))
-
-    def of_stack(stack: Block) -> jax.Array:
-        graphdef, params = nnx.split(stack.attn)
-        return jax.lax.map(lambda params: distance(nnx.merge(graphdef, params), raw), params)
-
-    return jnp.concatenate([of_stack(stack) for stack in model.stacks])
+    return jnp.stack([distance(block.attn, raw) for block in model.blocks])
 
 
 def patch_distances(grid: tuple[int, int]) -> np.ndarray:

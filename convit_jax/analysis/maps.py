@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from convit_jax.errors import UserError
-from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention, local_positional_weights
+from convit_jax.models.attention import GatedPositionalSelfAttention, SelfAttention
 from convit_jax.models.variants import new_model
 from convit_jax.models.vit import VisionTransformer
 
@@ -94,9 +94,7 @@ def init_maps(
     assert isinstance(attn, GatedPositionalSelfAttention)
     kernel, alpha = attn.pos_proj.kernel[...], settings["locality_strength"]
     positions: dict[float | None, np.ndarray] = {}
-    for strength in (alpha / 2, alpha, 2 * alpha) if settings["conv_init"] else (None,):
-        if strength is not None:
-            local = local_positional_weights(settings["num_heads"], strength)
-            attn.pos_proj.kernel = nnx.Param(kernel.at[:, : local.shape[1]].set(local))
-        positions[strength] = over_grid(attn.positional_probabilities())
+    for factor in (0.5, 1, 2) if settings["conv_init"] else (1,):
+        attn.pos_proj.kernel = nnx.Param(factor * kernel)
+        positions[factor * alpha if settings["conv_init"] else None] = over_grid(attn.positional_probabilities())
     return content, positions

@@ -120,14 +120,9 @@ class GatedPositionalSelfAttention(nnx.Module):
     def positional_factors(self) -> tuple[jax.Array, jax.Array]:
         """Returns (A_y [H, rows, rows], A_x [H, columns, columns]), float32, with P = A_y (x) A_x."""
         # The bias of pos_proj is equal for all keys of a head, so softmax cancels it.
-        weights = self.pos_proj.kernel[...].astype(jnp.float32)  # [3, H]
-
-        def axis_softmax(axis: int, size: int) -> jax.Array:
-            delta = jnp.arange(size)[None, :] - jnp.arange(size)[:, None]  # key - query
-            scores = weights[axis][:, None, None] * delta + weights[2][:, None, None] * delta**2
-            return jax.nn.softmax(scores, axis=-1)
-
-        return axis_softmax(1, self.grid[0]), axis_softmax(0, self.grid[1])
+        w1, w2, w3 = self.pos_proj.kernel[...].astype(jnp.float32)[:, :, None, None]  # [H, 1, 1] each
+        dy, dx = (jnp.arange(size)[None, :] - jnp.arange(size)[:, None] for size in self.grid)  # key - query
+        return jax.nn.softmax(w2 * dy + w3 * dy**2), jax.nn.softmax(w1 * dx + w3 * dx**2)
 
     def content_maps(self, x: jax.Array) -> jax.Array:
         """Returns C, before the gate, float32 [B, H, N, N], of patches x [B, N, D]."""
@@ -142,8 +137,10 @@ class GatedPositionalSelfAttention(nnx.Module):
     def __call__(self, x: jax.Array, *, key: Key = None) -> jax.Array:
         """Returns [B, N, D] of patches x [B, N, D] in row-major order."""
         attn_key, proj_key = split_key(key, 2)
-        if attn_key is not None and self.attn_drop > 0:
-            out = self._explicit(x, attn_key)
+        if attn_key is not None and self.attn_drop > 0:  # dropout(A) v, for which A must exist
+            maps = dropout(self.attention_maps(x), self.attn_drop, attn_key)
+            (v,) = XlaBackend.split_heads(self.v, x, 1, self.num_heads)
+            out = XlaBackend.join_heads(XlaBackend.apply_maps(maps, v))
         else:
             out = self._separable(x)
         return dropout(self.proj(out), self.proj_drop, proj_key)
@@ -160,12 +157,6 @@ class GatedPositionalSelfAttention(nnx.Module):
         content = backend.content(q, k, v)
         mixed = (1.0 - gates.reshape(backend.per_head)) * content.astype(jnp.float32) + gated_position
         return backend.join_heads(checkpoint_name(mixed.astype(content.dtype), "mixed"))
-
-    def _explicit(self, x: jax.Array, key: jax.Array) -> jax.Array:
-        """dropout(A) v, for which A must exist."""
-        maps = dropout(self.attention_maps(x), self.attn_drop, key)
-        (v,) = XlaBackend.split_heads(self.v, x, 1, self.num_heads)
-        return XlaBackend.join_heads(XlaBackend.apply_maps(maps, v))
 
 
 class SelfAttention(nnx.Module):

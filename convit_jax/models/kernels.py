@@ -19,22 +19,15 @@ from convit_jax.models.layers import Linear
 
 # What a block keeps for its gradient besides its input: the results of matrix products, except the scores of
 # attention. Norms, GELU, softmax and the positional term (part of "mixed") are cheap and computed again.
-KEPT = (
-    "qkv",  # queries, keys, values
-    "attention",  # maps times values
-    "mixed",  # content plus position
-    "middle",  # tokens between attention and MLP
-    "hidden",  # fc1 of the MLP
-)
-
-
-def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether a JAX primitive is cuDNN's forward kernel, which must not run again for the gradient."""
-    return primitive.name.startswith("dot_product_attention_fwd")
-
-
 KEEP_PRODUCTS: Callable[..., Any] = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names(*KEPT), _is_cudnn_attention
+    jax.checkpoint_policies.save_only_these_names(
+        "qkv",  # queries, keys, values
+        "attention",  # maps times values
+        "mixed",  # content plus position
+        "middle",  # tokens between attention and MLP
+        "hidden",  # fc1 of the MLP
+    ),
+    lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd"),  # cuDNN's, never run again
 )
 
 
@@ -42,10 +35,6 @@ def scaled_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Returns q k / sqrt(d), float32 [B, H, Q, N], of q [B, H, Q, d] and k [B, H, N, d]."""
     scores = jnp.einsum("bhqd,bhnd->bhqn", q, k, preferred_element_type=jnp.float32)
     return scores / math.sqrt(q.shape[-1])
-
-
-def _times_values(maps: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.einsum("bhqn,bhnd->bhqd", maps.astype(v.dtype), v)
 
 
 @jax.custom_vjp
@@ -57,7 +46,8 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """
     scores = scaled_scores(q, k)
     exp = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    return (_times_values(exp, v) / jnp.sum(exp, axis=-1, keepdims=True)).astype(v.dtype)
+    out = jnp.einsum("bhqn,bhnd->bhqd", exp.astype(v.dtype), v)
+    return (out / jnp.sum(exp, axis=-1, keepdims=True)).astype(v.dtype)
 
 
 def _softmax_attention_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
@@ -109,7 +99,7 @@ class XlaBackend:
     @staticmethod
     def apply_maps(maps: jax.Array, v: jax.Array) -> jax.Array:
         """Returns explicit attention maps [B, H, Q, N] times values, [B, H, Q, d]."""
-        return checkpoint_name(_times_values(maps, v), "attention")
+        return checkpoint_name(jnp.einsum("bhqn,bhnd->bhqd", maps.astype(v.dtype), v), "attention")
 
     @staticmethod
     def position(a_y: jax.Array, a_x: jax.Array, v: jax.Array) -> jax.Array:

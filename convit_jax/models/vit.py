@@ -212,16 +212,11 @@ class VisionTransformer(nnx.Module):
         if missing := [index for index in wanted if not -depth <= index < depth]:
             raise ValueError(f"there is no block {missing[0]}: give 0 to {depth - 1}, or -1 to {-depth}.")
         numbers = sorted({index % depth for index in wanted})
-        outputs = self._block_outputs(images)
+        outputs = [x for stack in self._map_blocks(images, Block.__call__) for x in stack]
         patches = self.grid[0] * self.grid[1]
         found = [outputs[number][:, -patches:] for number in numbers]
         found = [self.norm(x) if norm else x for x in found]
         return self.norm(outputs[-1]), [x.reshape(len(x), *self.grid, self.embed_dim) for x in found]
-
-    @_one_program
-    def _block_outputs(self, images: jax.Array) -> list[jax.Array]:
-        """The tokens after every block, [B, N, D] or [B, 1 + N, D]."""
-        return [x for stack in self._map_blocks(images, lambda block, x: block(x)) for x in stack]
 
     @property
     def num_classes(self) -> int:
@@ -247,6 +242,7 @@ class VisionTransformer(nnx.Module):
         """Returns function(attn, x) of every attention layer and its input x [B, N, D], stacked as in `stacks`."""
         return self._map_blocks(images, lambda block, x: function(block.attn, block.norm1(x)))
 
+    @_one_program
     def _map_blocks(self, images: jax.Array, function: Callable[[Block, jax.Array], Any]) -> list[Any]:
         """function(block, x) of every block and its input x, as for `map_attention`."""
         x, tokens = self._embed(images, None)
@@ -331,7 +327,7 @@ class VisionTransformer(nnx.Module):
         x = jnp.concatenate([tokens, x], axis=1)
         if self.scan_unroll > 1:
             # Without a loop to fix the layout, XLA for a GPU puts the batch last and transposes the tokens in
-            # every block (docs/performance.md).
+            # every block.
             x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
         return self.norm(self._scan(self.sa_blocks, self.local_up_to_layer, x, block_key, queries))
 

@@ -52,8 +52,11 @@ def infer(
     extras = (0, tokens) if local else (tokens, 0)
     (rows, columns), extra = _grid(shapes["pos_embed"][1], extras, patch_size, (trained_size, image_size), source)
     biased = any(within in BIASES for _, _, within in blocks)
-    if num_heads is None:
-        known = {embed_dim: shapes["blocks.0.attn.gating_param"][0]} if local else _heads_by_width(biased, extra > 0)
+    if num_heads is None and local:
+        num_heads = shapes["blocks.0.attn.gating_param"][0]
+    elif num_heads is None:
+        family = "deit" if biased or extra else "convit"  # which may have no GPSA blocks
+        known = dict(size for name, size in SIZES.items() if name.startswith(family))
         if embed_dim not in known:
             raise UserError(
                 f"{source} is a plain vision transformer of width {embed_dim}, which is none of those known "
@@ -77,12 +80,6 @@ def infer(
     )
 
 
-def _heads_by_width(qkv_bias: bool, pos_embed_class_token: bool) -> dict[int, int]:
-    """Returns {embed_dim: num_heads} for networks without GPSA blocks, which may still be a ConViT."""
-    family = "deit" if qkv_bias or pos_embed_class_token else "convit"
-    return dict(size for name, size in SIZES.items() if name.startswith(family))
-
-
 def _grid(
     positions: int, extras: Sequence[int], patch_size: int, sizes: Sequence[tuple[int, int] | None], source: str
 ) -> tuple[tuple[int, int], int]:
@@ -92,11 +89,13 @@ def _grid(
     after a square.
     """
     first, last = ([side // patch_size for side in size or (0, 0)] for size in sizes)
+    candidates = [(first, extra) for extra in extras]
     for extra in extras:
         side = math.isqrt(max(positions - extra, 0))
-        for rows, columns in (first, (side, side), last):
-            if rows * columns == positions - extra > 0:
-                return (rows, columns), extra
+        candidates += [([side, side], extra), (last, extra)]
+    for (rows, columns), extra in candidates:
+        if rows * columns == positions - extra > 0:
+            return (rows, columns), extra
     raise UserError(
         f"the position embedding in {source} is for {positions} positions, which make no square: give "
         "the size of the training images with image_size=HEIGHTxWIDTH; a second conversion can resize it."

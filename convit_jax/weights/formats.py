@@ -23,7 +23,7 @@ from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.errors import UserError, explained
 from convit_jax.models.variants import abstract_model, given_settings, model_settings, parse_image_size
 from convit_jax.models.vit import VisionTransformer
-from convit_jax.rundir import atomic_write
+from convit_jax.rundir import atomic_write, write_json
 from convit_jax.weights import names
 from convit_jax.weights.architecture import infer
 from convit_jax.weights.preprocess import Preprocess, Preprocessing, usual_crop_ratio
@@ -102,7 +102,7 @@ def from_state_dict(
 
     What timm's lacks is as in the recipe, and 1,000 classes are ImageNet's.
     """
-    with checked_json(config_file) if config_file.exists() else _config_in(file) as config:
+    with checked_json(config_file if config_file.exists() else file) as config:
         if "model" in config:  # ours has every setting
             settings, how = model_settings("convit_tiny", **config["model"]), Preprocessing(**config["preprocessing"])
             return Pretrained(tensors, settings, how, tuple(config["class_names"] or ()) or None, source)
@@ -142,29 +142,23 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
 
 @contextlib.contextmanager
 def checked_json(path: Path) -> Iterator[dict[str, Any]]:
-    """What a JSON file holds; errors inside that come from its contents become a UserError."""
+    """The config in a JSON or .safetensors file, {} without one; errors inside from its contents are UserErrors."""
     with explained(path):
-        yield json.loads(path.read_text())
-
-
-@contextlib.contextmanager
-def _config_in(file: Path) -> Iterator[dict[str, Any]]:
-    """The config that `convert` has put into a .safetensors file, {} for other files; errors as in `checked_json`."""
-    with explained(file):
-        try:
-            with safe_open(file, "np") as header:
-                text = (header.metadata() or {}).get(METADATA, "{}")
-        except SafetensorError:  # PyTorch's file
-            text = "{}"
+        text = "{}"
+        if path.suffix == ".json":
+            text = path.read_text()
+        else:
+            with contextlib.suppress(SafetensorError), safe_open(path, "np") as header:  # PyTorch's files have none
+                text = (header.metadata() or {}).get(METADATA, text)
         yield json.loads(text)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], config: str = "") -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None = None) -> None:
     """Writes {name: array} and a config as a .safetensors file, completely or not at all. Raises OSError."""
     # `save` takes the memory as it lies, so views must be copied. `save_file` would hide the file from other users.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with atomic_write(path, "wb") as file:
-        file.write(save(contiguous, metadata={"format": "pt"} | ({METADATA: config} if config else {})))
+        file.write(save(contiguous, metadata={"format": "pt"} | ({METADATA: json.dumps(config)} if config else {})))
 
 
 def check_target(target: Path) -> None:
@@ -174,8 +168,9 @@ def check_target(target: Path) -> None:
             f"{target} is of a kind that is not written: give a directory or {target.with_suffix('.safetensors')}, "
             "which PyTorch and timm load too (docs/checkpoints.md has the line that makes a .pth of it)."
         )
-    in_place = {path.name for path in target.iterdir()} <= FILES if target.is_dir() else target.suffix == ".safetensors"
-    if target.exists() and not in_place:
+    found = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+    converted = found <= FILES and any(name.endswith(".safetensors") for name in found)
+    if found and target.exists() and not (converted if target.is_dir() else target.suffix == ".safetensors"):
         raise UserError(f"{target} holds other things than converted weights: give another path.")
 
 
@@ -184,7 +179,7 @@ def save_converted(loaded: Pretrained, target: Path) -> None:
     if target.suffix == ".safetensors":
         write_safetensors(target, loaded.tensors, _config(loaded))
     else:
-        _write_directory(target, "weights.safetensors", loaded, {"config.json": _config(loaded)})
+        _write_directory(target, "weights.safetensors", loaded, _config(loaded))
 
 
 def save_for_timm(loaded: Pretrained, directory: Path) -> None:
@@ -192,23 +187,21 @@ def save_for_timm(loaded: Pretrained, directory: Path) -> None:
 
     It has model.safetensors, config.json and a model card. Raises UserError for a network that timm lacks, OSError.
     """
-    s, how = loaded.settings, loaded.preprocessing
-    is_convit, (height, width) = bool(s["local_up_to_layer"]), s["image_size"]
-    if is_convit:
-        timm_lacks_it = s["distilled"] or s["pos_embed_class_token"] or height != width
+    s, how, (height, width) = loaded.settings, loaded.preprocessing, loaded.settings["image_size"]
+    given = ("in_chans", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
+    arguments = {name: s[name] for name in given} | {"img_size": [height, width]}
+    if s["local_up_to_layer"]:
+        kind, architecture, arguments["local_up_to_layer"] = "ConViT", "convit_tiny", s["local_up_to_layer"]
+        arguments["embed_dim"] //= s["num_heads"]  # timm's width is per head
+        timm_has_it = height == width and not s["distilled"] and not s["pos_embed_class_token"]
     else:
-        timm_lacks_it = not s["pos_embed_class_token"]
-    if timm_lacks_it:
+        kind, timm_has_it = "DeiT", s["pos_embed_class_token"]
+        architecture = "deit_tiny_distilled_patch16_224" if s["distilled"] else "deit_tiny_patch16_224"
+    if not timm_has_it:
         raise UserError(
             "timm has no such network (a ConViT without GPSA blocks, with a distillation token, a position of the "
             "class token, or oblong images): leave --for=timm out."
         )
-    given = ("in_chans", "patch_size", "depth", "num_heads", "mlp_ratio", "qkv_bias")
-    arguments = {name: s[name] for name in given} | {"img_size": [height, width], "embed_dim": s["embed_dim"]}
-    architecture = "deit_tiny_distilled_patch16_224" if s["distilled"] else "deit_tiny_patch16_224"
-    if is_convit:  # timm's width is per head
-        architecture, arguments["embed_dim"] = "convit_tiny", s["embed_dim"] // s["num_heads"]
-        arguments["local_up_to_layer"] = s["local_up_to_layer"]
     config = {
         "architecture": architecture,
         "num_classes": s["num_classes"],
@@ -219,28 +212,22 @@ def save_for_timm(loaded: Pretrained, directory: Path) -> None:
         | {"first_conv": "patch_embed.proj", "classifier": ["head", "head_dist"] if s["distilled"] else "head"},
         "label_names": loaded.class_names,
     }
-    card = CARD.format(kind="ConViT" if is_convit else "DeiT", height=height, width=width, **s)
-    texts = {"config.json": _to_json(config), "README.md": card}
-    _write_directory(directory, "model.safetensors", loaded, texts)
+    card = CARD.format(kind=kind, height=height, width=width, **s)
+    _write_directory(directory, "model.safetensors", loaded, config, card)
 
 
-def _config(loaded: Pretrained) -> str:
-    """All but the tensors, as text."""
-    config = {
+def _config(loaded: Pretrained) -> dict[str, Any]:
+    """All but the tensors."""
+    return {
         "model": loaded.settings,
         "preprocessing": dataclasses.asdict(loaded.preprocessing),
         "class_names": loaded.class_names,
         "source": loaded.source,
     }
-    return _to_json(config)
 
 
-def _to_json(config: Mapping[str, Any]) -> str:
-    return json.dumps(config, indent=1) + "\n"
-
-
-def _write_directory(directory: Path, weights: str, loaded: Pretrained, texts: Mapping[str, str]) -> None:
-    """Writes a directory of weights and texts, by file name, in place of an old one, which a failure leaves as it was.
+def _write_directory(directory: Path, weights: str, loaded: Pretrained, config: dict[str, Any], card: str = "") -> None:
+    """Writes a directory of weights, config.json and a card in place of an old one, which a failure leaves as it was.
 
     A kill while the two change places leaves the old one next to it, as .NAME.*/old.
     """
@@ -249,9 +236,10 @@ def _write_directory(directory: Path, weights: str, loaded: Pretrained, texts: M
         new, old = Path(scratch, "new"), Path(scratch, "old")
         new.mkdir()
         write_safetensors(new / weights, loaded.tensors, _config(loaded))
-        for name, text in texts.items():
-            with atomic_write(new / name) as file:
-                file.write(text)
+        write_json(new / "config.json", config)
+        if card:
+            with atomic_write(new / "README.md") as file:
+                file.write(card)
         try:
             if directory.exists():
                 directory.rename(old)

@@ -25,7 +25,14 @@ def fetch(source: str) -> Path:
         return path
     if re.fullmatch(r"[\w-]+/[\w.-]+", repo) and not repo.endswith((".pth", ".pt", ".bin", ".safetensors")):
         try:
-            return _download(repo)
+            from huggingface_hub import errors, hf_hub_download
+
+            config = hf_hub_download(repo, "config.json")
+            try:
+                hf_hub_download(repo, WEIGHTS[0])
+            except errors.RemoteEntryNotFoundError:
+                hf_hub_download(repo, WEIGHTS[1])
+            return Path(config).parent
         except Exception as error:  # of any library that the download goes through
             reason = textwrap.shorten(str(error), 200) or type(error).__name__
             raise UserError(
@@ -36,15 +43,3 @@ def fetch(source: str) -> Path:
         f"there is no file or directory {source}, and no published model of that name"
         f"{nearest(source, PUBLISHED)} The published models are: {', '.join(PUBLISHED)}."
     )
-
-
-def _download(repo: str) -> Path:
-    """The folder with config.json and the weights of a repository, downloaded once."""
-    from huggingface_hub import errors, hf_hub_download
-
-    config = hf_hub_download(repo, "config.json")
-    try:
-        hf_hub_download(repo, WEIGHTS[0])
-    except errors.RemoteEntryNotFoundError:
-        hf_hub_download(repo, WEIGHTS[1])
-    return Path(config).parent

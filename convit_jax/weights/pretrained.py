@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convit_jax.data.class_names import IMAGENET
+from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.initializers import trunc_normal
 from convit_jax.models.variants import SIZES, model_settings, parse_image_size
@@ -198,12 +198,15 @@ def as_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
 def match_classes(names: Sequence[str], loaded: Pretrained) -> tuple[np.ndarray, str | None]:
     """Returns (the weights' label of each class of some data, int32 [C]; a message or None).
 
-    Classes match by name if the weights know all names, otherwise by order if there are as many. Weights without
+    Classes match by name or its words if the weights know all, otherwise by order if there are as many. Weights without
     names take fewer classes, as their first labels.
     """
-    theirs = {name: label for label, name in enumerate(loaded.class_names or ())}
-    if all(name in theirs for name in names):
-        return np.array([theirs[name] for name in names], np.int32), None
+    theirs: dict[str, int] = {}
+    for named in (words, str):  # names as they are count more
+        theirs |= {named(name): label for label, name in enumerate(loaded.class_names or ())}
+    found = [theirs.get(name, theirs.get(words(name), -1)) for name in names]
+    if min(found) >= 0:
+        return np.array(found, np.int32), None
     known = loaded.settings["num_classes"]
     if len(names) > known or (theirs and len(names) < known):
         raise UserError(
@@ -254,15 +257,12 @@ def _resized(loaded: Pretrained, size: tuple[int, int]) -> Pretrained:
 
 def _with_new_head(loaded: Pretrained, num_classes: int, seed: int) -> Pretrained:
     """The same weights with a new head, or two if distilled."""
-    resized = loaded.with_settings(num_classes=num_classes)
-    tensors, dtype = {**loaded.tensors}, loaded.tensors["pos_embed"].dtype
-    for number, head in enumerate(("head", "head_dist") if loaded.settings["distilled"] else ("head",)):
-        weight, bias = f"{head}.weight", f"{head}.bias"
-        if num_classes:
-            key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
-            values = trunc_normal(key, (num_classes, loaded.settings["embed_dim"]))
-            tensors |= {weight: np.asarray(values).astype(dtype), bias: np.zeros(num_classes, dtype)}
-        else:
-            del tensors[weight], tensors[bias]
+    resized, dtype = loaded.with_settings(num_classes=num_classes), loaded.tensors["pos_embed"].dtype
+    tensors = {name: tensor for name, tensor in loaded.tensors.items() if not name.startswith("head")}
+    heads = ("head", "head_dist") if loaded.settings["distilled"] else ("head",)
+    for number, head in enumerate(heads if num_classes else ()):
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
+        values = trunc_normal(key, (num_classes, loaded.settings["embed_dim"]))
+        tensors |= {f"{head}.weight": np.asarray(values).astype(dtype), f"{head}.bias": np.zeros(num_classes, dtype)}
     change = f"new head for {num_classes} classes" if num_classes else "head removed"
     return dataclasses.replace(resized, tensors=tensors, class_names=None, changes=(*loaded.changes, change))

@@ -47,7 +47,10 @@ def test_heads_start_as_the_pixels_of_a_filter():
         peak = np.unravel_index(positions[4.0][head].argmax(), (3, 4))
         assert peak == (1 + head % 3 - 1, 2 + head // 3 - 1)
         assert positions[4.0][head].max() > positions[1.0][head].max()
-    np.testing.assert_array_equal(positions[1.0][9], positions[4.0][9])  # beyond the filter: random
+    for strength in positions:  # also of the head beyond the filter, which starts at random
+        attn = new_model(settings | {"locality_strength": strength}, 0).blocks[0].attn
+        expected = attn.positional_probabilities()[:, 1 * 4 + 2].reshape(10, 3, 4)
+        np.testing.assert_allclose(positions[strength], expected, atol=1e-6)
     content, ordinary = init_maps(settings | {"conv_init": False}, 0, (1, 2))
     assert content is None
     assert ordinary[None].max() < 0.2

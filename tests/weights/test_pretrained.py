@@ -119,10 +119,18 @@ def test_a_model_is_saved_from_python(tmp_path, name):
 
 
 def test_a_saved_model_still_knows_the_classes_of_imagenet(tmp_path):
-    loaded = pretrained.load(WEIGHTS, num_classes=1000)
-    named = dataclasses.replace(loaded, class_names=tuple(IMAGENET))
-    convit_jax.save_pretrained(named.model(), tmp_path / "mine.safetensors")
-    assert pretrained.load(tmp_path / "mine.safetensors").class_names == named.class_names
+    for count in (1000, 3):
+        loaded = dataclasses.replace(pretrained.load(WEIGHTS, num_classes=count), class_names=(*IMAGENET,)[:count])
+        convit_jax.save_pretrained(loaded.model(), tmp_path / "mine.safetensors")
+        labels, remark = pretrained.match_classes((*IMAGENET,)[1:count], pretrained.load(tmp_path / "mine.safetensors"))
+        assert (labels.tolist(), remark) == ([*range(1, count)], None)
+
+
+def test_a_saved_model_keeps_sizes_that_its_shapes_leave_open(tmp_path):
+    sizes = {"embed_dim": 24, "depth": 2, "local_up_to_layer": 1, "num_heads": 2, "patch_size": 8, "num_classes": 2}
+    model = convit_jax.create_model("convit_tiny", image_size=(16, 32), pos_embed_class_token=True, **sizes)
+    convit_jax.save_pretrained(model, tmp_path / "mine.safetensors")
+    assert convit_jax.load_pretrained(tmp_path / "mine.safetensors").grid == (2, 4)  # 9 positions, also 3 x 3
 
 
 def test_weights_without_a_head_take_a_new_one(golden, tmp_path):
