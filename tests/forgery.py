@@ -31,13 +31,10 @@ def save_torch(path, tree):
             return value(entry)
         array = np.ascontiguousarray(entry)
         arrays.append(array.tobytes())
-        return rebuilt(0, array.shape, strides_of(array), of=storage(array.size, len(arrays) - 1, array.dtype))
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        return rebuilt(0, array.shape, strides, of=storage(array.size, len(arrays) - 1, array.dtype))
 
     path.write_bytes(torch_zip(program(item(tree)), arrays))
-
-
-def strides_of(array):
-    return tuple(stride // array.itemsize for stride in array.strides)
 
 
 def value(item):

@@ -1,9 +1,7 @@
-"""README.md, docs/ and examples/: commands can be typed as they stand, Python snippets run, links lead somewhere.
-
-docs/python.md has a test of its own, test_python_page.py.
-"""
+"""README.md, docs/ and examples/: commands can be typed as they stand, Python runs, links lead somewhere."""
 
 import argparse
+import json
 import pickle
 import re
 import runpy
@@ -103,6 +101,18 @@ def test_the_readme_goes_from_a_photo_to_labels(trained, image_folder, monkeypat
     run = snippet("README.md").replace("convit_small", str(trained))
     exec(run.replace("cat.jpg", "0.jpg").replace("dog.jpg", "1.jpg"), {})
     assert re.search(r"^\['\d', '\d'\]$", capsys.readouterr().out, re.M)
+
+
+def test_the_page_on_python_is_the_notebook_and_its_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = re.split(r"^```(?:python)?\n", (ROOT / "docs/python.md").read_text(), flags=re.M)
+    cells = json.loads((ROOT / "examples/own_loop.ipynb").read_text())["cells"]
+    assert ["".join(cell["source"]) for cell in cells] == [part.strip("\n") for part in page if part.strip("\n")]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["accuracy"] > 0.7
 
 
 def test_the_script_for_cifar10_makes_an_image_folder(tmp_path, monkeypatch):

@@ -57,8 +57,6 @@ def test_lock_keeps_others_out_and_a_kill_frees_it(tmp_path):
         with pytest.raises(DirectoryLocked, match="another process is training in"):
             lock_directory(tmp_path).__enter__()
         wait_for_owner(tmp_path, "me", seconds=0)  # the attempt above did not erase it
-        with pytest.raises(UserError, match="not the directory that process 0 writes to"):
-            wait_for_owner(tmp_path, "someone else", seconds=0)
     for wait in (False, True):
         with lock_directory(tmp_path, wait=wait):
             pass
@@ -96,8 +94,6 @@ def test_run_directory_belongs_to_one_config_and_its_data(digits_config, tmp_pat
     claim_run(tmp_path, digits_config, lists)
     with pytest.raises(UserError, match="images with other names, labels or classes"):
         claim_run(tmp_path, digits_config, {**FACTS, "image_lists": ["a", "c"]})
-    with pytest.raises(UserError, match="had the teacher None; 'x' has other weights"):
-        claim_run(tmp_path, digits_config, {**lists, "teacher": {"source": "x", "weights": "y"}})
     digits_config.data.mean = None  # that of init_from, which is the run's
     claim_run(tmp_path, digits_config, lists)
 

@@ -2,11 +2,9 @@
 
 import os
 import pickle
-import signal
 
 import numpy as np
 import pytest
-from conftest import run_python
 
 from convit_jax.data.index import cached_index, make_index
 
@@ -96,15 +94,3 @@ def test_an_index_that_cannot_be_written_stays_in_memory(home, data, monkeypatch
     assert index.path is None
     assert rows(index) == IN_ORDER
     assert not [path for path in home.rglob("*") if path.is_file()]
-
-
-def test_a_process_that_is_killed_while_writing_leaves_no_index(data):
-    program = f"""
-import os, pathlib, signal
-from convit_jax.data import index
-os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-index.cached_index(pathlib.Path({str(data)!r}), "train", "f", lambda: index.make_index([0], ["a"]))
-"""
-    assert run_python("-c", program).returncode == -signal.SIGKILL
-    assert [path.suffix for path in data.iterdir()] == [".tmp"]
-    assert rows(cached_index(data, "train", "f", build)) == IN_ORDER

@@ -1,13 +1,10 @@
 """RandAugment against timm's pixels (tests/golden/make_randaugment.py) and its own definition."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
@@ -109,18 +106,3 @@ def test_draws_follow_their_definition():
     assert abs((op[both, 0] == op[both, 1]).mean() - 1 / 15) < 4 * np.sqrt(1 / 15 / both.sum())
     _, exact, _ = draw_operations(jax.random.key(0), 10, settings(7.0, 0.0))
     np.testing.assert_array_equal(exact, np.full((10, 2), 7.0))
-
-
-@pytest.mark.parametrize(("rows", "share"), [(1, 1.0), (7, 0.5), (32, 0.0), (32, 0.2), (48, 0.2)])
-def test_some_rows_computes_the_wanted_rows_and_few_others(rows, share):
-    wanted = np.random.default_rng(rows).uniform(size=rows) < share
-    batch, scale = np.arange(1.0, 1.0 + rows * 2).reshape(rows, 2), np.arange(2.0, 2.0 + rows)
-    function = jax.jit(lambda *rows: image_ops.some_rows(lambda x, s: x.sum(1) * s, *rows))
-    ours = np.asarray(function(wanted, batch, scale))
-    np.testing.assert_array_equal(ours[wanted], (batch.sum(1) * scale)[wanted])
-    rounds = max((group.sum() for group in wanted.reshape(-1, math.gcd(rows, 16))), default=0)
-    assert (ours != 0).sum() <= rounds * rows // math.gcd(rows, 16)  # the work that was done
-    if rows == 32:  # four for each device, so that groups cross devices
-        sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
-        shared = function(*jax.device_put((wanted, batch, scale), sharding))
-        np.testing.assert_array_equal(shared, ours)

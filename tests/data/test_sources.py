@@ -95,15 +95,6 @@ def test_the_test_images_are_in_val_or_test_and_may_be_the_only_ones(folder):
     assert ImageFolder(folder, "test").class_names == ("B", "c")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("digits", Digits), ("folder", ImageFolder)])
-def test_a_config_opens_its_source_which_survives_pickling(name, kind, folder):
-    source = open_source(SimpleNamespace(name=name, dir=str(folder)), "test")
-    assert isinstance(source, kind)
-    copy = pickle.loads(pickle.dumps(source))
-    assert digest(copy) == digest(source)
-    np.testing.assert_array_equal(copy[2], source[2])
-
-
 def test_a_digest_depends_on_every_label_name_and_class_but_not_on_the_listing():
     def of(labels, names, classes=("a", "b")):
         source = Source()

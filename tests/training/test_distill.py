@@ -166,19 +166,12 @@ def test_a_run_names_its_teacher_and_continues_on_eight_devices_where_it_has_mov
 
 
 def test_teachers_that_cannot_teach_are_refused_before_anything_is_written(student, tmp_path):
-    def refused(match, **changed):
-        student.distill.teacher = make_teacher(tmp_path / "refused", **changed)
-        with pytest.raises(UserError, match=match):
-            train(student, tmp_path / "run")
-        assert not (tmp_path / "run").exists()
-
-    names = ("a", "b", "c")
-    refused(
-        "distill.teacher: the data has 10 classes, as '0', and the weights have 3", num_classes=3, class_names=names
-    )
-    refused("the data has 10 classes, the student 10 and .*refused 12: leave", num_classes=12, class_names=None)
+    student.distill.teacher = make_teacher(tmp_path / "refused", num_classes=12, class_names=None)
+    with pytest.raises(UserError, match=r"the data has 10 classes, the student 10 and .*refused 12: leave"):
+        train(student, tmp_path / "run")
     weights = Path(make_teacher(tmp_path / "cut")) / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     student.distill.teacher = str(weights.parent)
     with pytest.raises(UserError, match=r"^distill.teacher: cannot read .*weights.safetensors"):
         train(student, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

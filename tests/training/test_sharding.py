@@ -2,18 +2,16 @@
 
 import re
 
-import jax
 import numpy as np
 import pytest
 from conftest import SPEEDS, assert_same, saved
-from jax.sharding import PartitionSpec
 
 from convit_jax.errors import UserError
 from convit_jax.rundir import read_metrics
 from convit_jax.training.loop import train
 from convit_jax.training.plan import make_plan
 from convit_jax.training.setup import Steps
-from convit_jax.training.sharding import make_mesh, put_batch, put_same, state_shardings
+from convit_jax.training.sharding import make_mesh, put_batch
 
 
 def test_a_run_on_one_device_continues_on_eight_as_if_it_had_stayed(digits_config, tmp_path):
@@ -24,7 +22,7 @@ def test_a_run_on_one_device_continues_on_eight_as_if_it_had_stayed(digits_confi
     train(recipe, whole)
     recipe.steps = 3
     train(recipe, moved)
-    recipe.steps, recipe.mesh.data, recipe.mesh.fsdp = 6, 2, 4
+    recipe.steps, recipe.mesh.data, recipe.mesh.fsdp = 6, -1, 4
     recipe.model.scan_unroll = 2  # which fixes a layout
     recipe.data.resize, recipe.data.canvas = "device", 16
     train(recipe, moved)
@@ -57,21 +55,6 @@ def test_the_collectives_are_those_that_the_mesh_calls_for_and_memory_falls_with
     # Mixup and cutmix fetch the mirror images of a device's rows from one other device.
     assert found[4, 2] == {"all-gather", "all-reduce", "collective-permute"}
     assert state_bytes[4, 2] < 0.52 * state_bytes[8, 1]
-
-
-def test_the_largest_axis_that_fsdp_divides_is_sharded():
-    mesh = make_mesh(-1, 4)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
-    shapes = {"a": (2, 8, 12), "b": (3, 5), "c": (), "d": (4, 4)}
-    values = {name: np.arange(np.prod(shape, dtype=int)).reshape(shape) for name, shape in shapes.items()}
-    placed = put_same(values, state_shardings(mesh, values))
-    assert {name: array.sharding.spec for name, array in placed.items()} == {
-        "a": PartitionSpec(None, None, "fsdp"),
-        "b": PartitionSpec(),
-        "c": PartitionSpec(),
-        "d": PartitionSpec("fsdp"),
-    }
-    assert_same(values, jax.device_get(placed))
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(4, 4), (-1, 3), (0, 1), (-1, 0)])

@@ -1,56 +1,35 @@
-"""The training step: accumulation, metrics, randomness."""
+"""The training step: metrics, randomness. Accumulation: test_distill.py."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from conftest import assert_same
+from conftest import TINY
 
+from configs import digits
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.training.optimizer import make_optimizer
 from convit_jax.training.plan import make_plan
 from convit_jax.training.step import FINE, make_train_step, new_state, train_metrics
 
-BUILT = {}  # compiled steps of this module, by micro-batches
 SEED = np.uint32(0)
 
 
-def schedule(step):
-    return jnp.float32(1e-3) * (step + 1)
+@functools.cache
+def built():
+    """(step, state, batch) of a config with randomness and an average of the weights."""
+    config = digits.get_config()
+    config.update_from_flattened_dict(TINY | {"augment.mixup": 0.8, "augment.cutmix": 1.0, "optim.ema_decay": 0.5})
+    plan, schedule = make_plan(config, devices=1), lambda step: jnp.float32(1e-3) * (step + 1)
+    graphdef, params = abstract_model(plan.model)
+    optimizer = make_optimizer(config.optim, schedule, params)
+    state = new_state(initial_params(plan.model, 0), optimizer, ema=True)
+    return jax.jit(make_train_step(graphdef, optimizer, schedule, config, 10)), state, plan.train(range(16))
 
 
-@pytest.fixture
-def stepper(digits_config):
-    """Build (step, state, batch) of a config with randomness and an average of the weights."""
-
-    def build(accumulate=1):
-        if accumulate not in BUILT:
-            digits_config.accumulate = accumulate
-            digits_config.augment.update(mixup=0.8, cutmix=1.0)
-            digits_config.optim.ema_decay = 0.5
-            plan = make_plan(digits_config, devices=1)
-            graphdef, params = abstract_model(plan.model)
-            optimizer = make_optimizer(digits_config.optim, schedule, params)
-            state = new_state(initial_params(plan.model, 0), optimizer, ema=True)
-            step = make_train_step(graphdef, optimizer, schedule, digits_config, 10)
-            BUILT[accumulate] = jax.jit(step), state, plan.train(range(16))
-        return BUILT[accumulate]
-
-    return build
-
-
-def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(stepper):
-    step, state, batch = stepper()
-    whole, metrics = step(state, train_metrics(), batch, SEED)
-    step, state, batch = stepper(accumulate=4)
-    parts, metrics_of_parts = step(state, train_metrics(), batch, SEED)
-    assert_same(whole["opt_state"], parts["opt_state"], atol=1e-6, rtol=1e-4)
-    assert metrics["correct"] == metrics_of_parts["correct"]
-    np.testing.assert_allclose(metrics["loss"], metrics_of_parts["loss"], rtol=1e-6)
-
-
-def test_metrics_are_sums_over_steps_and_the_average_follows_its_decay(stepper):
-    step, state, batch = stepper()
+def test_metrics_are_sums_over_steps_and_the_average_follows_its_decay():
+    step, state, batch = built()
     once, metrics = step(state, train_metrics(), batch, SEED)
     twice, total = step(once, metrics, batch, SEED)
     _, second = step(once, train_metrics(), batch, SEED)
@@ -62,8 +41,8 @@ def test_metrics_are_sums_over_steps_and_the_average_follows_its_decay(stepper):
     np.testing.assert_allclose(twice["ema"]["head"]["kernel"], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_randomness_depends_on_the_step_and_the_seed_only(stepper):
-    step, state, batch = stepper()
+def test_randomness_depends_on_the_step_and_the_seed_only():
+    step, state, batch = built()
     losses = [
         float(step({**state, "step": jnp.int32(number)}, train_metrics(), batch, np.uint32(seed))[1]["loss"])
         for number, seed in ((3, 5), (3, 5), (4, 5), (3, 2**32 - 1))

@@ -101,16 +101,6 @@ def test_views(name, monkeypatch):
     assert np.shares_memory(views["whole"], views["steps"])
 
 
-def test_golden_files_are_equal():
-    expected = read_state_dict(GOLDEN / "convit_golden.safetensors")
-    for name in ("convit_golden.pth", "convit_golden_training.pth"):  # with optimizer, Namespace and average
-        tensors = read_state_dict(GOLDEN / name)
-        assert {*tensors} == {*expected}
-        assert list(tensors)[:3] == ["cls_token", "pos_embed", "patch_embed.proj.weight"]  # PyTorch's order
-        for parameter, array in tensors.items():
-            same(array, expected[parameter])
-
-
 # ---- Where the state dict is -----------------------------------------------------------------
 
 
@@ -243,24 +233,17 @@ PICKLES = {
     "a text of 4 GB": (b"X\xff\xff\xff\xffabc", "damaged"),
     "a bytearray of 2**40": (b"\x96\0\0\0\0\0\1\0\0", "damaged"),
     "an instance": (b"(ios\nsystem\n", "INST as PyTorch never does"),
-    "nothing": (b"", "damaged"),
-    "under a mark": (b"K\1(\x85", "damaged"),
     "a deep name": (DEEP + b"K\2\x93", "STACK_GLOBAL as"),
     "unprintable": (named("a.\x1b[31m"), r"it holds one a.\\x1b\[31m"),
 }  # fmt: skip
 TENSORS = {
     "too long": (rebuilt(0, (5,), (1,)), r"shape \(5,\) reaches beyond its storage"),
-    "negative size": (rebuilt(0, (-1,), (1,)), "wrong properties"),
     "negative stride": (rebuilt(3, (4,), (-1,)), "wrong properties"),
     "text in a size": (rebuilt(0, ("a", 2**33), (1, 1)), "wrong properties"),  # math.prod would make 8 GB
-    "a size of 2**70": (rebuilt(0, (2**70,), (0,)), "wrong properties"),
-    "a stride missing": (rebuilt(0, (2, 2), (1,)), "damaged"),
     "65 dimensions": (rebuilt(0, (1,) * 65, (1,) * 65), "wrong properties"),
     "empty and endless": (rebuilt(0, (0, 2**55, 2**55), (0,) * 3), "damaged"),
     "one number a billion times": (rebuilt(0, (2**30,), (0,)), "far more than the file's size"),
     "arguments missing": (call("torch._utils._rebuild_tensor_v2", 0), "damaged"),
-    "no storage": (rebuilt(0, (4,), (1,), of=b"N"), "damaged"),
-    "storage too short": (rebuilt(0, (5,), (1,), of=storage(5)), "storage 0 has not 20 bytes"),
     "storage of terabytes": (rebuilt(0, (4,), (1,), of=storage(2**40)), "has not 4,398,046,511,104 bytes"),
     "storage of -1": (rebuilt(0, (4,), (1,), of=storage(-1)), "unknown type"),
     "storage elsewhere": (rebuilt(0, (4,), (1,), of=storage(4, "../x")), r"storage ../x has not 16 bytes"),
@@ -293,27 +276,20 @@ def test_the_file_that_the_others_are_made_of(read):
     same(read(unchecked)["a"], FOUR)  # PyTorch can be told to write no checksums
 
 
-def safetensors_file(header, data=bytes(8), length=None):
-    """A file whose header is a dict or the bytes themselves."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+def safetensors_file(header, data):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
 
 
-def entry(begin=0, end=8, shape=(2,), dtype="F32"):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+def entry(begin=0, end=8, shape=(2,)):
+    return {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
 
 
-HEADERS = [
+HEADERS = [  # what our reader makes of places and shapes; the library finds the rest, see test_fuzz.py
     safetensors_file({"a": entry(), "b": entry(4, 12)}, bytes(12)),  # overlap
     safetensors_file({"a": entry(), "b": entry(12, 20)}, bytes(20)),  # a gap
-    safetensors_file({"a": entry(0, 2**42, (2**40,))}),  # terabytes
-    safetensors_file({"a": entry(shape=(3,))}),
-    safetensors_file({"a": entry(dtype="F5")}),
     safetensors_file({"a": entry(0, 4, (1,) * 65)}, bytes(4)),
     safetensors_file({"a": entry(0, 0, (0, 2**61, 2**61))}, b""),
-    safetensors_file({"a": entry()}, length=2**63),
-    safetensors_file({"a": entry()}, length=12),
-    safetensors_file(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
 ]
 FILES = {
     "compressed": (torch_zip(program(state_dict(GOOD)), [bytes(10**7)], method=8), "perhaps compressed"),

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import convit_jax
 from convit_jax.errors import UserError
 
 
@@ -24,9 +23,3 @@ def test_a_path_a_picture_and_pixels_give_the_same_input(golden, tmp_path):
         model.preprocess(pixels / np.float32(255))
     with pytest.raises(UserError, match=r"nowhere\.jpg"):
         model.preprocess(tmp_path / "nowhere.jpg")
-
-
-def test_a_trained_run_knows_its_classes_and_is_in_evaluation_mode(trained):
-    model = convit_jax.load_pretrained(trained, dtype="bfloat16")
-    assert model.class_names == tuple("0123456789")
-    assert (model.deterministic, model.drop_path_rate, model.dtype) == (True, 0.0, "bfloat16")
