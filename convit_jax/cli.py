@@ -19,16 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from convit_jax.config import (
-    ROOT,
-    check_config,
-    declared_fields,
-    load_config_file,
-    load_run_config,
-    take_config,
-    take_option,
-)
-from convit_jax.errors import UserError, missing_home, missing_platform, out_of_memory
+from convit_jax.config import ROOT, check_config, declared_fields, take_config, take_option
+from convit_jax.errors import UserError, known_cause
 from convit_jax.rundir import is_run
 
 if TYPE_CHECKING:
@@ -79,7 +71,7 @@ def launch(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (RuntimeError, AssertionError) as error:  # of JAX, or of pathlib
-        message = out_of_memory(error) or missing_platform(error) or missing_home(error)
+        message = known_cause(error)
         if message is None:
             raise
     if message is not None:
@@ -174,13 +166,10 @@ def _define_config(argv: list[str], default: str) -> list[str]:
     The config is that of --config, or of the run directory in --checkpoint, or the default.
     """
     given, checkpoint = (take_option(argv, name)[0] for name in ("config", "checkpoint"))
-    config = None
-    if given is None and is_run(checkpoint):
-        config = load_run_config(Path(str(checkpoint)).expanduser())
-    elif given is None and default:
-        config = load_config_file(default)
+    if is_run(checkpoint):
+        default = str(Path(str(checkpoint)).expanduser())
     flags.DEFINE_string("config", None, "Config file; --config.FIELD=VALUE changes a field.")
-    flags.FLAGS["config"].value, rest = take_config(argv, config)
+    flags.FLAGS["config"].value, rest = take_config(argv, default or None)
     flags.FLAGS["config"].present = int(given is not None)
     return rest
 

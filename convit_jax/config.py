@@ -34,17 +34,6 @@ class Field:
     kind: type | None = None  # type of the values, if the default does not tell it
     may_change: bool = False  # whether a run may continue with another value: no step changes but by rounding
 
-    def check(self, name: str, value: Any) -> None:
-        """Raises UserError if a value is not allowed."""
-        if value is None or not self.allowed:
-            return
-        if isinstance(self.allowed, tuple):
-            if value not in self.allowed:
-                hint = nearest(str(value), self.allowed)
-                raise UserError(f"{name} is {value!r}{hint} Choose from: {', '.join(self.allowed)}.")
-        elif not all(_inside(each, self.allowed) for each in (value if isinstance(value, tuple) else [value])):
-            raise UserError(f"{name} is {value} ({self.meaning}): it must be in {self.allowed}.")
-
 
 def _inside(value: float, interval: str) -> bool:
     """Whether a number is in an interval such as "(0, 1]"; NaN is in none."""
@@ -127,17 +116,19 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     return values[name].value, rest
 
 
-def take_config(argv: Sequence[str], default: ConfigDict | None = None) -> tuple[ConfigDict | None, list[str]]:
-    """Returns the config of --config=FILE, else the default, with all --config.FIELD=VALUE; and the line without these.
+def take_config(argv: Sequence[str], default: str | None = None) -> tuple[ConfigDict | None, list[str]]:
+    """Returns the config of --config=SOURCE, else the default's, with all --config.FIELD=VALUE; and the line without.
 
-    Without any config the line keeps its --config.FIELD.
+    SOURCE is a config file or a run directory. Without any config the line keeps its --config.FIELD.
     """
-    source, rest = take_option(argv, "config")
+    given, rest = take_option(argv, "config")
     found = [re.match(r"--?config\.([^=]+)", argument) for argument in rest]
     _check_names([match[1] for match in found if match], "the config has no field")
-    config = default if source is None else load_config_file(source)
-    if config is None:
+    source = default if given is None else given
+    if source is None:
         return None, rest
+    of_run = (Path(source) / "config.json").is_file()
+    config = load_run_config(Path(source)) if of_run else load_config_file(source)
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
     rest = values(rest, known_only=True)
@@ -169,8 +160,15 @@ def check_config(config: ConfigDict) -> None:
     """Raises UserError for the first field whose value is not allowed."""
     flat = flatten(config)
     for name, field in declared_fields().items():
-        value = flat.get(name)
-        field.check(name, tuple(value) if isinstance(value, list) else value)
+        if (value := flat.get(name)) is None or not field.allowed:
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        if isinstance(field.allowed, tuple):
+            if value not in field.allowed:
+                hint = nearest(str(value), field.allowed)
+                raise UserError(f"{name} is {value!r}{hint} Choose from: {', '.join(field.allowed)}.")
+        elif not all(_inside(each, field.allowed) for each in (value if isinstance(value, tuple) else [value])):
+            raise UserError(f"{name} is {value} ({field.meaning}): it must be in {field.allowed}.")
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -179,10 +177,7 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
         config = json.loads(config.to_json_best_effort())
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": item for key, item in value.items()}
-        else:
-            flat[name] = value
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 

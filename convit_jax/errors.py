@@ -32,31 +32,21 @@ def printable(text: str) -> str:
     return ascii(text if len(text) <= 100 else f"{text[:97]}...")[1:-1]
 
 
-def out_of_memory(error: Exception) -> str | None:
-    """Returns the message for a device that ran out of memory, or None if `error` is something else."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return None
-    first_line = str(error).partition("\n")[0]
-    return (
-        f"the device ran out of memory ({first_line}): lower batch_size (eval_batch_size in an evaluation), "
-        "raise accumulate, set model.remat=True, or use mesh.fsdp with several devices."
-    )
-
-
-def missing_platform(error: Exception) -> str | None:
-    """Returns the message for a JAX_PLATFORMS that cannot be used here, or None if `error` is something else."""
-    platforms = os.environ.get("JAX_PLATFORMS")
+def known_cause(error: Exception) -> str | None:
+    """Returns the message for an error of JAX or pathlib that the user can remedy, or None for any other."""
+    text, platforms = str(error), os.environ.get("JAX_PLATFORMS")
+    if "RESOURCE_EXHAUSTED" in text:
+        return (
+            f"the device ran out of memory ({text.splitlines()[0]}): lower batch_size (eval_batch_size in an "
+            "evaluation), raise accumulate, set model.remat=True, or use mesh.fsdp with several devices."
+        )
+    if "home directory" in text:  # pathlib's words
+        return "a path begins with ~, but the home directory is unknown: write the path out, or set HOME."
     # JAX's function; for cuda it fails an assertion that has no message.
-    if not platforms or traceback.extract_tb(error.__traceback__)[-1].name != "backends":
-        return None
-    return f'JAX cannot use JAX_PLATFORMS={platforms}: unset it, or install JAX for it, as pip install "jax[cuda12]".'
-
-
-def missing_home(error: Exception) -> str | None:
-    """Returns the message for a path that begins with ~ where that means nothing, or None for another error."""
-    if "home directory" not in str(error):  # pathlib's words
-        return None
-    return "a path begins with ~, but the home directory is unknown: write the path out, or set HOME."
+    if platforms and [frame.name for frame in traceback.extract_tb(error.__traceback__)[-1:]] == ["backends"]:
+        remedy = 'unset it, or install JAX for it, as pip install "jax[cuda12]".'
+        return f"JAX cannot use JAX_PLATFORMS={platforms}: {remedy}"
+    return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the content of a run's JSON file, {} if there is none. Raises UserError if it is damaged."""
     try:
         return json.loads(_read(path)) if path.exists() else {}
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # a UserError is a ValueError, too
         words = "remove it and run the same command again; the training is kept."
         raise UserError(f"{path} is damaged ({error}): {words}") from error
 

@@ -12,7 +12,6 @@ import numpy as np
 from absl import flags
 
 from convit_jax.cli import launch, required_config
-from convit_jax.config import check_config
 from convit_jax.data.sources import open_source
 from convit_jax.data.subsample import training_subset
 
@@ -24,7 +23,6 @@ def _define_flags() -> None:
 def main(arguments: list[str]) -> None:
     """Prints the number of images and their hash; with --list their names first."""
     config = required_config()
-    check_config(config)
     source = open_source(config.data, "train")
     indices = training_subset(config, source)
     lines = "".join(f"{source.name(index)}\n" for index in indices)

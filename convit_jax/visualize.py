@@ -71,9 +71,10 @@ def visualize_run(directory: Path) -> list[Path]:
     """Draws learning curves, gates and non-locality of --run."""
     from convit_jax.figures.curves import draw_curves
     from convit_jax.figures.locality import draw_locality
+    from convit_jax.models.variants import settings_of
 
     run = Path(flags.FLAGS.run).expanduser()
-    settings = _config_settings(load_run_config(run))
+    settings = settings_of(load_run_config(run).model)
     if not read_metrics(run / "metrics.jsonl"):
         raise UserError(f"{run} has an empty metrics.jsonl, or none: nothing is logged yet.")
     return [*draw_curves(run, directory), *draw_locality(run, directory, settings)]
@@ -101,6 +102,7 @@ def visualize_init(directory: Path) -> list[Path]:
     """Draws the first GPSA layer of --checkpoint's or --config's model before training."""
     from convit_jax.analysis.maps import init_maps
     from convit_jax.figures.maps import draw_init_maps
+    from convit_jax.models.variants import settings_of
     from convit_jax.training.plan import follow_weights
     from convit_jax.weights.preprocess import Preprocessing
 
@@ -109,7 +111,7 @@ def visualize_init(directory: Path) -> list[Path]:
         settings, how, seed = loaded.settings, loaded.preprocessing, config.seed if config else 0
     else:
         config = follow_weights(required_config())
-        settings, seed, how = _config_settings(config), config.seed, Preprocessing.of_config(config.data)
+        settings, seed, how = settings_of(config.model), config.seed, Preprocessing.of_config(config.data)
     query = _read_query(settings)
     image, normalised = read_image(settings, how) if flags.FLAGS.image else (None, None)
     return draw_init_maps(directory, *init_maps(settings, seed, query, normalised), image, query)
@@ -118,14 +120,6 @@ def visualize_init(directory: Path) -> list[Path]:
 def _as_file(path: Path, name: str) -> Path:
     """The file that --output names: `name` in it if it is a directory."""
     return path / name if path.is_dir() or not path.suffix else path
-
-
-def _config_settings(config: Any) -> dict[str, Any]:
-    """The settings of a config's VisionTransformer."""
-    from convit_jax.models.variants import model_settings
-    from convit_jax.training.plan import model_arguments
-
-    return model_settings(**model_arguments(config, config.data.num_classes or 1000))
 
 
 def _read_query(settings: dict[str, Any]) -> tuple[int, int]:

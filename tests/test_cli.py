@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_python, says
 
-from convit_jax.errors import UserError, missing_home, out_of_memory
+from convit_jax.errors import UserError, known_cause
 
 WEIGHTS = f"--checkpoint={ROOT}/tests/golden/convit_golden.pth"
 DIGITS = "--config=configs/digits.py"
@@ -95,7 +95,7 @@ def test_platform_that_jax_does_not_have(monkeypatch):
 def test_a_path_in_an_unknown_home_directory():
     with pytest.raises(RuntimeError) as raised:
         Path("~nobody-of-that-name/runs").expanduser()
-    assert missing_home(raised.value).startswith("a path begins with ~, but the home directory is unknown")
+    assert known_cause(raised.value).startswith("a path begins with ~, but the home directory is unknown")
 
 
 def test_closed_error_stream():
@@ -117,7 +117,7 @@ def test_device_out_of_memory():
     said = says("-c", code)
     assert said.startswith("fake: the device ran out of memory (RESOURCE_EXHAUSTED: Out of memory: 9 GiB.)")
     assert "A long list" not in said
-    assert out_of_memory(RuntimeError("INTERNAL: a bug")) is None
+    assert known_cause(RuntimeError("INTERNAL: a bug")) is None
 
 
 @pytest.mark.parametrize("line", ["compiles()", "Dropped()", "raise ImportError('of C++') from KeyboardInterrupt()"])

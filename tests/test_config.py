@@ -10,9 +10,8 @@ import convit_jax
 from configs import ablations
 from convit_jax.config import check_config, compare_configs, flatten, load_config, load_run_config
 from convit_jax.errors import UserError
-from convit_jax.models.variants import model_settings
+from convit_jax.models.variants import settings_of
 from convit_jax.training.optimizer import frozen_mask
-from convit_jax.training.plan import model_arguments
 
 DIGITS = f"--config={ROOT}/configs/digits.py"
 
@@ -29,7 +28,7 @@ def test_paper_config_is_its_model_with_the_recipe(model):
     assert config.batch_size == (512 if plus else 1024)
     assert config.optim.lr * config.batch_size / 512 == (4e-4 if plus else 1e-3)
     assert (config.epochs, config.optim.weight_decay, config.model.drop_path_rate) == (300, 0.05, 0.1)
-    assert model_settings(**model_arguments(config, 1000))["depth"] == 12
+    assert settings_of(config.model)["depth"] == 12
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py")))

@@ -42,7 +42,7 @@ def test_damaged_and_missing_files_of_a_run(tmp_path):
         with pytest.raises(UserError, match=r"run.json is damaged .* remove it"):
             read_json(tmp_path / "run.json")
     (tmp_path / "config.json").mkdir()  # in place of an error of the disk
-    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
+    with pytest.raises(UserError, match=r"^cannot read .*config\.json .*: check the path"):
         read_json(tmp_path / "config.json")
 
 

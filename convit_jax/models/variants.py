@@ -122,9 +122,10 @@ def model_settings(
     return settings
 
 
-def given_settings(section: Mapping[str, Any]) -> Settings:
-    """Returns the arguments of create_model that a config's section `model` does not leave open."""
-    return {name: value for name, value in section.items() if value not in (None, "auto")}
+def settings_of(section: Mapping[str, Any], **known: Any) -> Settings:
+    """Returns model_settings() of a config's section `model`; `known`: of fields that it may leave open."""
+    given = {name: value for name, value in section.items() if value not in (None, "auto")}
+    return model_settings(**{**known, **given})
 
 
 def parse_image_size(size: int | str | Sequence[int]) -> tuple[int, int]:

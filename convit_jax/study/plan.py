@@ -148,7 +148,7 @@ def check_runs(runs: Sequence[StudyRun]) -> None:
     """Checks configs, models, data and weights of runs, in seconds; UserError names a run that cannot work."""
     from convit_jax.models.variants import abstract_model
     from convit_jax.training.distill import load_teacher
-    from convit_jax.training.optimizer import frozen_mask
+    from convit_jax.training.optimizer import count_trained
     from convit_jax.training.plan import follow_weights, make_plan
     from convit_jax.weights.hub import fetch
 
@@ -159,8 +159,7 @@ def check_runs(runs: Sequence[StudyRun]) -> None:
             plan = make_plan(config, devices=1)
             if config.init_from:
                 fetch(config.init_from)
-            if config.optim.frozen:
-                frozen_mask(abstract_model(plan.model)[1], config.optim.frozen)
+            count_trained(abstract_model(plan.model)[1], config.optim)
             load_teacher(config, plan)
         except UserError as error:
             raise UserError(f"run {run.name}: {error}") from error

@@ -19,19 +19,6 @@ from convit_jax.weights.run import Damaged, reading
 SMALLEST_PART = 2**20  # bytes
 
 
-class LatestAndBest:
-    """Orbax's policy that keeps the latest checkpoint and the one with the best top-1 so far."""
-
-    def __init__(self, top1: Mapping[int, float]) -> None:
-        self.top1 = top1
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns whether to keep each checkpoint; they come in order of their steps."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = max(steps, key=lambda step: (self.top1.get(step, -1.0), step), default=None)
-        return [step in (steps[-1], best) for step in steps]
-
-
 class Checkpoints:
     """The checkpoints in a directory; all processes call the methods together. UserError: one cannot be written."""
 
@@ -39,15 +26,20 @@ class Checkpoints:
         """top1: {step: val_top1}, which the owner keeps up to date."""
         self.directory, self._top1 = directory.absolute(), top1
         self._orbax = self._open()
-        self._saved = 0  # step that needs no saving: at first 0, which is made from the seed
+        self.saved = 0  # step that needs no saving: at first 0, which is made from the seed
 
     def _open(self) -> ocp.training.Checkpointer:
         context = ocp.Context()
         context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_PART
-        policy = LatestAndBest(self._top1)
         return ocp.training.Checkpointer(
-            self.directory, preservation_policy=policy, cleanup_tmp_directories=True, context=context
+            self.directory, preservation_policy=self, cleanup_tmp_directories=True, context=context
         )
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Tells Orbax which checkpoints to keep, in order of their steps: the latest, and the best by top-1 so far."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = max(steps, key=lambda step: (self._top1.get(step, -1.0), step), default=None)
+        return [step in (steps[-1], best) for step in steps]
 
     def set_aside(self, steps: Sequence[int]) -> None:
         """Moves damaged checkpoints, with a copy of the log, into a new folder of damaged/."""
@@ -63,25 +55,20 @@ class Checkpoints:
                     shutil.copy(self.directory.parent / "metrics.jsonl", folder)
         self._orbax = self._open()  # it keeps a list of what is there
 
-    @property
-    def latest(self) -> int | None:
-        """Step of the latest complete checkpoint."""
-        return self._orbax.latest and self._orbax.latest.step
-
     def save(self, step: int, tree: Any) -> None:
         """Starts to write a step's tree of arrays, which may be donated at once; does nothing if it is saved."""
-        if step == self._saved:
+        if step == self.saved:
             return
         with self._storage_errors():
             self._orbax.save_async(step, tree, force=True)
-        self._saved = step
+        self.saved = step
 
     def restore(self, step: int, wanted: Any) -> Any:
         """Returns the tree saved at a step as a tree of ShapeDtypeStruct, with shardings, asks for it.
 
         Raises Damaged, or UserError if it may be whole, if any process cannot read it.
         """
-        self._saved, path = step, self.directory / str(step)
+        self.saved, path = step, self.directory / str(step)
         # Orbax counts the loads, except where this file is missing: were the counts to differ, saving would hang.
         _on_all(path, (path / "state/_METADATA").stat)
         return _on_all(path, lambda: ocp.load(path, wanted))

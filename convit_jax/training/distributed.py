@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from convit_jax.config import flatten
-from convit_jax.errors import UserError, out_of_memory
+from convit_jax.errors import UserError, known_cause
 
 Result = TypeVar("Result")
 
@@ -163,7 +163,7 @@ def ends_all() -> Iterator[None]:
         text = str(error)
         if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in text):
             reason = text.partition("\n")[0]
-            text = out_of_memory(error) or (
+            text = known_cause(error) or (
                 f"an operation across processes failed ({reason}). If another process has ended, its output says "
                 "why. Start all processes again: the same command continues from the last checkpoint."
             )
@@ -192,9 +192,11 @@ def from_all(value: Any) -> list[Any]:
     return [json.loads(each[:length].tobytes()) for each, length in zip(texts, lengths, strict=True)]
 
 
-def from_first(value: Any) -> Any:
-    """Returns process 0's value, which JSON can hold."""
-    return from_all(value if is_first() else None)[0]
+def from_first(work: Callable[[], Any]) -> Any:
+    """Returns work() of process 0, which alone runs it, on all; JSON can hold it. All raise its UserError."""
+    with together():
+        result = work() if is_first() else None
+    return from_all(result)[0]
 
 
 def from_any(text: str | None) -> str | None:

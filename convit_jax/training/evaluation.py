@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from convit_jax.data.examples import Batch, EvalExample, TrainExample, Unreadable
-from convit_jax.data.index import Source
 from convit_jax.data.loader import batches, batches_at_once, check_shared_memory
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select
@@ -26,7 +25,6 @@ from convit_jax.training.step import Arrays, make_eval_step
 from convit_jax.weights.formats import Pretrained
 from convit_jax.weights.pretrained import fingerprint, match_classes
 
-Rows = dict[str, np.ndarray]
 ROWS = ("valid", "predicted", "probability")  # what an evaluation step returns of each row, if asked to
 AHEAD = 2  # steps that the host is ahead of the device: hides the host's work, keeps few batches in memory
 
@@ -37,11 +35,11 @@ def evaluate(
     eval_step: Callable[[Any, Arrays], Arrays],
     mesh: Mesh,
     stopped: Callable[[], object] = lambda: False,
-) -> dict[str, dict[str, float]] | None:
+) -> dict[str, dict[str, Any]] | None:
     """Evaluates one or several sets of weights, {name: parameters}, in one pass over `our_batches`.
 
-    Returns {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count}}, or None if `stopped`,
-    which all processes call before each batch, ended it.
+    Returns {name: {"top1": per cent, "top5": per cent, "loss": mean, "images": count, and ROWS if eval_step returns
+    them}}, or None if `stopped`, which all processes call before each batch, ended it.
     """
     parts: list[dict[str, Arrays]] = []  # sums over each batch, on the devices
     for batch in batches:
@@ -51,19 +49,20 @@ def evaluate(
         parts.append({name: eval_step(params, on_devices) for name, params in models.items()})
         del batch, on_devices  # the loader shares their memory with its workers
         jax.block_until_ready(parts[-AHEAD - 1 : -AHEAD])
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in models:
         of_batches = jax.device_get([part[name] for part in parts])
         loss, best, best5, images = (sum(s[key] for s in of_batches) for key in ("loss", "top1", "top5", "images"))
         if not images:
             raise distributed.Everywhere("none of the test images can be read: restore them, or change data.dir.")
         counts = {"top1": 100 * int(best) / int(images), "top5": 100 * int(best5) / int(images)}
-        results[name] = counts | {"loss": float(loss) / int(images), "images": int(images)}
+        rows = {key: np.concatenate([s[key] for s in of_batches]) for key in ROWS if key in of_batches[0]}
+        results[name] = counts | {"loss": float(loss) / int(images), "images": int(images)} | rows
     return results
 
 
 def our_batches(
-    example: TrainExample | EvalExample, unreadable: Unreadable, workers: int, batch_size: int, steps: range
+    unreadable: Unreadable, example: TrainExample | EvalExample, workers: int, batch_size: int, steps: range
 ) -> Generator[Batch, None, None]:
     """Yields this process's rows of the batches of some steps; close it to end the loader."""
     rows = batches(
@@ -92,7 +91,7 @@ def _useful(workers: int, steps: range) -> int:
 
 def evaluate_weights(
     config: ConfigDict, loaded: Pretrained, params: dict[str, Any], mesh: Mesh, *, predictions: bool = False
-) -> tuple[dict[str, float], Rows]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Evaluates parameters of weights on the test images of a config, with the weights' preprocessing.
 
     Returns the numbers, and with `predictions` the "image" (its name), "label", "predicted" and "probability" of each
@@ -123,12 +122,12 @@ def evaluate_weights(
     count = len(indices)
     batch_size = math.ceil(min(config.eval_batch_size, count) / mesh.size) * mesh.size
     say(f"{count:,} images of {len(labels)} classes in batches of {batch_size}; {how}")
-    tell = say if distributed.is_first() else distributed.warn
+    progress = Progress("images", count, every=0.1, enabled=distributed.is_first())
+    tell = progress.say if distributed.is_first() else distributed.warn
     unreadable = Unreadable(source, config.data.max_unreadable, tell)
     workers, steps = config.data.workers, range(math.ceil(count / batch_size))
     check_shared_memory(shared_memory(images, workers, batch_size, steps))
-    rows = our_batches(images, unreadable, workers, batch_size, steps)
-    progress = Progress("images", count, every=0.1, enabled=distributed.is_first())
+    rows = our_batches(unreadable, images, workers, batch_size, steps)
 
     def relabelled() -> Iterator[Batch]:
         for number, batch in enumerate(rows):
@@ -136,25 +135,16 @@ def evaluate_weights(
             yield {**batch, "label": labels[batch["label"]]}
 
     step = make_eval_step(loaded.network[0], how.mean, how.std, predictions=predictions)
-    compiled, kept = jax.jit(step, out_shardings=replicated(mesh)), []
-
-    def keep_rows(params: Any, batch: Arrays) -> Arrays:
-        sums = compiled(params, batch)
-        kept.append([sums.pop(name) for name in ROWS if predictions])
-        return sums
-
+    compiled = jax.jit(step, out_shardings=replicated(mesh))
     params = put_same(params, jax.tree.map(lambda _: replicated(mesh), params))
     phase("the first batch, which is compiled")
-    results = evaluate({"": params}, relabelled(), keep_rows, mesh)
+    results = evaluate({"": params}, relabelled(), compiled, mesh)
     progress.close()
     assert results is not None  # nothing stops it
-    return results[""], _rows_of_images(source, indices, labels, jax.device_get(kept)) if predictions else {}
-
-
-def _rows_of_images(source: Source, indices: np.ndarray, labels: np.ndarray, batches: list[list[np.ndarray]]) -> Rows:
-    """The rows of all batches (ROWS) as evaluate_weights returns them; it leaves out unreadable images and padding."""
-    valid, predicted, probability = map(np.concatenate, zip(*batches, strict=True))
-    indices = indices[valid[: len(indices)]]
-    names = np.array([source.name(index) for index in indices])
-    label = labels[source.labels[indices]]
-    return {"image": names, "label": label, "predicted": predicted[valid], "probability": probability[valid]}
+    result = results[""]
+    if not predictions:
+        return result, {}
+    valid, predicted, probability = (result.pop(name) for name in ROWS)  # with padding
+    indices = indices[valid[:count]]
+    found = {"image": np.array([source.name(index) for index in indices]), "label": labels[source.labels[indices]]}
+    return result, found | {"predicted": predicted[valid], "probability": probability[valid]}

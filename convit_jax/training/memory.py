@@ -13,10 +13,14 @@ GROUPS = Path("/sys/fs/cgroup")  # control groups of version 2, as containers an
 
 def memory_caution(step: Compiled, devices: Sequence[jax.Device]) -> str | None:
     """Returns a warning if a step needs more memory than is free on one of these devices of this process, else None."""
-    needed, on_host = step.memory_analysis(), devices[0].platform == "cpu"
+    needed = step.memory_analysis()
     if needed is None:
         return None
-    free = free_host_memory() / len(devices) if on_host else min(map(free_memory, devices))
+    if devices[0].platform == "cpu":
+        free = free_host_memory() / len(devices)
+    else:
+        stats = [device.memory_stats() or {} for device in devices]  # empty: it does not tell
+        free = min(each.get("bytes_limit", math.inf) - each.get("bytes_in_use", 0) for each in stats)
     # In addition to its arguments, which are on the device.
     more = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
     if more <= free:
@@ -25,12 +29,6 @@ def memory_caution(step: Compiled, devices: Sequence[jax.Device]) -> str | None:
         f"the training step needs {more / 2**30:.1f} GiB of memory on each device, but {free / 2**30:.1f} GiB are "
         "free: lower batch_size, raise accumulate, or set model.remat=True"
     )
-
-
-def free_memory(device: jax.Device) -> float:
-    """Returns the bytes that are free on a device, infinity if it does not tell."""
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
 
 
 def free_host_memory() -> float:

@@ -37,7 +37,7 @@ class MetricsLog:
                 first = start_step + 1 if start_step else 0  # TensorBoard drops earlier events from this step on
                 start = SessionLog(status=SessionLog.START)
                 self._board.write_event(Event(wall_time=time.time(), step=first, session_log=start))
-        evaluations = from_first([line for line in lines if "val_top1" in line])
+        evaluations = from_first(lambda: [line for line in lines if "val_top1" in line])
         top1.update({line["step"]: line["val_top1"] for line in evaluations})
         self.last: dict[str, Any] | None = evaluations[-1] if evaluations else None  # line of the last evaluation
 

@@ -6,7 +6,6 @@ epoch, so that epochs 0 and 1 both run at warmup_lr (schedule_per="epoch"). sche
 curve without steps and without that delay.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,19 +57,15 @@ def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
     """Returns a tree of bool: which parameters have one of the patterns in their dotted name."""
     # --config.optim.frozen=head,pos_embed gives one text, and --config.optim.frozen= an empty one.
     patterns = [part for pattern in patterns for part in pattern.split(",") if part]
-    dotted = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-    names = jax.tree_util.tree_map_with_path(lambda path, _: dotted(path), params)
-    mask = jax.tree.map(lambda name: any(pattern in name for pattern in patterns), names)
+    names = jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), params)
     for pattern in patterns:
         if not any(pattern in name for name in jax.tree.leaves(names)):
             known = ", ".join(jax.tree.leaves(names))
             raise UserError(f"optim.frozen has {pattern!r}, which matches no parameter. They are: {known}.")
-    if all(jax.tree.leaves(mask)):
-        raise UserError(f"optim.frozen is {patterns}, which leaves no parameter to train: freeze fewer.")
-    return mask
+    return jax.tree.map(lambda name: any(pattern in name for pattern in patterns), names)
 
 
-def layer_scales(params: Any, layer_decay: float, freeze: str | int) -> Any:
+def layer_scales(params: Any, optim: ConfigDict) -> Any:
     """Returns the factor of each parameter's learning rate: layer_decay ** (layers above it), 0 if it is frozen.
 
     Layers as in BEiT: the embeddings, each block, then the last norm and the head as one. A stack of L blocks has a
@@ -78,39 +73,28 @@ def layer_scales(params: Any, layer_decay: float, freeze: str | int) -> Any:
     """
     first = first_blocks(params)
     depth = first["sa_blocks"] + jax.tree.leaves(params["sa_blocks"])[0].shape[0]
-    last_frozen = {"none": -1, "backbone": depth + 1}[freeze] if isinstance(freeze, str) else freeze
+    last_frozen = {"none": -1, "backbone": depth + 1}.get(optim.freeze, optim.freeze)
 
-    def scale(path: Any, leaf: Any) -> np.ndarray:
+    def scale(path: Any, leaf: Any, is_frozen: bool) -> np.ndarray:
         name = path[0].key
         if name in first:
             numbers = 1 + first[name] + np.arange(leaf.shape[0])
             layer = numbers.reshape(-1, *[1] * (len(leaf.shape) - 1))
         else:
             layer = np.array(0 if name in EMBEDDINGS else depth + 1)
-        is_frozen = (layer <= last_frozen) & (name not in HEADS)
-        return np.where(is_frozen, 0.0, layer_decay ** (depth + 1 - layer)).astype(np.float32)
+        stays = is_frozen | ((layer <= last_frozen) & (name not in HEADS))
+        return np.where(stays, 0.0, optim.layer_decay ** (depth + 1 - layer)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(scale, params)
+    return jax.tree.map_with_path(scale, params, frozen_mask(params, optim.frozen))
 
 
 def count_trained(params: Any, optim: ConfigDict) -> int:
     """Returns the number of parameters that are not frozen, at least 1; params may be shapes."""
-    scales, frozen = layer_scales(params, 1.0, optim.freeze), frozen_mask(params, optim.frozen)
-
-    def trained(leaf: Any, scale: np.ndarray, is_frozen: bool) -> int:
-        return 0 if is_frozen else int(np.count_nonzero(scale)) * (math.prod(leaf.shape) // scale.size)
-
-    count = sum(jax.tree.leaves(jax.tree.map(trained, params, scales, frozen)))
+    parts = zip(jax.tree.leaves(params), jax.tree.leaves(layer_scales(params, optim)), strict=True)
+    count = sum(int(np.count_nonzero(scale)) * (math.prod(leaf.shape) // scale.size) for leaf, scale in parts)
     if not count:
         raise UserError("optim.freeze and optim.frozen leave no parameter to train: freeze fewer.")
     return count
-
-
-def detach_backbone(params: Any, freeze: str | int) -> Any:
-    """Returns parameters of which a frozen backbone gets no gradient, so that a linear probe costs a forward pass."""
-    if freeze != "backbone":
-        return params
-    return {name: part if name in HEADS else jax.lax.stop_gradient(part) for name, part in params.items()}
 
 
 def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.GradientTransformation:
@@ -121,7 +105,7 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.
     frozen = frozen_mask(params, optim.frozen)
     decayed = jax.tree_util.tree_map_with_path(lambda path, frozen: path[-1].key not in NO_DECAY and not frozen, frozen)
     by_layer = optim.freeze != "none" or optim.layer_decay < 1
-    scales = layer_scales(params, optim.layer_decay, optim.freeze) if by_layer else None
+    scales = layer_scales(params, optim) if by_layer else None
 
     def drop_frozen(gradients: Any, _: Any) -> Any:
         return jax.tree.map(lambda gradient, scale: jnp.where(scale > 0, gradient, 0.0), gradients, scales)

@@ -15,7 +15,7 @@ from convit_jax.data.examples import EvalExample, Slots, TrainExample
 from convit_jax.data.sources import digest, open_source
 from convit_jax.data.subsample import select, training_subset
 from convit_jax.errors import UserError
-from convit_jax.models.variants import given_settings, model_settings
+from convit_jax.models.variants import settings_of
 from convit_jax.weights.pretrained import as_arguments, load
 
 
@@ -77,7 +77,7 @@ def make_plan(config: ConfigDict, *, devices: int, on_device: bool = False) -> P
     indices = training_subset(config, source)
     test_indices = select(held_out, num_classes=config.data.num_classes)
     classes = config.data.num_classes or len(source.class_names)
-    model = model_settings(**model_arguments(config, classes))
+    model = settings_of(config.model, num_classes=classes)
     if model["num_classes"] < classes:
         raise UserError(
             f"model.num_classes is {model['num_classes']}, but the data has {classes} classes: "
@@ -90,7 +90,7 @@ def make_plan(config: ConfigDict, *, devices: int, on_device: bool = False) -> P
         raise UserError(f"optim.freeze is {freeze!r}: choose none, backbone or 1 to {depth} leading blocks.")
     slots = Slots(indices, config.seed, config.data.repeats)
     batch_size = config.batch_size or min(64, len(indices) // 8 * 8 or len(indices))
-    _check_divisible("batch_size", batch_size, devices, config.accumulate)
+    _check_divisible(batch_size, devices, config.accumulate)
     eval_batch_size = math.ceil(min(config.eval_batch_size, len(test_indices)) / devices) * devices
     size, group = model["image_size"], batch_size // devices
     canvas, eval_canvas = canvas_sides(config.data, size) if on_device else (0, 0)
@@ -155,17 +155,11 @@ def _fewest_pixels(data: ConfigDict, size: tuple[int, int]) -> int:
     return math.ceil(math.sqrt(data.repeats)) * max(size)
 
 
-def model_arguments(config: ConfigDict, num_classes: int) -> dict[str, Any]:
-    """Returns the arguments of create_model that config.model sets; num_classes: if it sets none."""
-    return {"num_classes": num_classes, **given_settings(config.model)}
-
-
 def check_run(config: ConfigDict, *, devices: int) -> None:
     """Raises UserError for a config that cannot work with any data."""
     check_config(config)
     if config.batch_size is not None:
-        _check_divisible("batch_size", config.batch_size, devices, config.accumulate)
-    _check_divisible("eval_batch_size", config.eval_batch_size, devices, 1)
+        _check_divisible(config.batch_size, devices, config.accumulate)
     for name in ("mean", "std"):
         if len(config.data[name]) != 3:
             raise UserError(f"data.{name} is {config.data[name]}: give 3 numbers, for red, green and blue.")
@@ -178,9 +172,9 @@ def check_run(config: ConfigDict, *, devices: int) -> None:
             raise UserError(f"distill.{name} is set, which only {needs} uses: add that, or leave it out.")
 
 
-def _check_divisible(name: str, size: int, devices: int, parts: int) -> None:
+def _check_divisible(size: int, devices: int, parts: int) -> None:
     if size % (devices * parts):
         raise UserError(
-            f"{name} is {size}, which {devices} devices x {parts} micro-batches do not divide: use a "
+            f"batch_size is {size}, which {devices} devices x {parts} micro-batches do not divide: use a "
             f"multiple of {devices * parts}, or fewer devices (mesh.data)."
         )

@@ -98,7 +98,7 @@ class Reports(contextlib.AbstractContextManager["Reports"]):
         """Raises UserError if a loss or gradient was not finite."""
         if sums["bad_step"] == FINE:
             return
-        latest, directory = self._run.checkpoints.latest, self._run.checkpoints.directory
+        latest, directory = self._run.checkpoints.saved, self._run.checkpoints.directory
         kept = f"step {latest} is saved" if latest else "no checkpoint was saved before it"
         raise Everywhere(
             f"the loss or its gradient is not finite at step {sums['bad_step'] + 1}; {kept} in {directory}. Start "

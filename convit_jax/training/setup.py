@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from convit_jax.data.examples import Batch, Unreadable
+from convit_jax.data.examples import Unreadable
 from convit_jax.data.loader import check_shared_memory
 from convit_jax.models.variants import abstract_model, initial_params
 from convit_jax.progress import Progress
@@ -75,9 +74,7 @@ class Training:
         """stack: ends the writers, the loader and the lock."""
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
         check_same({"workdir": str(workdir), **distributed.comparable(config)})
-        with together():
-            kept = read_json(workdir / "run.json") if checkpoint_steps(workdir) else None
-        kept = from_first(kept)
+        kept = from_first(lambda: read_json(workdir / "run.json") if checkpoint_steps(workdir) else None)
         with together():
             config = follow_weights(config, workdir if kept is not None else None)
         self.config, self.workdir = config, workdir
@@ -129,15 +126,15 @@ class Training:
         self.progress = Progress("step", self.plan.total_steps, enabled=is_first())
         stack.callback(self.progress.close)
         tell = self.progress.say if is_first() else distributed.warn
-        self.unreadable = Unreadable(self.plan.train.source, config.data.max_unreadable, tell)
-        self._unreadable_test = Unreadable(self.plan.test.source, config.data.max_unreadable, tell)
-        workers, steps = config.data.workers, range(self.first_step, self.plan.total_steps)
-        check_shared_memory(
-            shared_memory(self.plan.train, workers, self.plan.batch_size, steps)
-            + shared_memory(self.plan.test, workers, self.plan.eval_batch_size, range(self.plan.eval_steps))
-        )
-        self.batches = our_batches(self.plan.train, self.unreadable, workers, self.plan.batch_size, steps)
+        limit, workers = config.data.max_unreadable, config.data.workers
+        self.unreadable = Unreadable(self.plan.train.source, limit, tell)
+        in_test = Unreadable(self.plan.test.source, limit, tell)
+        train = self.plan.train, workers, self.plan.batch_size, range(self.first_step, self.plan.total_steps)
+        test = self.plan.test, workers, self.plan.eval_batch_size, range(self.plan.eval_steps)
+        check_shared_memory(shared_memory(*train) + shared_memory(*test))
+        self.batches = our_batches(self.unreadable, *train)
         stack.callback(self.batches.close)
+        self.test_batches = functools.partial(our_batches, in_test, *test)  # starts an evaluation
         self.attention_log = make_attention_log(self.steps.graphdef, config, self.plan, self.mesh)
 
     def compile_step(self, batch: Arrays) -> None:
@@ -146,11 +143,6 @@ class Training:
         compiled = self.steps.lower_train(self.state, self.sums, batch).compile()  # kept for the calls
         if caution := memory_caution(compiled, self.mesh.local_devices):
             self.progress.say(f"Caution  {caution}")
-
-    def test_batches(self) -> Iterator[Batch]:
-        """Starts an evaluation; yields this process's rows."""
-        workers, size = self.config.data.workers, self.plan.eval_batch_size
-        return our_batches(self.plan.test, self._unreadable_test, workers, size, range(self.plan.eval_steps))
 
     def _take_directory(self, stack: contextlib.ExitStack, *, continues: bool) -> Any:
         """Locks the run directory for this run, and returns the parameters of init_from, or None."""
@@ -163,24 +155,18 @@ class Training:
             check_same(digest, "give all processes the same weights")
             say(f"Starting from {'; '.join(facts)}")
         phase(f"taking {workdir}")
-        owner = from_first(secrets.token_hex())
-        with together():
-            if is_first():
-                stack.enter_context(lock_directory(workdir, owner=owner))
-        with together():
-            if not is_first():
-                wait_for_owner(workdir, owner)
+        owner = from_first(secrets.token_hex)
+        lock, mine = lock_directory(workdir, owner=owner), is_first()
+        distributed.first_then_others(lambda: stack.enter_context(lock) if mine else wait_for_owner(workdir, owner))
         shared = several() and config.compilation_cache  # one folder for all processes, see docs/clusters.md
         use_compilation_cache(workdir / "compiled" if shared else config.compilation_cache)
-        with together():
-            if is_first():
-                claim_run(workdir, config, self.facts)
+        from_first(lambda: claim_run(workdir, config, self.facts))
         say(describe_run(config, self.facts, workdir))
         return start_from
 
     def _restore(self) -> dict[str, Any] | None:
         """The tree of the latest checkpoint that can be read, or None if there is none."""
-        saved = sorted(from_first(checkpoint_steps(self.workdir)), reverse=True)
+        saved = sorted(from_first(lambda: checkpoint_steps(self.workdir)), reverse=True)
         phase(f"reading the checkpoint of step {saved[0]}" if saved else "making the first weights")
         if saved and saved[0] > self.plan.total_steps:
             raise distributed.Everywhere(

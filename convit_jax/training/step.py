@@ -17,7 +17,7 @@ from convit_jax.data.augment import augment, normalize
 from convit_jax.data.mixup import mix_batch
 from convit_jax.data.resize import shown_images
 from convit_jax.training.distill import Teacher
-from convit_jax.training.optimizer import Schedule, detach_backbone
+from convit_jax.training.optimizer import HEADS, Schedule
 
 FINE = jnp.iinfo(jnp.int32).max  # bad_step of a window in which every loss was finite
 TRAIN_STREAM = 0x7261696E  # separates the keys of training from those of the weights, which count from 0
@@ -73,7 +73,8 @@ def make_train_step(
     def loss_fn(
         params: Any, images: jax.Array, targets: jax.Array, key: jax.Array, teacher_params: Any
     ) -> tuple[jax.Array, Arrays]:
-        params = detach_backbone(params, config.optim.freeze)
+        if config.optim.freeze == "backbone":  # no gradient of it: a linear probe costs a forward pass
+            params = {name: part if name in HEADS else jax.lax.stop_gradient(part) for name, part in params.items()}
         model, sums = nnx.merge(graphdef, whole(params)), {}
         if teacher is None:
             logits = model(images, key=key)

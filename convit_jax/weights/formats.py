@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.errors import UserError, explained
-from convit_jax.models.variants import abstract_model, given_settings, model_settings, parse_image_size
+from convit_jax.models.variants import abstract_model, model_settings, parse_image_size, settings_of
 from convit_jax.models.vit import VisionTransformer
 from convit_jax.rundir import atomic_write, write_json
 from convit_jax.weights import names
@@ -135,7 +135,7 @@ def from_run(path: Path, which: str | int, ema: bool) -> Pretrained:
         class_names = tuple(run["class_names"])
         known = {"num_classes": run["classes"], "dtype": run.get("dtype", "float32")}
     with checked_json(path / "config.json") as config:
-        settings = model_settings(**{**known, **given_settings(config["model"])})
+        settings = settings_of(config["model"], **known)
         how = Preprocessing.of_config(config["data"])
         return Pretrained(tensors, settings, how, class_names, source)
 

@@ -8,10 +8,9 @@ from conftest import ROOT
 
 from convit_jax.config import flatten
 from convit_jax.errors import UserError
-from convit_jax.models.variants import FAMILIES, model_settings
+from convit_jax.models.variants import FAMILIES, settings_of
 from convit_jax.study.plan import check_runs, read_study, select_runs
 from convit_jax.study.runner import train_command
-from convit_jax.training.plan import model_arguments
 
 GOLDEN = ROOT / "tests/golden/convit_golden.pth"
 SMALL = {"models": 12, "sample_efficiency": 2 * 5, "ablations": 7 * 2, "locality": 10, "distillation": 8}
@@ -23,7 +22,7 @@ STUDIES = {
 
 
 def settings(config):
-    return model_settings(**model_arguments(config, 10))
+    return settings_of(config.model, num_classes=10)
 
 
 def by_row(source):
