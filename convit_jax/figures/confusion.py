@@ -22,7 +22,7 @@ def plot_confusion(labels: np.ndarray, predicted: np.ndarray, class_name: Callab
     shares = counts / counts.sum(axis=1, keepdims=True)
 
     side = 2.2 + min(max(0.15 * len(names), 2.2), 15)
-    figure = Figure(figsize=(1.1 * side, side), layout="constrained")
+    figure = Figure(figsize=(1.1 * side, side), layout="compressed")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # rare confusions are visible, too
     if len(names) <= MOST_NAMED:
