@@ -49,6 +49,11 @@ class Progress:
             left = tqdm.format_meter(done, self.total, elapsed, initial=self._first, bar_format="{remaining}")
             self.say(f"{self.label} {done}/{self.total}  {text}  left {left}")
 
+    def wait(self, text: str) -> None:
+        """Shows in the bar what happens before the next update."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+
     def say(self, text: str) -> None:
         """Prints a line that stays."""
         if self.enabled:

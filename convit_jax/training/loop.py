@@ -81,6 +81,7 @@ def evaluate_if_due(run: Training, state: State, step: int, stop: Stop) -> None:
     """Evaluates and logs the weights and their moving average, if the plan says so; a signal ends it."""
     if step not in run.plan.eval_at or step in run.log.top1:
         return
+    run.progress.wait("evaluating")
     models = {"val": state["params"]} | ({"val_ema": state["ema"]} if "ema" in state else {})
     results = evaluate(models, run.test_batches(), run.steps.evaluate, run.mesh, stopped=lambda: stop.poll(step))
     if results is None:

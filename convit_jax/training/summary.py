@@ -98,6 +98,8 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
         if value is not None and value != default.get(name)
     ]
     trained = f" ({run['trained_parameters']:,} trained)" if run["trained_parameters"] < run["parameters"] else ""
+    peak, highest = config.optim.lr * run["batch_size"] / 512, run["peak_learning_rate"]
+    reached = f", of which these steps reach {highest:.4g}" if highest < 0.99 * peak else ""
     lines = [
         f"Config   {' '.join(changed) or 'as configs/default.py'}",
         f"Model    {run['model']}, {run['parameters']:,} parameters{trained}, {height} x {width} px, {run['dtype']}",
@@ -105,8 +107,8 @@ def describe_run(config: ConfigDict, run: Mapping[str, Any], workdir: Path) -> s
         f"Data     {run['data']}, {run['train_images']:,} of {run['train_images_available']:,} training images "
         f"({each} per class), {run['classes']} classes, {run['test_images']:,} test images",
         f"Training {run['steps']:,} steps of {run['batch_size']} images, {run['epochs']:.4g} epochs",
-        f"Rate     {run['peak_learning_rate']:.4g} at most (optim.lr {config.optim.lr:g} is for batches of 512), "
-        f"with {run['warmup_epochs']:g} epochs of warm-up",
+        f"Rate     optim.lr {config.optim.lr:g} x {run['batch_size']} / 512 = {peak:.4g}, "
+        f"after {run['warmup_epochs']:g} epochs of warm-up{reached}",
         f"Devices  {run['devices']} x {run['device_kind']} ({mesh}){processes}, jax {run['jax']}",
     ]
     lines += [f"Caution  {caution}" for caution in _cautions(config, run)]

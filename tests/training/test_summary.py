@@ -26,13 +26,15 @@ def test_changed_fields_come_first_and_the_peak_of_the_rate_is_that_of_the_runs_
     fields = lines[0].removeprefix("Config ").split()  # those that differ from the default
     assert {"model.name=convit_tiny", "data.mean=[0.305,0.305,0.305]", "epochs=100"} <= {*fields}
     assert "augment.num_ops=2" not in fields
-    assert "Rate     0.001242 at most (optim.lr 0.008 is for batches of 512), with 5 epochs of warm-up" in lines
+    assert "Rate     optim.lr 0.008 x 80 / 512 = 0.00125, after 5 epochs of warm-up" in lines
     cosine = 1e-5 + 0.5 * (0.00125 - 1e-5) * (1 + np.cos(np.pi * 5 / 100))
     assert run["peak_learning_rate"] == pytest.approx(cosine, rel=1e-3)
 
     digits_config.optim.schedule_per = "epoch"
     digits_config.epochs = 2  # both at warmup_lr: the original's schedule is an epoch late
-    assert describe(digits_config)[1]["peak_learning_rate"] == pytest.approx(1e-6)
+    lines, run = describe(digits_config)
+    assert run["peak_learning_rate"] == pytest.approx(1e-6)
+    assert any(line.endswith("of warm-up, of which these steps reach 1e-06") for line in lines)
 
 
 @pytest.mark.parametrize(
