@@ -181,7 +181,7 @@ FIELDS = {
     "mesh.fsdp": Field(1, "devices that also share parameters and optimizer state", "[1, inf)", may_change=True),
     "eval_batch_size": Field(
         1024,
-        "images per evaluation step, at most; over all devices; does not affect results",
+        "images per evaluation step over all devices, rounded up to a multiple of them; does not affect results",
         "[1, inf)",
         may_change=True,
     ),

@@ -168,7 +168,7 @@ def _define_config(argv: list[str], default: str) -> list[str]:
     given, checkpoint = (take_option(argv, name)[0] for name in ("config", "checkpoint"))
     if is_run(checkpoint):
         default = str(Path(str(checkpoint)).expanduser())
-    flags.DEFINE_string("config", None, "Config file; --config.FIELD=VALUE changes a field.")
+    flags.DEFINE_string("config", None, "Config file, or run directory; --config.FIELD=VALUE changes a field.")
     flags.FLAGS["config"].value, rest = take_config(argv, default or None)
     flags.FLAGS["config"].present = int(given is not None)
     return rest

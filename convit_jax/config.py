@@ -127,7 +127,7 @@ def take_config(argv: Sequence[str], default: str | None = None) -> tuple[Config
     source = default if given is None else given
     if source is None:
         return None, rest
-    of_run = (Path(source) / "config.json").is_file()
+    of_run = (Path(source) / "checkpoints").is_dir()
     config = load_run_config(Path(source)) if of_run else load_config_file(source)
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)

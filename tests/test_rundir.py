@@ -94,6 +94,8 @@ def test_run_directory_belongs_to_one_config_and_its_data(digits_config, tmp_pat
     claim_run(tmp_path, digits_config, lists)
     with pytest.raises(UserError, match="images with other names, labels or classes"):
         claim_run(tmp_path, digits_config, {**FACTS, "image_lists": ["a", "c"]})
+    with pytest.raises(UserError, match="had the teacher None; 'x' has other weights"):
+        claim_run(tmp_path, digits_config, {**lists, "teacher": {"source": "x", "weights": "y"}})
     digits_config.data.mean = None  # that of init_from, which is the run's
     claim_run(tmp_path, digits_config, lists)
 

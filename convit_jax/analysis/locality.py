@@ -9,6 +9,10 @@ normalised to 1 again, as if the token were absent, so that uniform attention me
 7.281 on a 14 x 14 grid.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,20 +56,26 @@ def nonlocality(
       valid: bool [B], which images count; None counts all.
       as_logged: what the original logs: every block's attention gets the raw patch embedding instead of its input.
     """
-    distances = patch_distances(model.grid)
-    patches = len(distances)
     weights = jnp.ones(len(images)) if valid is None else valid.astype(jnp.float32)
-    weights = weights / jnp.sum(weights)
+    distance = _mean_distance(model.grid)
+    if as_logged:
+        raw = model.patch_embed(images.astype(model.dtype))
+        each = jnp.stack([distance(block.attn, raw) for block in model.blocks])
+    else:
+        each = jnp.concatenate(model.map_attention(images, distance))
+    return jnp.sum(weights[:, None] * each, axis=1) / jnp.sum(weights)
+
+
+@functools.cache
+def _mean_distance(grid: tuple[int, int]) -> Callable[[Any, jax.Array], jax.Array]:
+    """The mean distance of a layer's attention as a function of the layer and its input, [B, H]."""
+    distances = patch_distances(grid)
 
     def distance(attn: SelfAttention | GatedPositionalSelfAttention, x: jax.Array) -> jax.Array:
-        maps = attn.attention_maps(x[:, -patches:])  # without the class token, the softmax is over patches
-        each = jnp.sum(maps * distances, axis=(2, 3)) / patches  # a sum has full precision on every device
-        return jnp.sum(weights[:, None] * each, axis=0)
+        maps = attn.attention_maps(x[:, -len(distances) :])  # without the class token, the softmax is over patches
+        return jnp.sum(maps * distances, axis=(2, 3)) / len(distances)  # a sum has full precision on every device
 
-    if not as_logged:
-        return jnp.concatenate(model.map_attention(images, distance))
-    raw = model.patch_embed(images.astype(model.dtype))
-    return jnp.stack([distance(block.attn, raw) for block in model.blocks])
+    return distance
 
 
 def patch_distances(grid: tuple[int, int]) -> np.ndarray:

@@ -31,8 +31,12 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "method", "static"))
-def _call(graphdef: Any, params: Any, method: Callable[..., Any], static: Any, images: jax.Array, **key: Any) -> Any:
-    return method(nnx.merge(graphdef, params), images, *static, **key)
+def _call(
+    graphdef: Any, state: Any, method: Callable[..., Any], static: Any, images: jax.Array, **key: Any
+) -> tuple[Any, Any]:
+    """Returns method(model, images, ...) and the model's state other than parameters; equal arguments share a trace."""
+    model = nnx.merge(graphdef, state)
+    return method(model, images, *static, **key), nnx.state(model, nnx.Not(nnx.Param))
 
 
 def _one_program(method: Method) -> Method:
@@ -43,11 +47,17 @@ def _one_program(method: Method) -> Method:
     is_random = "key" in inspect.signature(method).parameters
 
     @functools.wraps(method)
-    def call(model: Any, images: jax.Array, *static: Any, **randomness: Any) -> Any:
+    def call(model: Any, images: jax.Array, *static: Any, **others: Any) -> Any:
+        if is_random and static:
+            raise TypeError(f"{method.__name__} takes only images by position: write key=... or rngs=...")
         model._check_images(images)
-        key = {"key": model._training_key(**randomness)} if is_random else randomness
-        graphdef, params = nnx.split(model)
-        return _call(graphdef, params, method, static, images, **key)
+        key = {"key": model._training_key(**others)} if is_random else {}
+        static = static if is_random else (*static, *others.values())
+        graphdef, state = nnx.split(model)
+        result, changed = _call(graphdef, state, method, static, images, **key)
+        if changed:  # as the counts of Rngs in a head of one's own
+            nnx.update(model, changed)
+        return result
 
     return cast(Method, call)
 
@@ -239,7 +249,10 @@ class VisionTransformer(nnx.Module):
 
     @_one_program
     def map_attention(self, images: jax.Array, function: Callable[[Any, jax.Array], Any]) -> list[Any]:
-        """Returns function(attn, x) of every attention layer and its input x [B, N, D], stacked as in `stacks`."""
+        """Returns function(attn, x) of every attention layer and its input x [B, N, D], stacked as in `stacks`.
+
+        A function is compiled once; what it closes over is fixed then.
+        """
         return self._map_blocks(images, lambda block, x: function(block.attn, block.norm1(x)))
 
     @_one_program

@@ -193,7 +193,7 @@ def from_all(value: Any) -> list[Any]:
 
 
 def from_first(work: Callable[[], Any]) -> Any:
-    """Returns work() of process 0, which alone runs it, on all; JSON can hold it. All raise its UserError."""
+    """Runs work() on process 0 and returns its result, which JSON can hold, on all. All raise its UserError."""
     with together():
         result = work() if is_first() else None
     return from_all(result)[0]

@@ -103,7 +103,7 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule, params: Any) -> optax.
     Weight decay includes pos_proj.kernel, pos_embed and cls_token, as the original's distributed runs do.
     """
     frozen = frozen_mask(params, optim.frozen)
-    decayed = jax.tree_util.tree_map_with_path(lambda path, frozen: path[-1].key not in NO_DECAY and not frozen, frozen)
+    decayed = jax.tree.map_with_path(lambda path, frozen: path[-1].key not in NO_DECAY and not frozen, frozen)
     by_layer = optim.freeze != "none" or optim.layer_decay < 1
     scales = layer_scales(params, optim) if by_layer else None
 

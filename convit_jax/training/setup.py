@@ -150,10 +150,10 @@ class Training:
         if config.init_from and not continues:
             phase("reading init_from")
             with together():
-                start_from, facts = load_into(config.init_from, self.plan.model, config.seed)
+                start_from, notes = load_into(config.init_from, self.plan.model, config.seed)
             digest = {"the digest of the weights of init_from": fingerprint(start_from)}
             check_same(digest, "give all processes the same weights")
-            say(f"Starting from {'; '.join(facts)}")
+            say(f"Starting from {'; '.join(notes)}")
         phase(f"taking {workdir}")
         owner = from_first(secrets.token_hex)
         lock, mine = lock_directory(workdir, owner=owner), is_first()

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -237,9 +238,12 @@ def _write_directory(directory: Path, weights: str, loaded: Pretrained, config: 
         new.mkdir()
         write_safetensors(new / weights, loaded.tensors, _config(loaded))
         write_json(new / "config.json", config)
+        model_card = directory / "README.md"
         if card:
             with atomic_write(new / "README.md") as file:
                 file.write(card)
+        elif model_card.is_file() and b"converted by convit_jax" not in model_card.read_bytes():  # the user's own
+            shutil.copy2(model_card, new)
         try:
             if directory.exists():
                 directory.rename(old)

@@ -83,14 +83,15 @@ def save_pretrained(
     """Writes a model to a file or directory that `load_pretrained`, all commands, PyTorch and timm read.
 
     Args:
-      model: weights and settings are kept, but drop rates, as all that changes no weight except the dtype.
+      model: its weights, sizes and dtype are saved; all other settings, as drop rates, return to their defaults.
       path: with the ending .safetensors a file, otherwise a directory; converted weights that are there are replaced.
       class_names: of each label; model.class_names by default.
       **preprocessing: crop_ratio, interpolation, and mean and std of pixels in 0..1; what is not given is that of
         model.preprocess or, without one, of the recipe: 0.875 (1 up to 32 px), "bicubic", ImageNet's.
 
     Raises:
-      UserError: the path is of another kind or cannot be written, or the names are not one per class.
+      UserError: the path is of another kind or cannot be written, the names are not one per class, or the model has
+        other parameters than a VisionTransformer.
     """
     target = Path(path).expanduser()
     check_target(target)
@@ -105,9 +106,11 @@ def save_pretrained(
     recipe = Preprocessing(crop_ratio=usual_crop_ratio(model.image_size))
     how = model.preprocess.how if isinstance(model.preprocess, Preprocess) else recipe
     how = dataclasses.replace(how, **preprocessing)
+    saved = Pretrained(tensors, settings, how, names or None, "save_pretrained")
+    check_state_dict(tensors, saved.network[1], "the model")
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_converted(Pretrained(tensors, settings, how, names or None, "save_pretrained"), target)
+        save_converted(saved, target)
 
 
 def load(
@@ -205,7 +208,7 @@ def match_classes(names: Sequence[str], loaded: Pretrained) -> tuple[np.ndarray,
     for named in (words, str):  # names as they are count more
         theirs |= {named(name): label for label, name in enumerate(loaded.class_names or ())}
     found = [theirs.get(name, theirs.get(words(name), -1)) for name in names]
-    if min(found) >= 0:
+    if min(found) >= 0 and len({*found}) == len(found):  # "crane" is two classes of ImageNet
         return np.array(found, np.int32), None
     known = loaded.settings["num_classes"]
     if len(names) > known or (theirs and len(names) < known):

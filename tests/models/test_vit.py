@@ -72,6 +72,14 @@ def test_eager_calls_and_gradients_are_compiled_once_for_all_models_of_the_same_
     assert not compiled
 
 
+def test_a_head_of_ones_own_keeps_its_random_state():
+    model = nnx.merge(*nnx.split(small()))
+    model.head = nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), nnx.Linear(16, 7, rngs=nnx.Rngs(0)))
+    jitted = nnx.jit(lambda model: model(IMAGES))
+    for call in (model, lambda images: jitted(model)):
+        assert (call(IMAGES) != call(IMAGES)).any()
+
+
 def test_training_mode_needs_randomness_if_there_are_drop_rates():
     model = nnx.merge(*nnx.split(small(drop_path_rate=0.5, drop_rate=0.1)))
     evaluated = model(IMAGES)
@@ -174,4 +182,4 @@ def test_unsuitable_images_are_refused(images, message):
     with pytest.raises(ValueError, match=message):
         small()(images)
     with pytest.raises(ValueError, match=message):
-        small().map_attention(images, lambda attn, x: x)
+        small().map_attention(images, function=lambda attn, x: x)
