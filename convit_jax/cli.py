@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from convit_jax.config import ROOT, check_config, declared_fields, take_config, take_option
+from convit_jax.config import ROOT, check_config, declared_fields, is_run, take_config, take_option
 from convit_jax.errors import UserError, known_cause
-from convit_jax.rundir import is_run
 
 if TYPE_CHECKING:
     from convit_jax.weights.formats import Pretrained
@@ -167,7 +166,7 @@ def _define_config(argv: list[str], default: str) -> list[str]:
     """
     given, checkpoint = (take_option(argv, name)[0] for name in ("config", "checkpoint"))
     if is_run(checkpoint):
-        default = str(Path(str(checkpoint)).expanduser())
+        default = str(checkpoint)
     flags.DEFINE_string("config", None, "Config file, or run directory; --config.FIELD=VALUE changes a field.")
     flags.FLAGS["config"].value, rest = take_config(argv, default or None)
     flags.FLAGS["config"].present = int(given is not None)

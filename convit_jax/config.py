@@ -7,6 +7,7 @@ config is an ml_collections.ConfigDict with these fields. Config files change so
 
 import dataclasses
 import json
+import os
 import re
 import runpy
 import sys
@@ -95,6 +96,11 @@ def load_config_file(source: str) -> ConfigDict:
     return config
 
 
+def is_run(path: str | os.PathLike[str] | None) -> bool:
+    """Whether a path is a run directory."""
+    return bool(path) and (Path(str(path)).expanduser() / "checkpoints").is_dir()
+
+
 def load_run_config(directory: Path) -> ConfigDict:
     """Returns the config of a run directory, on all local devices, whatever the run was trained on."""
     file = directory / "config.json"
@@ -127,8 +133,7 @@ def take_config(argv: Sequence[str], default: str | None = None) -> tuple[Config
     source = default if given is None else given
     if source is None:
         return None, rest
-    of_run = (Path(source) / "checkpoints").is_dir()
-    config = load_run_config(Path(source)) if of_run else load_config_file(source)
+    config = load_run_config(Path(source).expanduser()) if is_run(source) else load_config_file(source)
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
     rest = values(rest, known_only=True)

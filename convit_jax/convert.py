@@ -32,7 +32,8 @@ def main(arguments: list[str]) -> None:
     from convit_jax.weights.pretrained import describe_weights
 
     source, target = arguments[0], Path(arguments[1]).expanduser()
-    if target.exists() and not flags.FLAGS.overwrite and not (target.is_dir() and not any(target.iterdir())):
+    occupied = any(target.iterdir()) if target.is_dir() else target.exists()
+    if occupied and not flags.FLAGS.overwrite:
         raise UserError(f"{target} exists: give another TARGET, or add --overwrite to replace it.")
     check_target(target)
     if target.suffix == ".safetensors" and flags.FLAGS["for"].value:

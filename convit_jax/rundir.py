@@ -96,11 +96,6 @@ def read_scores(path: Path, name: str) -> dict[int, float]:
     return {line["step"]: line[name] for line in read_metrics(path) if name in line}
 
 
-def is_run(path: str | os.PathLike[str] | None) -> bool:
-    """Whether a path is a run directory."""
-    return bool(path) and (Path(str(path)).expanduser() / "checkpoints").is_dir()
-
-
 def checkpoint_steps(workdir: Path) -> list[int]:
     """Returns the steps of a run's complete checkpoints, ascending: a checkpoint gets its name last."""
     folder = workdir / "checkpoints"

@@ -18,9 +18,9 @@ import numpy as np
 from absl import flags
 
 from convit_jax.cli import define_weights, launch, load_weights, required_config
-from convit_jax.config import load_run_config
+from convit_jax.config import is_run, load_run_config
 from convit_jax.errors import UserError
-from convit_jax.rundir import is_run, read_metrics
+from convit_jax.rundir import read_metrics
 
 if TYPE_CHECKING:
     from convit_jax.weights.preprocess import Preprocessing
@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> None:
         raise UserError("give --checkpoint=PATH and --image=IMAGE, or one of --init, --run=DIR and --augmentations.")
     if values.output is None:
         raise UserError("there is no place for the pictures: add --output=DIR.")
-    for path in draw[(modes or ["html"])[0]](Path(values.output).expanduser()):
+    visualize = draw[modes[0]] if modes else visualize_attention
+    for path in visualize(Path(values.output).expanduser()):
         print(path)
 
 

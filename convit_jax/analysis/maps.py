@@ -93,8 +93,9 @@ def init_maps(
     attn = model.blocks[0].attn
     assert isinstance(attn, GatedPositionalSelfAttention)
     kernel, alpha = attn.pos_proj.kernel[...], settings["locality_strength"]
-    positions: dict[float | None, np.ndarray] = {}
-    for factor in (0.5, 1, 2) if settings["conv_init"] else (1,):
-        attn.pos_proj.kernel = nnx.Param(factor * kernel)
-        positions[factor * alpha if settings["conv_init"] else None] = over_grid(attn.positional_probabilities())
+    scales: dict[float | None, float] = {alpha / 2: 0.5, alpha: 1, 2 * alpha: 2} if settings["conv_init"] else {None: 1}
+    positions = {}
+    for strength, scale in scales.items():
+        attn.pos_proj.kernel = nnx.Param(scale * kernel)
+        positions[strength] = over_grid(attn.positional_probabilities())
     return content, positions

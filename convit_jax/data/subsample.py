@@ -54,3 +54,12 @@ def training_subset(config: Any, source: Source) -> np.ndarray:
         rule=data.subset_rule,
         seed=config.seed,
     )
+
+
+def evaluated_subset(config: Any, source: Source) -> np.ndarray:
+    """Returns the indices of the images of a test source that a config evaluates, int64, ascending, at least one."""
+    indices = select(source, num_classes=config.data.num_classes)
+    if not len(indices):
+        classes = config.data.num_classes or len(source.class_names)
+        raise UserError(f"none of the {classes} classes has a test image: add some.")
+    return indices

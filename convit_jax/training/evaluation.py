@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 from convit_jax.data.examples import Batch, EvalExample, TrainExample, Unreadable
 from convit_jax.data.loader import batches, batches_at_once, check_shared_memory
 from convit_jax.data.sources import digest, open_source
-from convit_jax.data.subsample import select
-from convit_jax.errors import UserError
+from convit_jax.data.subsample import evaluated_subset
 from convit_jax.progress import Progress
 from convit_jax.training import distributed
 from convit_jax.training.distributed import phase, say
@@ -102,9 +101,7 @@ def evaluate_weights(
     source = distributed.first_then_others(lambda: open_source(config.data, "test"))
     with distributed.together():
         labels, remark = match_classes(source.class_names[:classes], loaded)  # the weights' label of each class
-        indices = select(source, num_classes=classes)
-        if not len(indices):
-            raise UserError(f"none of the {len(labels)} classes has a test image: add some.")
+        indices = evaluated_subset(config, source)
     if remark:
         say(remark)
     distributed.check_same(

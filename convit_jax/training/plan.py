@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from convit_jax.config import check_config, default_config, left_to_weights, load_run_config
 from convit_jax.data.examples import EvalExample, Slots, TrainExample
 from convit_jax.data.sources import digest, open_source
-from convit_jax.data.subsample import select, training_subset
+from convit_jax.data.subsample import evaluated_subset, training_subset
 from convit_jax.errors import UserError
 from convit_jax.models.variants import settings_of
 from convit_jax.weights.pretrained import as_arguments, load
@@ -75,7 +75,7 @@ def make_plan(config: ConfigDict, *, devices: int, on_device: bool = False) -> P
     check_run(config, devices=devices)
     source, held_out = open_source(config.data, "train"), open_source(config.data, "test")
     indices = training_subset(config, source)
-    test_indices = select(held_out, num_classes=config.data.num_classes)
+    test_indices = evaluated_subset(config, held_out)
     classes = config.data.num_classes or len(source.class_names)
     model = settings_of(config.model, num_classes=classes)
     if model["num_classes"] < classes:
@@ -83,8 +83,6 @@ def make_plan(config: ConfigDict, *, devices: int, on_device: bool = False) -> P
             f"model.num_classes is {model['num_classes']}, but the data has {classes} classes: "
             "leave it out, or keep fewer classes with data.num_classes."
         )
-    if not len(test_indices):
-        raise UserError(f"none of the {classes} classes has a test image: add some.")
     freeze, depth = config.optim.freeze, model["depth"]
     if freeze not in ("none", "backbone", *range(1, depth + 1)):
         raise UserError(f"optim.freeze is {freeze!r}: choose none, backbone or 1 to {depth} leading blocks.")

@@ -169,9 +169,9 @@ def check_target(target: Path) -> None:
             f"{target} is of a kind that is not written: give a directory or {target.with_suffix('.safetensors')}, "
             "which PyTorch and timm load too (docs/checkpoints.md has the line that makes a .pth of it)."
         )
-    found = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
-    converted = found <= FILES and any(name.endswith(".safetensors") for name in found)
-    if found and target.exists() and not (converted if target.is_dir() else target.suffix == ".safetensors"):
+    found = [*target.iterdir()] if target.is_dir() else [target] if target.exists() else []
+    known = not target.is_dir() or {path.name for path in found} <= FILES
+    if found and not (known and any(path.suffix == ".safetensors" for path in found)):
         raise UserError(f"{target} holds other things than converted weights: give another path.")
 
 

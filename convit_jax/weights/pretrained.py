@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from convit_jax.config import is_run
 from convit_jax.data.class_names import IMAGENET, words
 from convit_jax.errors import UserError, nearest
 from convit_jax.models.initializers import trunc_normal
 from convit_jax.models.variants import SIZES, model_settings, parse_image_size
 from convit_jax.models.vit import VisionTransformer, patch_grid
-from convit_jax.rundir import disk_errors, is_run
+from convit_jax.rundir import disk_errors
 from convit_jax.weights.architecture import infer
 from convit_jax.weights.checkpoint_file import read_state_dict
 from convit_jax.weights.formats import Pretrained, check_target, checked_json, from_run, from_state_dict, save_converted
