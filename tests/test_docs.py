@@ -91,9 +91,9 @@ def test_every_link_leads_somewhere(page):
             assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
-def snippet(page, number=0):
-    """One of the Python snippets of a page."""
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)[number]
+def snippet(page):
+    """The first Python snippet of a page."""
+    return re.search(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)[1]
 
 
 def test_the_readme_goes_from_a_photo_to_labels(trained, image_folder, monkeypatch, capsys):
